@@ -1,0 +1,1 @@
+"""Run configurations: base.py lists every knob, the others are base plus their differences."""

@@ -1,0 +1,130 @@
+"""Every knob of flaxlm, with its unit. Other configs import this and change values.
+
+Groups match the signature that they are passed to (`TransformerConfig(**config.model)`),
+so a knob that is missing here does not exist. The config is locked: a misspelt key fails
+where it is written. `flaxlm/config.py` holds the rules that values must satisfy.
+"""
+
+from ml_collections import ConfigDict
+
+
+def source(kind="stdlib", path="", **changes) -> ConfigDict:
+  """One corpus. Several of them, by name, make a mixture."""
+  fields = ConfigDict()
+  fields.kind = kind  # stdlib | text | jsonl | parquet | tfds
+  fields.path = path  # glob (text, jsonl, parquet); TFDS name or prepared directory
+  fields.field = "text"  # the column that holds the text (jsonl, parquet, tfds)
+  fields.document = "file"  # text files hold: file | paragraph | line documents
+  fields.split = "train"  # TFDS split to train on
+  fields.validation_split = ""  # TFDS split to validate on; "" splits by hash instead
+  fields.weight = 1.0  # share of the training rows, relative to the other sources
+  fields.max_documents = 0  # documents to read; 0 = all
+  fields.update(changes)
+  return fields
+
+
+def sources(**by_name: ConfigDict) -> ConfigDict:
+  return ConfigDict(by_name)
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0  # of weights and of the order of the data
+  config.num_steps = 1000  # optimizer steps
+
+  data = config.data = ConfigDict()
+  data.store = "data/stdlib"  # directory of the prepared tokens
+  data.loader = "tfdata"  # tfdata | numpy (no TensorFlow) | synthetic (no store)
+  data.seq_len = 256  # tokens a row
+  data.batch_size = 16  # rows an optimizer step, over all devices and hosts
+  data.num_threads = 2  # parallel batch reads
+  data.prefetch = 4  # batches kept ready
+  data.sources = sources(main=source())
+  data.split = "hash"  # hash of each document | tail of each text file
+  data.validation_fraction = 0.01  # of the documents (hash) or characters (tail)
+  data.shard_tokens = 16_777_216  # tokens a shard of the store, about
+
+  tokenizer = config.tokenizer = ConfigDict()
+  tokenizer.path = ""  # a SentencePiece .model to use; "" trains one
+  tokenizer.kind = "bpe"  # bpe | unigram | char
+  tokenizer.vocab_size = 4096  # pieces, special tokens included
+  tokenizer.byte_fallback = True  # spell unknown characters in bytes: lossless
+  tokenizer.user_symbols = ()  # extra special tokens, never found in plain text
+  tokenizer.train_bytes = 10_000_000  # text to train on, a sample of the corpus
+
+  model = config.model = ConfigDict()
+  model.vocab_size = tokenizer.get_oneway_ref("vocab_size")  # rows of the embedding
+  model.max_len = data.get_oneway_ref("seq_len")  # tokens; size of learned positions
+  model.num_layers = 6
+  model.embed_dim = 384
+  model.num_heads = 6  # query heads
+  model.num_kv_heads = 6  # key and value heads; fewer than num_heads is grouped-query
+  model.head_dim = 64
+  model.mlp_dim = 1024
+  model.positions = "rope"  # rope | learned
+  model.rope_theta = 10_000.0  # base of the rotary wavelengths
+  model.norm = "rmsnorm"  # rmsnorm | layernorm
+  model.norm_epsilon = 1e-5
+  model.mlp = "swiglu"  # swiglu | gelu
+  model.use_bias = False  # in projections (LayerNorm follows it too)
+  model.qk_norm = False  # RMSNorm on queries and keys, per head
+  model.tie_embeddings = True  # one table for input and output
+  model.sliding_window = 0  # tokens that a query sees, itself included; 0 = all
+  model.attention = "auto"  # auto | reference | xla | cudnn
+  model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
+  model.remat = "none"  # none | full | dots: what the backward pass computes again
+  model.unroll = 1  # layers a scan iteration; num_layers is fastest on CPU
+
+  step = config.step = ConfigDict()
+  step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
+  step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
+  step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
+  step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none
+
+  optim = config.optim = ConfigDict()
+  optim.name = "adamw"  # adamw | lion | adafactor | muon
+  optim.peak_learning_rate = 1e-3
+  optim.schedule = "cosine"  # cosine | linear | wsd | constant
+  optim.warmup_steps = 100  # linear, from zero
+  optim.decay_fraction = 0.2  # of num_steps, spent in wsd's final decay
+  optim.end_factor = 0.1  # last learning rate / peak
+  optim.weight_decay = 0.1  # decoupled; weights only, not norms and biases
+  optim.b1 = 0.9
+  optim.b2 = 0.95
+  optim.epsilon = 1e-8
+  optim.max_grad_norm = 1.0  # global norm to clip to; 0 = no clipping
+
+  mesh = config.mesh = ConfigDict()
+  mesh.data = -1  # devices along each axis; -1 = all that remain
+  mesh.fsdp = 1
+  mesh.tensor = 1
+  mesh.multihost = False  # find the other hosts from Slurm, TPU or GKE metadata
+  # Logical dimension of a weight or activation -> mesh axes that split it.
+  rules = mesh.rules = ConfigDict()
+  rules.batch = ("data", "fsdp")
+  rules.vocab = ("tensor",)
+  rules.embed = ("fsdp",)
+  rules.heads = ("tensor",)
+  rules.mlp = ("tensor",)
+  rules.position = ()
+  rules.norm = ()
+
+  evaluation = config.eval = ConfigDict()
+  evaluation.every = 500  # steps; 0 = only at the end
+  evaluation.batches = 0  # of batch_size rows; 0 = the whole validation split
+
+  checkpoint = config.checkpoint = ConfigDict()
+  checkpoint.every = 500  # steps; the last step is always saved
+  checkpoint.keep_last = 2  # newest checkpoints to keep
+  checkpoint.keep_every = 0  # steps; keep multiples for ever; 0 = none
+
+  log = config.log = ConfigDict()
+  log.every = 10  # steps a line
+  log.tensorboard = True
+  log.profile_step = 0  # first step to profile; 0 = never
+  log.profile_num_steps = 3
+
+  guards = config.guards = ConfigDict()
+  guards.max_bad_steps = 10  # NaN or infinite steps in a row before giving up
+  guards.hang_seconds = 3600  # without progress before stacks are printed; 0 = never
+  return config.lock()

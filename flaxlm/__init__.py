@@ -1,0 +1,1 @@
+"""flaxlm: language models in JAX/Flax, from raw text to a checkpoint that people use."""

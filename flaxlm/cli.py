@@ -1,0 +1,89 @@
+"""What every door shares: the command line, the exit codes, the end of a process.
+
+No JAX here: `--help` and a refused config answer before anything slow is imported.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from flaxlm import config as configs
+from flaxlm import errors
+
+
+def parser(doc: str, door: str) -> argparse.ArgumentParser:
+  return argparse.ArgumentParser(
+    prog=f"python -m flaxlm.{door}",
+    description=doc,
+    epilog="Any knob of configs/base.py can be set: --config.optim.peak_learning_rate=1e-4",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
+  """Returns (args, overrides): overrides are the `key=value` of `--config.key=value`."""
+  args, rest = parser.parse_known_args(argv)
+  prefix = "--config."
+  for text in rest:
+    if not text.startswith(prefix):
+      known = " ".join(s for a in parser._actions for s in a.option_strings)
+      raise errors.ConfigError(text, "an unknown argument", known, prefix + "KEY=VALUE")
+  return args, [text.removeprefix(prefix) for text in rest]
+
+
+def load_run(workdir: str, overrides: list[str] = ()) -> ConfigDict:
+  """The config that the run in `workdir` stored, with overrides applied."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise errors.MissingInputError(
+      f"--workdir={workdir} holds no run\n  given:  {path.absolute()} (missing)\n"
+      "  needed: a directory that `python -m flaxlm.train --workdir=...` wrote"
+    )
+  return configs.from_json(path.read_text(), overrides)
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+  """A reader sees the old file or the new one, never half of it."""
+  draft = path.with_name(path.name + ".tmp")
+  draft.write_bytes(data)
+  draft.replace(path)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a door and ends the process with the exit code of what happened.
+
+  A process of a distributed job leaves by `os._exit`: JAX's shutdown barrier would make the
+  others wait five minutes for one that failed.
+  """
+  code = 0
+  try:
+    main()
+  except errors.UserError as error:
+    lines = str(error).splitlines()[:5]
+    print("\n".join([f"flaxlm: {lines[0]}"] + lines[1:]), file=sys.stderr)
+    code = error.exit_code
+  except BrokenPipeError:
+    code = 141  # the reader of our output has gone, as in `| head`
+  except SystemExit as stop:
+    code = stop.code or 0
+  except KeyboardInterrupt:
+    print("flaxlm: interrupted", file=sys.stderr)
+    code = errors.Preempted.exit_code
+  except BaseException:
+    traceback.print_exc()
+    code = errors.UserError.exit_code
+  with contextlib.suppress(BrokenPipeError):
+    sys.stdout.flush()
+  sys.stderr.flush()
+  if code and "jax" in sys.modules and sys.modules["jax"].process_count() > 1:
+    os._exit(code)
+  if code == 141:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(code)

@@ -1,0 +1,255 @@
+"""Load, override, check and store the config of a run.
+
+A config is refused here, before JAX is imported, whether the wrong value came from a file,
+the command line or a stored run. ml_collections gives the locked, typed tree; this file adds
+what it lacks: ranges, relations between knobs, and messages that name the fix.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import traceback
+
+from ml_collections import ConfigDict
+
+from configs import base
+from flaxlm.errors import ConfigError, MissingInputError
+
+CHOICES = {
+  "model.positions": ("rope", "learned"),
+  "model.norm": ("rmsnorm", "layernorm"),
+  "model.mlp": ("swiglu", "gelu"),
+  "model.attention": ("auto", "reference", "xla", "cudnn"),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full", "dots"),
+  "optim.name": ("adamw", "lion", "adafactor", "muon"),
+  "optim.schedule": ("cosine", "linear", "wsd", "constant"),
+  "data.loader": ("tfdata", "numpy", "synthetic"),
+  "data.split": ("hash", "tail"),
+  "data.sources.*.kind": ("stdlib", "text", "jsonl", "parquet", "tfds"),
+  "data.sources.*.document": ("file", "paragraph", "line"),
+  "tokenizer.kind": ("bpe", "unigram", "char"),
+}
+# Numbers that are not listed may be anything from 0 up.
+AT_LEAST_ONE = (
+  "num_steps model.vocab_size model.max_len model.num_layers model.embed_dim "
+  "model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.unroll "
+  "step.accumulation_steps mesh.fsdp mesh.tensor data.seq_len data.batch_size "
+  "data.num_threads data.prefetch data.shard_tokens tokenizer.vocab_size "
+  "tokenizer.train_bytes checkpoint.every checkpoint.keep_last log.every "
+  "log.profile_num_steps guards.max_bad_steps"
+).split()
+POSITIVE = (
+  "model.norm_epsilon model.rope_theta optim.epsilon data.sources.*.weight".split()
+)
+BELOW_ONE = "optim.b1 optim.b2 step.ema_decay data.validation_fraction".split()
+AT_MOST_ONE = "optim.end_factor optim.decay_fraction".split()
+
+
+def flatten(config: ConfigDict) -> dict[str, object]:
+  """Returns {dotted key: value} of every leaf."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      flat |= {f"{key}.{rest}": leaf for rest, leaf in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def load(path: str, overrides: list[str] = ()) -> ConfigDict:
+  """Runs `get_config()` of the file at `path`, applies `key=value` overrides, checks."""
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = sorted(str(f) for f in file.parent.glob("*.py") if f.stem != "__init__")
+    raise MissingInputError(
+      f"--config={path} does not exist\n  given:  {file.absolute()}\n"
+      f"  needed: a Python file with get_config(), such as {' '.join(near[:6])}"
+    )
+  spec = importlib.util.spec_from_file_location("flaxlm_run_config", file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f for f in frames if pathlib.Path(f.filename).name == file.name]
+    where = f"{path} line {lines[-1].lineno}" if lines else path
+    message = " ".join(str(error).split())
+    raise ConfigError(
+      where, f"{lines[-1].line if lines else '?'}", f"no {type(error).__name__}", message
+    ) from error
+  return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+  """Applies `key=value` texts from the command line, then checks the whole config."""
+  check_keys(config)
+  for text in overrides:
+    key, equals, value = text.partition("=")
+    flat = flatten(config)
+    if not equals:
+      raise ConfigError(f"--config.{key}", "no value", f"--config.{key}=VALUE")
+    if key not in flat:
+      raise unknown_key(key, flat)
+    set_value(config, key, parse(key, value, flat[key]))
+  check(config)
+  return config
+
+
+def set_value(config: ConfigDict, key: str, value: object) -> None:
+  *groups, last = key.split(".")
+  for group in groups:
+    config = config[group]
+  # A reference links knobs that are equal by default; both follow an override.
+  config[last] = value
+
+
+def parse(key: str, text: str, current: object) -> object:
+  """Reads `text` as the type that the knob has now."""
+  kind = type(current)
+  try:
+    if kind is bool:
+      return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if kind is int:
+      number = float(text) if not text.lstrip("+-").isdigit() else int(text)
+      if number != int(number):
+        raise ValueError
+      return int(number)
+    if kind is float:
+      return float(text)
+    if kind is tuple:
+      value = ast.literal_eval(text) if text.strip()[:1] in ("(", "[") else text.split(",")
+      return tuple(item for item in value if item != "")
+    return text
+  except (KeyError, ValueError, OverflowError, SyntaxError):
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    needed = names.get(kind, "values with commas between")
+    raise ConfigError(f"config.{key}", text, needed, f"{current}") from None
+
+
+def unknown_key(key: str, flat: dict) -> ConfigError:
+  near = difflib.get_close_matches(key, flat, n=3, cutoff=0.5)
+  last = key.split(".")[-1]
+  near = [k for k in flat if k.split(".")[-1] == last][:3] or near
+  groups = sorted({k.split(".")[0] for k in flat})
+  hint = " or ".join(f"config.{k}" for k in near) or "a key of " + " ".join(groups)
+  return ConfigError(f"config.{key}", "an unknown key", "a knob of configs/base.py", hint)
+
+
+def check_keys(config: ConfigDict) -> None:
+  """Refuses keys and types that base.py does not have (a file may build its own tree)."""
+  known = flatten(base.get_config())
+  for key, value in flatten(config).items():
+    expected = known.get(generic(key, "main"))
+    if expected is None:
+      raise unknown_key(key, known)
+    if isinstance(expected, float) and type(value) is int:
+      continue
+    if type(value) is not type(expected):
+      kind = type(expected).__name__
+      raise ConfigError(f"config.{key}", f"{value!r}", f"a value of type {kind}", f"{expected}")
+  given = {generic(key, "main") for key in flatten(config)}
+  for key in known:
+    if key not in given:
+      raise ConfigError(f"config.{key}", "nothing", "every knob of configs/base.py")
+
+
+def generic(key: str, name: str = "*") -> str:
+  """Replaces the name of a source, which the user chooses, by `name`."""
+  parts = key.split(".")
+  if parts[:2] == ["data", "sources"] and len(parts) > 2:
+    parts[2] = name
+  return ".".join(parts)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ConfigError for the first value, or pair of values, that cannot work."""
+  check_keys(config)
+  for key, value in flatten(config).items():
+    check_value(f"config.{key}", generic(key), value)
+  model, data, optim = config.model, config.data, config.optim
+  heads, kv_heads = model.num_heads, model.num_kv_heads
+  need("model.num_kv_heads", kv_heads, heads % kv_heads == 0,
+       f"a divisor of config.model.num_heads={heads}", divisors(heads, kv_heads))
+  rope = model.positions == "rope"
+  need("model.head_dim", model.head_dim, not rope or model.head_dim % 2 == 0,
+       "an even number, as rotary positions turn pairs", f"{model.head_dim + 1}")
+  need("data.seq_len", data.seq_len, data.seq_len <= model.max_len,
+       f"at most config.model.max_len={model.max_len}", f"{model.max_len}")
+  micro, mesh = config.step.accumulation_steps, config.mesh
+  split = micro * max(mesh.data, 1) * mesh.fsdp
+  need_multiple("data.batch_size", data.batch_size, split,
+                "accumulation_steps x mesh.data x mesh.fsdp")
+  layers = model.num_layers
+  need("model.unroll", model.unroll, layers % model.unroll == 0,
+       f"a divisor of config.model.num_layers={layers}", divisors(layers, model.unroll))
+  need("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps <= config.num_steps,
+       f"at most config.num_steps={config.num_steps}", f"{config.num_steps // 10}")
+  need("mesh.data", mesh.data, mesh.data == -1 or mesh.data > 0,
+       "devices along the axis, or -1 for all that remain", "-1")
+  size, known = config.tokenizer.vocab_size, model.vocab_size
+  need("tokenizer.vocab_size", size, bool(config.tokenizer.path) or size <= known,
+       f"at most config.model.vocab_size={known}", f"{known}")
+  need("data.sources", "no source", len(data.sources) > 0, "at least one", "main")
+  for name, source in data.sources.items():
+    need(f"data.sources.{name}.path", "''", source.kind == "stdlib" or source.path != "",
+         f"where the {source.kind} documents are", "corpus/**/*.txt")
+  for axis in flatten(mesh.rules).values():
+    need("mesh.rules", axis, set(axis) <= {"data", "fsdp", "tensor"},
+         "mesh axes", "data, fsdp, tensor")
+
+
+def check_value(name: str, key: str, value: object) -> None:
+  """Checks one leaf against the tables at the top of this file."""
+  if key in CHOICES:
+    near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
+    if value not in CHOICES[key]:
+      raise ConfigError(name, value, "one of " + " ".join(CHOICES[key]), "".join(near))
+  if isinstance(value, bool) or not isinstance(value, int | float) or key == "mesh.data":
+    return
+  low = 1 if key in AT_LEAST_ONE else 0
+  if not math.isfinite(value) or value < low or (key in POSITIVE and value == 0):
+    above = "above 0" if key in POSITIVE else f"of at least {low}"
+    raise ConfigError(name, value, f"a finite number {above}")
+  if key in BELOW_ONE and value >= 1 or key in AT_MOST_ONE and value > 1:
+    raise ConfigError(name, value, "a fraction below 1" if key in BELOW_ONE else "at most 1")
+
+
+def need(key: str, given: object, holds: bool, needed: str, hint: str) -> None:
+  if not holds:
+    raise ConfigError(f"config.{key}", given, needed, hint)
+
+
+def divisors(number: int, near: int) -> str:
+  """The divisors of `number` that lie nearest to `near`, as text."""
+  found = [d for d in range(1, number + 1) if number % d == 0]
+  found = sorted(sorted(found, key=lambda d: abs(d - near))[:3])
+  return " or ".join(map(str, found))
+
+
+def need_multiple(key: str, given: int, unit: int, why: str) -> None:
+  down = given // unit * unit
+  nearest = " or ".join(str(m) for m in (down, down + unit) if m)
+  need(key, given, given % unit == 0, f"a multiple of {unit} = {why}", nearest)
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+
+
+def from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
+  """Rebuilds a stored config; nothing in it is executed."""
+  config = base.get_config()
+  stored = json.loads(text)
+  names = stored["data"]["sources"]
+  config.data.sources = base.sources(**{name: base.source() for name in names})
+  known = flatten(config)
+  for key, value in flatten(ConfigDict(stored)).items():
+    if key not in known:
+      raise unknown_key(key, known)
+    set_value(config, key, tuple(value) if isinstance(known[key], tuple) else value)
+  return override(config, overrides)

@@ -1,0 +1,502 @@
+"""Where documents come from: the standard library, files, parquet tables, TFDS data sets.
+
+A document is a run of `Piece`s, the last of which has `end` set, so that one of any size
+passes through bounded memory. Every piece says where the next document begins, and reading
+can start there: the order is fixed (sorted paths, stored order) and so is the cut into
+pieces. What is wrong with a text is repaired and noted in `problems`, never fatal.
+"""
+
+import bz2
+import codecs
+import glob
+import gzip
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import lzma
+import os
+import re
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, NamedTuple
+
+from ml_collections import ConfigDict
+
+from flaxlm import data, errors
+from flaxlm.data import tokenizer
+
+READ = 1 << 20  # bytes read at a time
+SURROGATES = re.compile("[\ud800-\udfff]")
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
+# Tests, examples and installed packages: not prose, not the library, or not everywhere.
+STDLIB_SKIPS = {
+  "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+  "lib2to3", "turtledemo", "ensurepip", "lib-dynload",
+}  # fmt: skip
+
+BAD_UTF8 = "invalid UTF-8, replaced"
+BAD_SURROGATE = "lone surrogate, replaced"
+BAD_JSON = "no text in the record, skipped"
+NUL, BOM, EMPTY = "NUL character, kept", "byte order mark, dropped", "empty, skipped"
+
+
+class Piece(NamedTuple):
+  """Part of a document, or all of it."""
+
+  text: str  # at most tokenizer.PIECE characters
+  end: bool  # the document's last piece
+  position: tuple[int, int]  # of the next document: file, documents before it in the file
+  split: str  # "train" or "validation"; "" leaves it to the hash
+  problems: tuple[str, ...]
+
+
+class Corpus(NamedTuple):
+  """An opened source."""
+
+  files: list[str]
+  sizes: list[int]  # bytes on disk, to estimate what remains
+  fingerprint: str  # of what would be read
+  read: Callable[[tuple[int, int]], Iterator[Piece]]  # from a position
+
+
+# What a reader yields: (text, last of its document?, problems). Cut anywhere.
+Parts = Iterable[tuple[str, bool, tuple[str, ...]]]
+
+
+def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
+  """Opens the source that the config calls `name`.
+
+  With `tail`, the last fraction `tail` of the characters of each text file is its
+  validation split, as in nanoGPT.
+  """
+  key = f"config.data.sources.{name}"
+  if source.kind == "tfds":
+    return open_tfds(key, source)
+  if source.validation_split:
+    raise errors.ConfigError(
+      f"{key}.validation_split", source.validation_split, "'' unless kind is tfds",
+      "config.data.split chooses how other sources are split",
+    )  # fmt: skip
+  if source.kind == "stdlib":
+    files, base = stdlib_files()
+  else:
+    files, base = find_files(f"{key}.path", source.path), ""
+  sizes = [file_size(file) for file in files]
+
+  def read(position=(0, 0)) -> Iterator[Piece]:
+    for number in range(position[0], len(files)):
+      skip = position[1] if number == position[0] else 0
+      yield from to_pieces(split_parts(files[number], source, tail), number, skip)
+
+  names = [os.path.relpath(file, base) if base else os.path.basename(file) for file in files]
+  listing = json.dumps(list(zip(names, sizes, strict=True))).encode()
+  return Corpus(files, sizes, hashlib.sha256(listing).hexdigest(), read)
+
+
+def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple[str, Parts]]:
+  """Yields (split, parts) of one file: one with split "", or its head and its tail."""
+  if source.kind == "jsonl":
+    yield "", json_documents(file, source.field)
+  elif source.kind == "parquet":
+    yield "", parquet_documents(file, source.field)
+  elif not tail:
+    yield "", text_documents(text_chunks(file), source.document)
+  else:
+    total = sum(len(text) for text, _ in text_chunks(file))
+    middle = int(total * (1 - tail))
+    for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
+      chunks = slice_chunks(text_chunks(file), start, stop)
+      yield split, text_documents(chunks, source.document)
+
+
+def to_pieces(
+  splits: Iterable[tuple[str, Parts]], file: int, skip: int, number: int = 0
+) -> Iterator[Piece]:
+  """Cuts documents into pieces; the first is `number` of `file`, those below `skip` go."""
+  for split, parts in splits:
+    buffer, problems = "", ()
+    for text, end, found in parts:
+      if number < skip:
+        number += end
+        continue
+      buffer += text
+      problems += found
+      if end or len(buffer) > tokenizer.PIECE:
+        *whole, buffer = tokenizer.cut(buffer, tokenizer.PIECE)
+        for text in whole:
+          yield Piece(text, False, (file, number), split, problems)
+          problems = ()
+      if end:
+        number += 1
+        yield Piece(buffer, True, (file, number), split, problems)
+        buffer, problems = "", ()
+
+
+def stdlib_files() -> tuple[list[str], str]:
+  """The .py files of the running interpreter's library, about 12 MB, and their root."""
+  root = sysconfig.get_path("stdlib")
+  found = []
+  for folder, folders, files in os.walk(root):
+    folders[:] = [f for f in folders if f not in STDLIB_SKIPS and "config-" not in f]
+    found += [os.path.join(folder, f) for f in files if f.endswith(".py")]
+  if not found:
+    raise missing("config.data.sources (kind=stdlib)", root, "a Python with its library")
+  return sorted(found), root
+
+
+def find_files(key: str, pattern: str) -> list[str]:
+  """The files that match `pattern`, sorted; never none."""
+  if "://" in pattern:
+    from etils import epath  # knows gs:// and s3://, where their libraries are installed
+
+    fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
+    rest = pattern[len(fixed) :].strip("/")
+    root = epath.Path(fixed)
+    matches = root.glob(rest) if rest else [root]
+    files = [str(path) for path in matches if path.exists() and not path.is_dir()]
+  else:
+    pattern = os.path.expanduser(pattern)
+    files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+  if not files:
+    folder = "://" not in pattern and os.path.isdir(pattern)
+    hint = f"{pattern.rstrip('/')}/**/*.txt" if folder else "check the path and its quotes"
+    raise missing(key, f"{pattern} ({os.getcwd()})", "a glob that matches files", hint)
+  return sorted(files)
+
+
+def missing(key: str, given: str, needed: str, hint: str = "") -> errors.MissingInputError:
+  lines = [f"{key} matches nothing", f"given:  {given}", f"needed: {needed}"]
+  return errors.MissingInputError("\n  ".join(lines + [f"try:    {hint}"] * bool(hint)))
+
+
+def file_size(path: str) -> int:
+  if "://" not in path:
+    return os.path.getsize(path)
+  from etils import epath
+
+  return epath.Path(path).stat().length
+
+
+def open_binary(path: str) -> IO[bytes]:
+  if "://" not in path:
+    return open(path, "rb")
+  from etils import epath
+
+  return epath.Path(path).open("rb")
+
+
+def open_stream(path: str) -> IO[bytes]:
+  """Opens a file for reading, decompressed by what it begins with, not by its name."""
+  file = open_binary(path)
+  start = file.read(6)
+  file.seek(0)
+  kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+  if kind == "gzip":
+    return gzip.open(file)
+  if kind == "bz2":
+    return bz2.open(file)
+  if kind == "xz":
+    return lzma.open(file)
+  if kind == "zstd":
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), READ)
+  return file
+
+
+def damaged(path: str, error: Exception, needed: str) -> errors.DataError:
+  return errors.DataError(
+    f"{path} cannot be read to its end\n"
+    f"  given:  {type(error).__name__}: {' '.join(str(error).split())[:300]}\n"
+    f"  needed: {needed}"
+  )
+
+
+def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Yields (text, problems) of a UTF-8 file, a megabyte at a time."""
+  decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+  first = True
+  try:
+    with open_stream(path) as stream:
+      while True:
+        chunk = stream.read(READ)
+        text = decode(chunk, not chunk)
+        problems = ()
+        if first and text:
+          first = False
+          if text[0] == "\ufeff":
+            text, problems = text[1:], (BOM,)
+        if text:
+          text, found = clean(text, BAD_UTF8)
+          yield text, problems + found
+        if not chunk:
+          return
+  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    raise damaged(path, error, "a whole text file, plain or gz, bz2, xz, zst") from error
+
+
+def clean(text: str, what: str) -> tuple[str, tuple[str, ...]]:
+  """Replaces surrogates, which no UTF-8 can hold, and notes what is odd."""
+  problems = (NUL,) if "\0" in text else ()
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return SURROGATES.sub("\ufffd", text), problems + (what,)
+  return text, problems
+
+
+def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
+  """Yields the part of the text that lies between characters `start` and `stop`."""
+  offset = 0
+  for text, problems in chunks:
+    part = text[max(start - offset, 0) : max(stop - offset, 0)]
+    offset += len(text)
+    if part:
+      yield part, problems
+
+
+def text_documents(chunks: Iterable, unit: str) -> Parts:
+  """Parts the text of a file into documents: the file, its paragraphs or its lines."""
+  if unit == "file":
+    for text, problems in chunks:
+      yield text, False, problems
+    yield "", True, ()
+  elif unit == "line":
+    yield from lines(chunks)
+  else:
+    inside, fresh = False, True  # a paragraph has begun; at the start of a line
+    for text, end, problems in lines(chunks):
+      if end and fresh and not text.strip():
+        if inside:
+          yield "", True, problems
+        inside = False
+      else:
+        newline = "\n" if inside and fresh else ""
+        inside = True
+        yield newline + text, False, problems
+      fresh = end
+    if inside:
+      yield "", True, ()
+
+
+def lines(chunks: Iterable) -> Parts:
+  """Parts the text into lines, without their newlines."""
+  open_line = False
+  for text, problems in chunks:
+    *whole, rest = text.split("\n")
+    for line in whole:
+      yield line, True, problems
+      problems, open_line = (), False
+    if rest:
+      yield rest, False, problems
+      open_line = True
+  if open_line:
+    yield "", True, ()
+
+
+def json_documents(path: str, field: str) -> Parts:
+  """The texts in `field` of a file of one JSON object a line."""
+  found = False
+  try:
+    with open_stream(path) as stream:
+      for number, line in enumerate(stream):
+        if not number and line.startswith(codecs.BOM_UTF8):
+          line = line.removeprefix(codecs.BOM_UTF8)
+          problems = (BOM,)
+        else:
+          problems = ()
+        if not line.strip():
+          continue
+        try:
+          record = json.loads(line.decode())
+        except UnicodeDecodeError:
+          problems += (BAD_UTF8,)
+          record = parse_json(line.decode(errors="replace"))
+        except ValueError:
+          record = None
+        text = record.get(field) if isinstance(record, dict) else None
+        if isinstance(record, dict) and field not in record and not found:
+          raise no_field(path, field, record)
+        if not isinstance(text, str):
+          yield "", True, problems + (BAD_JSON,)
+          continue
+        found = True
+        text, more = clean(text, BAD_SURROGATE)
+        yield text, True, problems + more
+  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    raise damaged(path, error, "a whole file of JSON lines") from error
+
+
+def parse_json(text: str) -> object:
+  try:
+    return json.loads(text)
+  except ValueError:
+    return None
+
+
+def no_field(where: str, field: str, has: Iterable[str]) -> errors.DataError:
+  return errors.DataError(
+    f"there is no field {field!r} to take the text from\n  given:  {where} with fields "
+    f"{' '.join(map(str, has))}\n  needed: the field that holds the text\n"
+    "  try:    --config.data.sources.NAME.field=FIELD"
+  )
+
+
+def parquet_documents(path: str, field: str) -> Parts:
+  """The texts in column `field` of a parquet file, a row group at a time at most."""
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    with open_binary(path) as file, parquet.ParquetFile(file) as table:
+      if field not in table.schema_arrow.names:
+        raise no_field(path, field, table.schema_arrow.names)
+      for batch in table.iter_batches(batch_size=256, columns=[field]):
+        for value in batch.column(0).to_pylist():
+          yield record_text(value)
+  except (pyarrow.ArrowException, OSError) as error:
+    raise damaged(path, error, "a parquet file") from error
+
+
+def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
+  """A whole document from the value of a record's text field."""
+  if isinstance(value, bytes):
+    text, problems = clean(value.decode(errors="surrogateescape"), BAD_UTF8)
+  elif isinstance(value, str):
+    text, problems = clean(value, BAD_SURROGATE)
+  else:
+    text, problems = "", (BAD_JSON,)
+  return text, True, problems
+
+
+def open_tfds(key: str, source: ConfigDict) -> Corpus:
+  """Opens a TFDS data set: by name, by directory, or as array_record files by glob."""
+  splits = [split for split in (source.split, source.validation_split) if split]
+  if "array_record" in os.path.basename(source.path):
+    return open_array_records(key, source, splits)
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise errors.MissingInputError(
+      f"{key}.kind=tfds needs TensorFlow Datasets\n  given:  {error}\n"
+      "  needed: pip install tensorflow-datasets tensorflow-cpu"
+    ) from error
+  builder = find_builder(tfds, key, source.path)
+  for knob, split in zip(("split", "validation_split"), splits, strict=False):
+    if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
+      known = " ".join(builder.info.splits)
+      raise errors.ConfigError(f"{key}.{knob}", split, f"a split of {source.path}", known)
+  if source.field not in builder.info.features:
+    raise no_field(source.path, source.field, builder.info.features)
+  random_access = builder.info.file_format.value == "array_record"
+  records = data_source_records if random_access else dataset_records
+  infos = [builder.info.splits[split] for split in splits]
+  listing = [builder.info.full_name, splits, [info.num_examples for info in infos]]
+
+  def read(split: str, skip: int) -> Parts:
+    return records(builder, split, source.field, skip)
+
+  sizes = [info.num_bytes or 0 for info in infos]
+  return tfds_corpus(source.path, splits, sizes, listing, read)
+
+
+def tfds_corpus(path: str, splits: list, sizes: list, listing: list, read) -> Corpus:
+  """A corpus with one `file` a split; with two splits, the second is for validation."""
+  names = ("train", "validation") if len(splits) > 1 else ("",)
+
+  def read_from(position=(0, 0)) -> Iterator[Piece]:
+    for number in range(position[0], len(splits)):
+      skip = position[1] if number == position[0] else 0
+      parts = [(names[number], read(splits[number], skip))]
+      yield from to_pieces(parts, number, skip, skip)
+
+  fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+  return Corpus([f"{path} {split}" for split in splits], sizes, fingerprint, read_from)
+
+
+def find_builder(tfds, key: str, path: str):
+  """The TFDS builder at `path`, prepared: a directory, NAME, or MODULE:NAME of your own."""
+  directory = os.path.expanduser(path)
+  try:
+    if "://" in path or os.path.isdir(directory):
+      return tfds.builder_from_directory(directory)
+    module, colon, rest = path.partition(":")
+    if colon and module not in ("huggingface", "kubric", "robotics"):
+      sys.path.insert(0, os.getcwd())
+      importlib.import_module(module)  # which registers its builders
+      path = rest
+    builder = tfds.builder(path)
+    if not builder.is_prepared():
+      data.import_tensorflow()
+      builder.download_and_prepare()
+    return builder
+  except Exception as error:  # whatever a builder, a download or TFDS itself may raise
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise errors.MissingInputError(
+      f"{key}.path={path}: TFDS cannot provide it\n"
+      f"  given:  {type(error).__name__}: {' '.join(lines[:3])[:300]}\n"
+      "  needed: a prepared directory, a TFDS name, or MODULE:NAME of your own builder\n"
+      "  try:    TFDS_DATA_DIR=DIRECTORY, if it is prepared elsewhere"
+    ) from error
+
+
+def dataset_records(builder, split: str, field: str, skip: int) -> Parts:
+  """Texts through tf.data, one file after another so that the order is the stored one."""
+  import tensorflow_datasets as tfds
+
+  tf = data.import_tensorflow()
+  config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+  decoders = tfds.decode.PartialDecoding({field: True})
+  try:
+    with data.quiet_stderr():
+      dataset = builder.as_dataset(split=split, read_config=config, decoders=decoders)
+      records = dataset.skip(skip).batch(64).as_numpy_iterator()
+    for batch in records:
+      for value in batch[field]:
+        yield record_text(value)
+  except tf.errors.OpError as error:
+    path = f"{builder.data_path} {split}"
+    raise damaged(path, error, "the TFRecord files that TFDS wrote") from error
+
+
+def data_source_records(builder, split: str, field: str, skip: int) -> Parts:
+  """Texts through random access to array_record files; needs no TensorFlow."""
+  source = builder.as_data_source(split=split)
+  for number in range(skip, len(source)):
+    yield record_text(source[number][field])
+
+
+def open_array_records(key: str, source: ConfigDict, splits: list[str]) -> Corpus:
+  """Opens array_record files by glob, `{split}` in it standing for the split.
+
+  For directories whose dataset_info.json speaks of other files, or that have none.
+  """
+  from array_record.python import array_record_data_source
+  from tensorflow_datasets.core.features import FeaturesDict
+
+  if len(splits) > 1 and "{split}" not in source.path:
+    raise errors.ConfigError(
+      f"{key}.path", source.path, "'{split}' where the name of the split is",
+      "DIRECTORY/NAME-{split}.array_record*",
+    )  # fmt: skip
+  paths = {s: find_files(f"{key}.path", source.path.replace("{split}", s)) for s in splits}
+  features = FeaturesDict.from_config(os.path.dirname(paths[splits[0]][0]))
+  if source.field not in features:
+    raise no_field(source.path, source.field, features)
+
+  def read(split: str, skip: int) -> Parts:
+    try:
+      records = array_record_data_source.ArrayRecordDataSource(paths[split])
+      for number in range(skip, len(records)):
+        example = features.deserialize_example_np(records[number])
+        yield record_text(example[source.field])
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise damaged(source.path, error, "whole array_record files") from error
+
+  sizes = [sum(map(file_size, paths[split])) for split in splits]
+  files = [(os.path.basename(f), file_size(f)) for split in splits for f in paths[split]]
+  return tfds_corpus(source.path, splits, sizes, [splits, files], read)

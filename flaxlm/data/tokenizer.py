@@ -1,0 +1,263 @@
+"""Text to ids and back: train, load and run a SentencePiece model.
+
+A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. That
+takes no normalisation, no dummy prefix, byte fallback, and one thing that SentencePiece
+does not do: its space marker U+2581, found in text, is spelt in bytes. Newline and tab are
+pieces of their own, so a text cut after a newline has the ids of the whole.
+"""
+
+import codecs
+import hashlib
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from flaxlm import errors
+from flaxlm.data import quiet_stderr
+
+# Their order is their id in tokenizers trained here; user symbols follow.
+SPECIAL = ("pad", "bos", "eos", "unk", "mask", "cls", "sep")
+PIECE = 1 << 16  # characters encoded as one string; bounds the memory of long documents
+MARK = "\u2581"  # SentencePiece's space
+LINE = 4096  # characters of a training line: BPE training slows down on long ones
+# The unigram trainer adds up per thread: with another number comes another vocabulary.
+TRAIN_THREADS = 8
+PROBES = {  # text that shows what a foreign model changes
+  "a": "it loses letters",
+  " a  b ": "it changes spaces",
+  "a\nb\t\r\n": "it changes newlines or tabs",
+  "\ufb01\u2460A\u030a\u3000\uff76": "its normaliser changes characters",
+  "\U0001f9ea\u0000\ue000": "unknown characters are lost: it has no byte fallback",
+  f"a{MARK}b": "it turns U+2581 into a space",
+}
+
+
+class Tokenizer:
+  """One SentencePiece model, given as the bytes of its `.model` file."""
+
+  def __init__(self, model: bytes):
+    import sentencepiece
+
+    self.model = model
+    self.sha256 = hashlib.sha256(model).hexdigest()
+    self._sp = sp = sentencepiece.SentencePieceProcessor()
+    sp.LoadFromSerializedProto(model)
+    self.vocab_size: int = sp.vocab_size()
+    self.pad_id: int = sp.pad_id()
+    self.bos_id: int = sp.bos_id()
+    self.eos_id: int = sp.eos_id()
+    self.unk_id: int = sp.unk_id()
+    self.mask_id: int = self.control_id("<mask>", "[MASK]")
+    self.cls_id: int = self.control_id("<cls>", "[CLS]")
+    self.sep_id: int = self.control_id("<sep>", "[SEP]")
+    self._pieces: list[bytes] = []
+    first = sp.encode("a")
+    self.adds_prefix = bool(first) and sp.id_to_piece(first[0]).startswith(MARK)
+    mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
+    self.byte_fallback = all(map(sp.is_byte, mark))
+    self._mark = mark if self.byte_fallback else [self.unk_id]
+    # Why decode(encode(text)) is not always text; "" if it is.
+    lost = (why for text, why in PROBES.items() if self.decode(self.encode(text)) != text)
+    self.loss: str = next(lost, "")
+    self.is_lossless = not self.loss
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+      raise errors.MissingInputError(
+        f"config.tokenizer.path={path} does not exist\n  given:  {file.absolute()}\n"
+        "  needed: a SentencePiece .model file\n"
+        "  try:    --config.tokenizer.path=  (an empty path trains a tokenizer)"
+      )
+    try:
+      return cls(file.read_bytes())
+    except RuntimeError as error:
+      raise errors.DataError(
+        f"config.tokenizer.path={path} is not a SentencePiece model\n"
+        f"  given:  {file.absolute()}, {file.stat().st_size} bytes\n"
+        "  needed: a .model file of SentencePiece (not a .json or .vocab)"
+      ) from error
+
+  def control_id(self, *names: str) -> int:
+    """The id of the first of these control symbols that the model has, or -1."""
+    ids = [self._sp.piece_to_id(name) for name in names]
+    return next((i for i in ids if i != self.unk_id and self._sp.is_control(i)), -1)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without bos and eos."""
+    return self.encode_batch([text])[0].tolist()
+
+  def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
+    """Returns the ids (int32) of each text, computed by `num_threads` threads."""
+    chunks, marks, counts = [], [], []
+    for text in texts:
+      before = len(chunks)
+      for piece in cut(text, PIECE):
+        head, *rest = [piece] if self.adds_prefix else piece.split(MARK)
+        chunks.append(head)
+        for part in rest:
+          marks.append(len(chunks))
+          chunks.append(part)
+      counts.append(len(chunks) - before)
+    ids = self._sp.encode(chunks, num_threads=num_threads)
+    for number in marks:
+      ids[number] = self._mark + ids[number]
+    batch, start = [], 0
+    for count in counts:
+      flat = itertools.chain.from_iterable(ids[start : start + count])
+      batch.append(np.fromiter(flat, np.int32))
+      start += count
+    return batch
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of `ids`; control symbols have none, bad UTF-8 becomes U+FFFD."""
+    return Decoder(self)(ids, final=True)
+
+  def pieces(self) -> list[bytes]:
+    """The UTF-8 text of each id."""
+    if not self._pieces:
+      sp = self._sp
+      for i in range(self.vocab_size):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i):
+          self._pieces.append(b"")
+        elif sp.is_byte(i):
+          self._pieces.append(bytes([int(piece[3:5], 16)]))
+        elif sp.is_unknown(i):
+          self._pieces.append(b"\xef\xbf\xbd")
+        else:
+          self._pieces.append(piece.replace(MARK, " ").encode())
+    return self._pieces
+
+
+class Decoder:
+  """Turns ids that arrive a few at a time into text, never half a character."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._pieces = tokenizer.pieces()
+    self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    self._strip = tokenizer.adds_prefix
+
+  def __call__(self, ids: Sequence[int], final: bool = False) -> str:
+    """Returns the text that is complete now; `final` also flushes what is not."""
+    ids = np.asarray(ids).tolist()
+    if ids and not 0 <= min(ids) <= max(ids) < len(self._pieces):
+      raise ValueError(f"ids {min(ids)}..{max(ids)} are not in 0..{len(self._pieces) - 1}")
+    text = self._utf8.decode(b"".join([self._pieces[i] for i in ids]), final)
+    if text and self._strip:
+      self._strip = False
+      text = text.removeprefix(" ")
+    return text
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+  """Yields `text` in pieces of at most `limit` characters, at least one.
+
+  Cuts fall after a newline or before a word, where no trained piece can lie across, so the
+  ids stay those of the whole text; a run of `limit` characters without either is cut hard.
+  """
+  start = 0
+  while len(text) - start > limit:
+    end = text.rfind("\n", start, start + limit) + 1
+    if not end:
+      space = text.rfind(" ", start, start + limit)
+      end = start + len(text[start : max(space, start)].rstrip(" "))
+      end = end if end > start else start + limit
+    yield text[start:end]
+    start = end
+  yield text[start:]
+
+
+def sample(texts: Iterable[str], num_bytes: int) -> list[str]:
+  """Returns about `num_bytes` of `texts` as lines, spread evenly over all of it.
+
+  One pass in bounded memory: every n-th snippet is kept, and n doubles as they pile up.
+  """
+  kept, total, stride, number = [], 0, 1, 0
+  for text in texts:
+    for snippet in cut(text, LINE):
+      if number % stride == 0:
+        kept.append(snippet)
+        total += len(snippet.encode())
+      number += 1
+      if total > 2 * num_bytes and len(kept) > 1:
+        kept, stride = kept[::2], stride * 2
+        total = sum(len(snippet.encode()) for snippet in kept)
+  size = max(1, round(len(kept) * min(1, num_bytes / max(total, 1))))
+  kept = [kept[i * len(kept) // size] for i in range(size)] if kept else []
+  # NUL ends a line for the trainer, and the mark would be taken for a space.
+  lines = (line for snippet in kept for line in re.split("[\n\0\u2581]", snippet))
+  return [line for line in lines if line]
+
+
+def train_tokenizer(
+  lines: Sequence[str],
+  kind: str,
+  vocab_size: int,
+  byte_fallback: bool = True,
+  user_symbols: Sequence[str] = (),
+) -> bytes:
+  """Trains on `lines`; returns the `.model` bytes, the same for the same arguments."""
+  import sentencepiece
+
+  names = [f"<{name}>" for name in SPECIAL]
+  for symbol in user_symbols:
+    if not symbol.strip() or symbol in names or list(user_symbols).count(symbol) > 1:
+      raise errors.ConfigError(
+        "config.tokenizer.user_symbols", repr(symbol), "new, distinct names", "<user>"
+      )
+  if not lines:
+    raise errors.DataError(
+      "there is no text to train a tokenizer on\n  given:  0 bytes of text\n"
+      "  needed: sources with text, see config.data.sources"
+    )
+  model = io.BytesIO()
+  try:
+    with quiet_stderr():
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=vocab_size,
+        byte_fallback=byte_fallback,
+        # With bytes to fall back on, the rarest 0.05% need no piece of their own.
+        character_coverage=0.9995 if byte_fallback else 1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        user_defined_symbols=["\n", "\t"],
+        control_symbols=names[4:] + list(user_symbols),
+        **{f"{name}_id": i for i, name in enumerate(SPECIAL[:4])},
+        **{f"{name}_piece": f"<{name}>" for name in SPECIAL[:4]},
+        unk_surface="\ufffd",
+        max_sentence_length=4 * LINE,
+        num_threads=TRAIN_THREADS,
+        minloglevel=2,
+      )
+  except RuntimeError as error:
+    least = len(names) + len(user_symbols) + 2 + 256 * byte_fallback + 1
+    raise vocab_error(vocab_size, str(error), least) from error
+  return model.getvalue()
+
+
+def vocab_error(vocab_size: int, message: str, least: int) -> errors.UserError:
+  """Says which vocab_size would do, from what SentencePiece says of this one."""
+  key = "config.tokenizer.vocab_size"
+  if found := re.search(r"too high.*<= (\d+)", message):
+    most = found[1]
+    return errors.ConfigError(key, vocab_size, f"at most {most} for this little text", most)
+  if found := re.search(r"required_chars. \d+ vs (\d+)", message):
+    need = f"at least {found[1]}: bytes, special tokens and each common character"
+    return errors.ConfigError(key, vocab_size, need, found[1])
+  if vocab_size < least:
+    need = f"at least {least}: bytes, special tokens and one character"
+    return errors.ConfigError(key, vocab_size, need, f"{max(least, 512)}")
+  return errors.DataError(f"SentencePiece could not train a tokenizer: {message}")

@@ -1,0 +1,145 @@
+"""Sampling from a decoder with a KV cache, a batch of prompts at a time.
+
+Tokens are made a few at a time inside one compiled loop and handed out as they come. Each
+random choice depends on (seed, row, number of the token) alone, so neither the size of
+those portions nor the other prompts of a batch change what is written.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.errors import ConfigError
+from flaxlm.models.attention import KVCache
+from flaxlm.models.transformer import Transformer
+
+PORTION = 8  # tokens per compiled call: what a reader waits for at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is drawn. temperature 0 takes the likeliest (greedy)."""
+
+  temperature: float = 1.0
+  top_k: int = 0  # only among the k likeliest; 0 = all
+  top_p: float = 1.0  # only among the likeliest that together have this probability
+  seed: int = 0
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < float("inf"):
+      raise ConfigError("--temperature", self.temperature, "a number from 0 up", "0.8")
+    if self.top_k < 0:
+      raise ConfigError("--top_k", self.top_k, "0 (all) or a number of tokens", "50")
+    if not 0 < self.top_p <= 1:
+      raise ConfigError("--top_p", self.top_p, "a probability above 0, at most 1", "0.95")
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+  """Draws one token id per row, int32 B. Nucleus sampling: Holtzman et al. 2020."""
+  V = logits_BV.shape[1]
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV / sampling.temperature
+  draw = jax.vmap(jax.random.categorical)
+  if not sampling.top_k and sampling.top_p == 1:
+    return draw(keys_B, logits_BV).astype(jnp.int32)
+  # Sorted, likeliest first; a token stays if those before it do not yet reach top_p.
+  best_BK, ids_BK = jax.lax.top_k(logits_BV, min(sampling.top_k or V, V))
+  probability_BK = jax.nn.softmax(best_BK)
+  before_BK = jnp.cumsum(probability_BK, axis=-1) - probability_BK
+  best_BK = jnp.where(before_BK < sampling.top_p, best_BK, -jnp.inf)
+  choice_B = draw(keys_B, best_BK)
+  return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def prefill(model: Transformer, tokens_BL, segment_ids_BL, cache: KVCache):
+  """Runs the prompts; returns (scores of the token that follows, BV; cache)."""
+  positions_BL = jnp.maximum(jnp.cumsum(segment_ids_BL, axis=1) - 1, 0)
+  x_BLD, cache = model(tokens_BL, positions_BL, segment_ids_BL, cache)
+  return model.logits(x_BLD[:, -1:])[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def decode(model, logits_BV, cache, next_position_B, count, allowed_V, sampling: Sampling):
+  """Makes PORTION tokens a row; returns (tokens BP, scores of the next, cache)."""
+  B = logits_BV.shape[0]
+  row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.key(sampling.seed), jnp.arange(B)
+  )
+
+  def step(carry, i):
+    logits_BV, cache = carry
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, count + i)
+    logits_BV = jnp.where(allowed_V[None, :], logits_BV, -jnp.inf)
+    token_B = sample(logits_BV, keys_B, sampling)
+    segment_ids_BL = jnp.ones((B, 1), jnp.int32)
+    x_BLD, cache = model(
+      token_B[:, None], (next_position_B + i)[:, None], segment_ids_BL, cache
+    )
+    return (model.logits(x_BLD)[:, 0], cache), token_B
+
+  (logits_BV, cache), tokens_PB = jax.lax.scan(
+    step, (logits_BV, cache), jnp.arange(PORTION)
+  )
+  return tokens_PB.T, logits_BV, cache
+
+
+def generate(
+  model: Transformer,
+  prompts: list[list[int]],
+  max_tokens: int,
+  sampling: Sampling,
+  allowed_V: np.ndarray,
+) -> Iterator[np.ndarray]:
+  """Yields arrays of new tokens, one row a prompt, up to `max_tokens` in all.
+
+  A text that outgrows the model's context goes on from its last half. Rows are independent;
+  the caller cuts each at its end-of-text token.
+
+  Args:
+    prompts: token ids, at least one each (a beginning-of-text token will do).
+    allowed_V: which ids may be drawn.
+  """
+  assert prompts and all(prompts), "a prompt needs at least one token"
+  context = model.config.max_len
+  if context < 2 * PORTION:
+    raise ConfigError("config.model.max_len", context, f"at least {2 * PORTION} to decode")
+  texts = [list(prompt) for prompt in prompts]
+  allowed_V, made, room = jnp.asarray(allowed_V), 0, 0
+  while made < max_tokens:
+    if room < PORTION:
+      keep = context - PORTION if made == 0 else context // 2
+      texts = [text[-keep:] for text in texts]
+      logits_BV, cache, length = _start(model, texts, context)
+      next_position_B = jnp.array([len(text) for text in texts], jnp.int32)
+      room = context - length
+    tokens_BP, logits_BV, cache = decode(
+      model, logits_BV, cache, next_position_B, made, allowed_V, sampling
+    )
+    next_position_B += PORTION
+    room -= PORTION
+    new = np.asarray(tokens_BP)[:, : max_tokens - made]
+    made += new.shape[1]
+    for text, row in zip(texts, new, strict=True):
+      text.extend(row.tolist())
+    yield new
+
+
+def _start(model: Transformer, texts: list[list[int]], context: int):
+  """Prefills a cache with left-padded texts; lengths are rounded up to compile less."""
+  longest = max(map(len, texts))
+  length = min(1 << (longest - 1).bit_length(), context - PORTION)
+  length = max(length, longest)
+  tokens = np.zeros((len(texts), length), np.int32)
+  segment_ids = np.zeros((len(texts), length), np.int32)
+  for i, text in enumerate(texts):
+    tokens[i, length - len(text) :] = text
+    segment_ids[i, length - len(text) :] = 1
+  cache = KVCache.empty(model.config, len(texts), context)
+  logits_BV, cache = prefill(model, tokens, segment_ids, cache)
+  return logits_BV, cache, length

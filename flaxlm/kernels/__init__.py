@@ -1,0 +1,1 @@
+"""How the hot spots are computed. Plain functions of arrays; no model, no config."""

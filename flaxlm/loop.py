@@ -1,0 +1,298 @@
+"""The training loop, on one page; what it prepares and reports is in the parts below it.
+
+Two habits keep the device busy and the run safe: the numbers of a step are read only after
+the next step has been dispatched, and a checkpoint is saved before anything that could fail.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxlm import cli
+from flaxlm import config as configs
+from flaxlm.data import baseline
+from flaxlm.data.feed import Feed
+from flaxlm.errors import DataError, Preempted
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.parallel import hosts
+from flaxlm.parallel.mesh import make_mesh
+from flaxlm.parallel.sharding import use_mesh
+from flaxlm.training import metrics as reports
+from flaxlm.training.checkpoint import Checkpointer
+from flaxlm.training.evaluation import evaluate, make_eval_step
+from flaxlm.training.guards import BadSteps, RunLock, StopSignal, Watchdog
+from flaxlm.training.optim import make_optimizer
+from flaxlm.training.state import (
+  init_state,
+  make_train_step,
+  shardings_of,
+  with_shardings,
+)
+
+
+def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
+  """Trains to config.num_steps, from the newest checkpoint in `workdir` if there is one.
+
+  Raises:
+    Preempted: a signal asked for a stop; the state is saved.
+    UserError: in its other kinds, for what the user can mend.
+  """
+  allocator = hosts.keep_freed_memory()
+  hosts.join(config.mesh.multihost)
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  rules = config.mesh.rules.to_dict()
+  feed = Feed(config, mesh, rules)
+  tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
+  init = functools.partial(
+    init_state,
+    model_config=TransformerConfig(**config.model),
+    tx=tx,
+    ema_decay=config.step.ema_decay,
+  )
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(use_mesh(mesh, rules))
+    if jax.process_index() == 0:
+      stack.enter_context(RunLock(workdir))
+    watchdog = stack.enter_context(Watchdog(config.guards.hang_seconds))
+    checkpoints = stack.enter_context(
+      Checkpointer(workdir / "checkpoints", **config.checkpoint)
+    )
+    key = jax.random.key(config.seed)
+    target = with_shardings(jax.eval_shape(init, key), mesh, rules)
+    state = restore(checkpoints, target, feed, config)
+    if state is None:
+      state = jax.jit(init, out_shardings=shardings_of(target))(key)
+    first_step = int(state.step)
+    store_run(workdir, config, feed)
+    summarize(config, workdir, target, feed, mesh, first_step, allocator)
+    if first_step >= config.num_steps:
+      print(f"nothing to do: step {first_step} of {config.num_steps} is reached")
+      return
+
+    train_step = jax.jit(
+      make_train_step(tx, learning_rate, **config.step),
+      donate_argnums=0,
+      out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
+    )
+    eval_step = jax.jit(make_eval_step(config.step.chunk_size))
+    progress = stack.enter_context(Progress(config, workdir, first_step))
+    profiler = stack.enter_context(Profiler(config.log, workdir))
+
+    if jax.process_index() == 0:
+      print("compiling the training step ...", flush=True)
+    batches = progress.waiting_for(feed.read_train(first_step))
+    for step, batch in enumerate(batches, first_step + 1):
+      profiler.at(step)
+      state, metrics = train_step(state, batch)
+      progress.add(step, metrics)
+      checkpoints.poll()
+      watchdog.beat()
+      last, stopping = step == config.num_steps, stop.should_stop(step)
+      if last or stopping or checkpoints.is_due(step):
+        progress.flush()
+        checkpoints.save(step, state, describe(config, feed, step))
+      if not stopping and feed.validation and (last or is_due(config.eval.every, step)):
+        with progress.paused(step):
+          result = evaluate(
+            state.eval_model,
+            feed.read_validation(),
+            eval_step,
+            baseline.bytes_per_token(feed.validation),
+            stop.should_stop,
+            watchdog.beat,
+          )
+        if result is None:  # a signal came during evaluation
+          checkpoints.save(step, state, describe(config, feed, step))
+          stopping = True
+        else:
+          progress.writer.log(step, result, kind="eval")
+      if stopping and not last:
+        raise Preempted(
+          f"stopped after step {step} of {config.num_steps}\n"
+          f"  saved:  {workdir}/checkpoints/{step}\n"
+          "  next:   the same command continues from there"
+        )
+  print(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
+
+
+def is_due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def describe(config, feed: Feed, step: int) -> dict:
+  """What a checkpoint says of itself."""
+  return {
+    "step": step,
+    "tokens": step * config.data.batch_size * config.data.seq_len,
+    "data_fingerprint": feed.fingerprint,
+    "tokenizer_sha256": feed.tokenizer_sha256,
+    "config": json.loads(configs.to_json(config)),
+  }
+
+
+def restore(checkpoints: Checkpointer, target, feed: Feed, config):
+  """Returns the newest valid state, or None for a new run; refuses other data."""
+  restored = checkpoints.restore_latest(target)
+  if restored is None:
+    return None
+  state, meta = restored
+  if meta["data_fingerprint"] != feed.fingerprint:
+    raise DataError(
+      "the run was started with other data\n"
+      f"  given:  {config.data.store}, fingerprint {feed.fingerprint[:12]}\n"
+      f"  needed: fingerprint {meta['data_fingerprint'][:12]}, as in its checkpoints\n"
+      "  try:    the config.data.store of that run, or another --workdir"
+    )
+  before = configs.flatten(configs.from_json(json.dumps(meta["config"])))
+  for key, value in configs.flatten(config).items():
+    if key in before and value != before[key] and jax.process_index() == 0:
+      print(f"changed since step {meta['step']}: config.{key} {before[key]} -> {value}")
+  return state
+
+
+def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
+  """Keeps the config and the tokenizer with the run: later doors need nothing else."""
+  if jax.process_index() == 0:
+    cli.write_atomically(workdir / "config.json", configs.to_json(config).encode())
+    if feed.store:
+      cli.write_atomically(workdir / "tokenizer.model", feed.store.tokenizer)
+
+
+def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) -> None:
+  """Prints the card of the run: what will be computed, on what, from what."""
+  if jax.process_index():
+    return
+  model, data = config.model, config.data
+  text, epochs = "synthetic tokens", None
+  if feed.store:
+    tokens = sum(stream.num_tokens for stream in feed.train.streams.values())
+    text = f"{data.store}: {' + '.join(data.sources)}, {tokens:,} training tokens"
+    epochs = config.num_steps * data.batch_size / sum(feed.train.rows_per_source)
+  embedding = [target.model.embed, target.model.positions, target.model.unembed]
+  total, embedded = count(target.model), count(embedding)
+  reports.print_summary(
+    model=f"{model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
+    f"context {data.seq_len}, {model.positions} positions, {model.norm}, {model.mlp}, "
+    f"{model.dtype}",
+    parameters={"layers": total - embedded, "embeddings": embedded},
+    tokens_per_step=data.batch_size * data.seq_len,
+    num_steps=config.num_steps,
+    flops_per_token=reports.flops_per_token(model, data.seq_len),
+    mesh=dict(mesh.shape),
+    device_kind=jax.devices()[0].device_kind,
+    bytes_per_device={
+      "parameters": bytes_per_device(target.model),
+      "optimizer": bytes_per_device(target.opt_state),
+    },
+    data=text,
+    epochs=epochs,
+    tokenizer=f"{feed.tokenizer_sha256[:12]}, vocabulary {model.vocab_size}",
+    workdir=workdir,
+    resume=f"from step {first_step}" if first_step else "new run",
+    xla=allocator if jax.default_backend() == "cpu" else "",
+  )
+
+
+def count(tree) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree) -> int:
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+class Progress:
+  """Reads the numbers of each step one step late; logs every log.every steps."""
+
+  def __init__(self, config, workdir: pathlib.Path, first_step: int):
+    self.every, self.num_steps = config.log.every, config.num_steps
+    self.bad_steps = BadSteps(config.guards.max_bad_steps)
+    bfloat16 = config.model.dtype == "bfloat16"
+    self.writer = reports.MetricsWriter(
+      workdir,
+      config.log.tensorboard,
+      first_step,
+      config.num_steps,
+      config.data.batch_size * config.data.seq_len,
+      reports.flops_per_token(config.model, config.data.seq_len),
+      reports.peak_flops(jax.devices()[0]) if bfloat16 else None,
+    )
+    self._first_step, self._pending, self._waited = first_step, None, 0.0
+
+  def __enter__(self) -> "Progress":
+    self.writer.__enter__()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.writer.__exit__(*error)
+
+  def waiting_for(self, batches: Iterator) -> Iterator:
+    """Passes batches on, and measures how long the loop waits for each."""
+    while True:
+      start = time.perf_counter()
+      batch = next(batches, None)
+      self._waited += time.perf_counter() - start
+      if batch is None:
+        return
+      yield batch
+
+  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the numbers of a step that may still be running; reads those before it."""
+    self.flush()
+    self._pending = step, metrics
+
+  def flush(self) -> None:
+    """Waits for the last step and reads its numbers."""
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    values = jax.device_get(metrics)
+    self.bad_steps.update(step, values.pop("bad"), values["loss"])
+    first = step == self._first_step + 1
+    if first or step % self.every == 0 or step == self.num_steps:
+      self.writer.log(step, values | {"skipped": self.bad_steps.total}, "train", self._waited)
+      self._waited = 0.0
+    if first:  # its time was the compiler's
+      self.writer.restart_clock(step)
+
+  @contextlib.contextmanager
+  def paused(self, step: int):
+    """Keeps the time of what happens inside out of the speed."""
+    self.flush()
+    yield
+    self.writer.restart_clock(step)
+
+
+class Profiler:
+  """Traces log.profile_num_steps steps from log.profile_step on, for TensorBoard."""
+
+  def __init__(self, log, workdir: pathlib.Path):
+    self.first, self.stop = log.profile_step, log.profile_step + log.profile_num_steps
+    self.directory = workdir / "profile"
+    self.running = False
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self.running:
+      jax.profiler.stop_trace()
+
+  def at(self, step: int) -> None:
+    """Starts or stops before step `step`."""
+    if self.first and step == self.first:
+      jax.profiler.start_trace(str(self.directory))
+      self.running = True
+    elif self.running and step == self.stop:
+      jax.profiler.stop_trace()
+      self.running = False
+      print(f"profile of steps {self.first} to {self.stop - 1}: {self.directory}")

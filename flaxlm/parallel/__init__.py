@@ -1,0 +1,1 @@
+"""Which device holds what: the mesh, the rule table, the hosts."""

@@ -1,0 +1,34 @@
+"""Train a model from a prepared token store.
+
+  python -m flaxlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command continues a run that was stopped or killed; without --config it uses the
+config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input, 73 the
+directory cannot be used, 74 storage, 75 stopped and saved (run it again), 85 hang,
+86 numerics. The loop is in flaxlm/loop.py.
+"""
+
+import pathlib
+
+from flaxlm import cli
+from flaxlm import config as configs
+from flaxlm.training.guards import StopSignal
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.parser(__doc__, "train")
+  parser.add_argument("--config", help="a config file; default: the one stored in --workdir")
+  parser.add_argument("--workdir", required=True, help="directory of the run")
+  args, overrides = cli.parse(parser, argv)
+  if args.config:
+    config = configs.load(args.config, overrides)
+  else:
+    config = cli.load_run(args.workdir, overrides)
+  with StopSignal() as stop:  # from here on a signal is never lost
+    from flaxlm.loop import train  # JAX and its friends take seconds to import
+
+    train(config, pathlib.Path(args.workdir), stop)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,511 @@
+"""Save and restore the state of a run: Orbax's asynchronous writer, under our own manifest.
+
+Why a manifest: Orbax restores one flipped bit of an array without a word. Here every file
+has a sha256, the manifest has one of itself, and a checkpoint that does not match is not used.
+
+    <workdir>/checkpoints/500/state/...      what Orbax wrote; each leaf under a readable name
+    <workdir>/checkpoints/500/MANIFEST.json  files, leaves, and `meta`; last line: its sha256
+    <workdir>/checkpoints/500.unfinished/    a save that is running, or was killed: no use
+    <workdir>/checkpoints/400.bad-1/         failed verification; moved aside, never deleted
+
+All is written under `.unfinished` and published by one rename, after the manifest is on disk.
+So a directory with a bare number is complete, or was damaged later. Which steps exist is read
+from disk each time and never remembered: an index is one more thing that can be wrong.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import threading
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
+
+PyTree = Any
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+NOTHING, ALL_BAD = -1, -2  # what process 0 broadcasts when it has no step to offer
+
+
+def _silence_echoes() -> None:
+  """Keeps a failed write to one message.
+
+  Orbax raises its error, which we report; it also logs it, and each task that it abandons
+  prints a traceback of its own: hundreds, when a disk is full.
+  """
+  logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+  logging.getLogger("asyncio").addFilter(lambda r: "/orbax/" not in r.getMessage())
+  inner = sys.unraisablehook
+
+  def hook(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      inner(unraisable)
+
+  sys.unraisablehook = hook
+
+
+_silence_echoes()
+
+
+class Checkpointer:
+  """Saves in the background, keeps by policy, restores the newest checkpoint that is whole.
+
+  Every process of a job calls every method. Process 0 verifies, publishes and deletes. The
+  caller holds the directory for itself (`guards.RunLock`).
+  """
+
+  def __init__(self, directory, keep_last: int, keep_every: int, every: int):
+    """keep_last: newest to keep. keep_every: multiples to keep for ever. every: see is_due."""
+    self.directory = pathlib.Path(directory).absolute()
+    self.keep_last, self.keep_every, self.every = keep_last, keep_every, every
+    self._thread: threading.Thread | None = None
+    self._error: StorageError | None = None
+    self._newest = -1  # the step that was saved or restored last
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    if jax.process_index() == 0:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.directory)
+      except OSError as error:
+        raise _storage_error(f"{self.directory} cannot be opened", error) from error
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    if error is None or isinstance(error, UserError):
+      self.close()
+      return
+    # Something broke. In a job of many processes the save may never end: wait, not for
+    # ever.
+    if self._thread is not None:
+      self._thread.join(60)
+    if self._error is not None:
+      print(f"flaxlm: also: {self._error}", file=sys.stderr)
+
+  def is_due(self, step: int) -> bool:
+    return step % self.every == 0
+
+  def save(self, step: int, state: PyTree, meta: dict) -> None:
+    """Copies `state` to the host, then writes in the background. Joins an earlier save first.
+
+    The caller may donate `state` as soon as this returns. A step that was just restored or
+    saved is not saved again.
+
+    Args:
+      step: the number of finished steps; the name of the directory.
+      state: a pytree of `jax.Array`s; in a job of many processes, global ones.
+      meta: a JSON object that is kept in the manifest.
+    Raises:
+      StorageError: this or the previous save failed.
+    """
+    self._join()
+    if step == self._newest:
+      return
+    leaves = named_leaves(state)
+    manifest = {
+      "format": FORMAT,
+      "step": step,
+      "meta": json.loads(json.dumps(meta, allow_nan=False)),
+      "leaves": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
+    }
+    draft = self.directory / f"{step}.unfinished"
+    try:
+      if jax.process_index() == 0:
+        if (self.directory / str(step)).exists():
+          raise FileExistsError(
+            f"{self.directory / str(step)} exists, from another run"
+          )
+        remove_leftovers(self.directory)
+        check_space(self.directory, sum(x.nbytes for x in leaves.values()))
+        draft.mkdir()
+      self._orbax.save(draft / "state", args=ocp.args.PyTreeSave(nest(leaves)))
+    except StorageError:
+      raise
+    except Exception as error:
+      raise _storage_error(
+        f"the checkpoint of step {step} cannot be saved", error
+      ) from error
+    self._newest = step
+    self._thread = threading.Thread(
+      target=self._finish, args=(step, draft, manifest), name="checkpoint"
+    )
+    self._thread.start()
+
+  def _finish(self, step: int, draft: pathlib.Path, manifest: dict) -> None:
+    """Runs in the background: waits for Orbax, then hashes, publishes, and deletes old ones."""
+    try:
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        manifest["files"] = hash_files(draft / "state", sync=True)
+        write_manifest(draft, manifest)
+        os.rename(draft, self.directory / str(step))
+        sync_directory(self.directory)
+        self._delete_old(step)
+    except BaseException as error:
+      self._newest = -1
+      self._error = _storage_error(
+        f"saving the checkpoint of step {step} failed", error
+      )
+
+  def _delete_old(self, newest: int) -> None:
+    steps = list_steps(self.directory)
+    keep = {newest, *steps[-self.keep_last :]}
+    if self.keep_every:
+      keep |= {step for step in steps if step % self.keep_every == 0}
+    for step in set(steps) - keep:
+      # Renamed first: killed half-way, it must not look like a checkpoint.
+      doomed = self.directory / f"{step}.deleted"
+      os.rename(self.directory / str(step), doomed)
+      shutil.rmtree(doomed)
+
+  def poll(self) -> None:
+    """Raises StorageError if a save in the background has failed. Costs a microsecond."""
+    if self._thread is not None and not self._thread.is_alive():
+      self._join()
+
+  def _join(self) -> None:
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def close(self) -> None:
+    """Waits for the last save. Raises StorageError if it failed."""
+    try:
+      self._join()
+    finally:
+      self._orbax.close()
+
+  def restore_latest(self, target: PyTree) -> tuple[PyTree, dict] | None:
+    """Restores the newest checkpoint that is whole, on the shardings of `target`.
+
+    Damaged ones are named on stderr and moved aside, so that their step can be saved again.
+
+    Args:
+      target: `jax.ShapeDtypeStruct`s with shardings, in the structure of the saved state.
+    Returns:
+      (state, meta), or None if there never was a checkpoint.
+    Raises:
+      StorageError: there are checkpoints, and none is whole.
+      ConfigError: names, shapes or dtypes are not those of `target`.
+    """
+    self._join()
+    step = choose(self.directory, move_aside=True)
+    if step is None:
+      return None
+    manifest = read_manifest(self.directory / str(step))
+    state = _restore(self.directory / str(step), manifest, target, partial=False)
+    self._newest = step
+    return state, manifest["meta"]
+
+
+def restore_for_inference(directory, target: PyTree, step: int | None = None):
+  """Restores the part of a checkpoint that `target` names, such as {"model": ...}.
+
+  Changes nothing on disk, so it may run beside the training that writes there.
+
+  Args:
+    directory: the `checkpoints` directory of a run.
+    target: `jax.ShapeDtypeStruct`s; those without a sharding go to the first local device.
+    step: which checkpoint; None takes the newest that is whole.
+  Returns:
+    (tree like `target`, meta)
+  """
+  directory = pathlib.Path(directory).absolute()
+  step = _require(directory, step)
+  manifest = read_manifest(directory / str(step))
+  return _restore(directory / str(step), manifest, target, partial=True), manifest[
+    "meta"
+  ]
+
+
+def read_meta(directory, step: int | None = None) -> dict:
+  """Returns the `meta` of a checkpoint; the newest whose manifest is whole if step is None.
+
+  Reads no arrays: it is for what must be known before a model can be built.
+  """
+  directory = pathlib.Path(directory).absolute()
+  for candidate in [step] if step is not None else list_steps(directory)[::-1]:
+    try:
+      return read_manifest(directory / str(candidate))["meta"]
+    except (OSError, ValueError):
+      continue
+  _require(directory, step)
+  raise StorageError(f"{directory} changed while it was read")
+
+
+def _require(directory: pathlib.Path, step: int | None) -> int:
+  """The step to read, for doors that cannot go on without one."""
+  steps = list_steps(directory)
+  if not steps or step is not None and step not in steps:
+    has = " ".join(map(str, steps[-8:])) or "no checkpoint"
+    raise MissingInputError(
+      f"no checkpoint {'' if step is None else f'of step {step} '}to read\n"
+      f"  given:  {directory} ({has})\n"
+      "  needed: a directory in which `python -m flaxlm.train` has saved"
+    )
+  return choose(directory, move_aside=False, only=step)
+
+
+def choose(
+  directory: pathlib.Path, move_aside: bool, only: int | None = None
+) -> int | None:
+  """Returns the newest step that verifies, the same on every process; None if none exists."""
+  step = NOTHING
+  if jax.process_index() == 0:
+    step = _choose_alone(directory, move_aside, only)
+  if jax.process_count() > 1:
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+  if step == ALL_BAD:
+    which = (
+      "no checkpoint" if only is None else f"checkpoint {only}, which was asked for,"
+    )
+    raise StorageError(
+      f"{which} {'is whole' if only is None else 'is damaged'}\n"
+      f"  given:  {directory} (each one's damage is named above)\n"
+      "  needed: one that matches its MANIFEST.json; nothing was deleted\n"
+      "  try:    a backup of it, another step, or a new --workdir to start over"
+    )
+  return None if step == NOTHING else step
+
+
+def _choose_alone(directory: pathlib.Path, move_aside: bool, only: int | None) -> int:
+  if not directory.is_dir():
+    return NOTHING
+  bad = []
+  for step in [only] if only is not None else list_steps(directory)[::-1]:
+    reason = find_damage(directory / str(step))
+    if reason is None:
+      # Only now, with something to continue from: otherwise all stays where it was.
+      for other in bad if move_aside else []:
+        _move_aside(directory / str(other))
+      return step
+    print(
+      f"flaxlm: warning: skipping {directory / str(step)}: {reason}", file=sys.stderr
+    )
+    bad.append(step)
+  # A run that once had checkpoints must not silently begin again.
+  moved = any(re.fullmatch(r"\d+\.bad-\d+", p.name) for p in directory.iterdir())
+  return ALL_BAD if bad or moved else NOTHING
+
+
+def _move_aside(path: pathlib.Path) -> None:
+  number = 1
+  while path.with_name(f"{path.name}.bad-{number}").exists():
+    number += 1
+  os.rename(path, path.with_name(f"{path.name}.bad-{number}"))
+
+
+def find_damage(path: pathlib.Path) -> str | None:
+  """Says what is wrong with the checkpoint at `path`; None if every byte is as written."""
+  try:
+    if not path.is_dir():
+      return "not a directory"
+    if not any(path.iterdir()):
+      return "empty"
+    if not (path / MANIFEST).exists():
+      return f"unfinished: it has no {MANIFEST}"
+    manifest = read_manifest(path)
+    if manifest["step"] != int(path.name):
+      return f"its {MANIFEST} is of step {manifest['step']}"
+    # Sizes first: a truncated file is found without reading the rest.
+    for name, (size, _) in manifest["files"].items():
+      file = path / "state" / name
+      if not file.is_file():
+        return f"state/{name} is missing"
+      if file.stat().st_size != size:
+        return f"state/{name} has {file.stat().st_size} bytes, not {size}"
+    found = hash_files(path / "state", sync=False, names=manifest["files"])
+    for name, (_, digest) in manifest["files"].items():
+      if found[name][1] != digest:
+        return f"state/{name} does not match its sha256"
+  except (OSError, ValueError) as error:
+    return str(error)
+  return None
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+  """Reads MANIFEST.json; ValueError unless its last line is the sha256 of those before it."""
+  data = (path / MANIFEST).read_bytes()
+  body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
+  if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
+    raise ValueError(f"{MANIFEST} does not match its own sha256")
+  manifest = json.loads(body)
+  if manifest["format"] != FORMAT:
+    raise ValueError(f"{MANIFEST} has format {manifest['format']}; this reads {FORMAT}")
+  return manifest
+
+
+def write_manifest(path: pathlib.Path, manifest: dict) -> None:
+  body = json.dumps(manifest, indent=1).encode()
+  draft = path / f"{MANIFEST}.tmp"
+  with draft.open("wb") as file:
+    file.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.rename(draft, path / MANIFEST)
+  sync_directory(path)
+
+
+def hash_files(path: pathlib.Path, sync: bool, names=None) -> dict[str, list]:
+  """Returns {relative name: [size, sha256]} of all files, or of `names`; sync: fsync them."""
+  if names is None:
+    names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
+    folders = [path, *(f for f in path.rglob("*") if f.is_dir())]
+  else:
+    folders = []
+
+  def digest(name: str) -> list:
+    with (path / name).open("rb") as file:
+      if sync:
+        os.fsync(file.fileno())
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+      return [file.tell(), digest]
+
+  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    found = dict(zip(names, pool.map(digest, names), strict=True))
+  if sync:
+    for folder in folders:
+      sync_directory(folder)
+  return found
+
+
+def sync_directory(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def list_steps(directory) -> list[int]:
+  """The numbers of all entries that look like a finished checkpoint, ascending."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return []
+  names = (entry.name for entry in directory.iterdir())
+  return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+
+def remove_leftovers(directory: pathlib.Path) -> None:
+  """Deletes what a killed save or a killed deletion left behind; nothing else looks so."""
+  for path in directory.iterdir():
+    if re.fullmatch(r"\d+\.(unfinished|deleted)", path.name):
+      shutil.rmtree(path)
+
+
+def check_space(directory: pathlib.Path, state_bytes: int) -> None:
+  """Raises StorageError unless a state of this size fits, with a fifth to spare."""
+  free, needed = shutil.disk_usage(directory).free, int(1.2 * state_bytes)
+  if free < needed:
+    raise StorageError(
+      f"not enough disk space for a checkpoint\n  given:  {free / 1e9:.3f} GB free at "
+      f"{directory}\n  needed: {needed / 1e9:.3f} GB, 1.2 x the state\n"
+      "  try:    a lower --config.checkpoint.keep_last, or free some space"
+    )
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+  """Returns {"model/blocks/attention/wq": leaf}, the names that files and messages use."""
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if len(parts) > 1 and parts[-1] == "value":  # what nnx.Param adds
+      parts.pop()
+    name = "/".join(parts)
+    assert name and name not in leaves, f"two leaves of the state are named {name!r}"
+    leaves[name] = leaf
+  return leaves
+
+
+def nest(leaves: dict[str, Any]) -> dict:
+  """The same as a tree of dicts, which is how Orbax stores it."""
+  root = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = root
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    assert isinstance(node, dict) and last not in node, (
+      f"{name!r} is a leaf and a group"
+    )
+    node[last] = leaf
+  return root
+
+
+def _restore(
+  path: pathlib.Path, manifest: dict, target: PyTree, partial: bool
+) -> PyTree:
+  leaves = named_leaves(target)
+  check_leaves(path, manifest["leaves"], leaves, partial)
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  arguments = {
+    name: ocp.ArrayRestoreArgs(
+      sharding=leaf.sharding or here, global_shape=leaf.shape, dtype=leaf.dtype
+    )
+    for name, leaf in leaves.items()
+  }
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      tree = orbax.restore(
+        path / "state",
+        args=ocp.args.PyTreeRestore(
+          item=nest(leaves), restore_args=nest(arguments), partial_restore=partial
+        ),
+      )
+  except Exception as error:
+    raise _storage_error(f"{path} cannot be read", error) from error
+  restored = named_leaves(tree)
+  treedef = jax.tree.structure(target)
+  return jax.tree.unflatten(treedef, [restored[name] for name in leaves])
+
+
+def check_leaves(path: pathlib.Path, stored: dict, leaves: dict, partial: bool) -> None:
+  """Raises ConfigError with the first differences between a checkpoint and what is needed.
+
+  Orbax would find most of them too, but it casts another dtype without a word.
+  """
+  needed = {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()}
+  names = [n for n in needed if needed[n] != stored.get(n)]
+  if not partial:
+    names += [n for n in stored if n not in needed]
+  if not names:
+    return
+
+  def describe(side: dict) -> str:
+    shown = [
+      f"{n} {side[n][0]}{side[n][1]}" if n in side else f"no {n}" for n in names[:3]
+    ]
+    return ", ".join(shown) + (f", ... {len(names)} in all" if len(names) > 3 else "")
+
+  raise ConfigError(
+    f"the checkpoint {path}",
+    describe(stored),
+    describe(needed),
+    "the config it was saved with (config.json beside it), or a new --workdir",
+  )
+
+
+def _storage_error(what: str, error: BaseException) -> StorageError:
+  reason = " ".join(str(error).split())
+  if len(reason) > 300:  # TensorStore names paths at length; the cause comes last
+    reason = f"{reason[:100]} ... {reason[-180:]}"
+  return StorageError(
+    f"{what}\n  given:  {type(error).__name__}: {reason}\n"
+    "  needed: a directory with space that can be read and written\n"
+    "  try:    the same command again, when that is so: it continues the run"
+  )

@@ -1,0 +1,268 @@
+"""What keeps a run honest when the world does not: signals, locks, hangs, bad numbers.
+
+Only the standard library is imported at the top, so that `StopSignal` can be installed
+before the seconds that importing JAX takes: a signal is then never lost, in any phase.
+"""
+
+import faulthandler
+import json
+import os
+import pathlib
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Self
+
+from flaxlm.errors import HANG_EXIT_CODE, NumericsError, OutputError, Preempted
+
+
+class StopSignal:
+  """Turns SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks.
+
+  The first signal asks for a stop after the current step; the next one, at least a second
+  later, ends the process at once. The second of grace is there because `timeout` and some
+  schedulers signal a process and then its whole group.
+
+  Python runs signal handlers only between bytecodes of the main thread, which may be minutes
+  away inside an XLA compilation. A thread that reads the wakeup descriptor answers at once.
+  """
+
+  SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+  GRACE_SECONDS = 1.0
+
+  def __init__(self):
+    self.requested = False
+    self._first = 0.0
+    self._stopping = self._forwarded = False
+    self._seen = {"handler": 0, "thread": 0}
+    self._lock = threading.RLock()
+    reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+    self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+    self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+    threading.Thread(
+      target=self._read, args=(reader,), name="stop-signal", daemon=True
+    ).start()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Puts back the handlers that were there before."""
+    signal.set_wakeup_fd(self._previous_fd)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+    os.close(self._writer)
+
+  def _handle(self, number, frame) -> None:
+    self._count("handler", number)
+
+  def _read(self, reader: int) -> None:
+    while numbers := os.read(reader, 64):
+      for number in numbers:
+        if number in self.SIGNALS:
+          self._count("thread", number)
+    os.close(reader)
+
+  def _count(self, path: str, number: int) -> None:
+    """Acts once on a signal that arrives by both paths.
+
+    The event loops inside Orbax borrow the wakeup descriptor while they run, so either path
+    may miss one; the higher of the two counts is the number of signals.
+    """
+    with self._lock:
+      before = max(self._seen.values())
+      self._seen[path] += 1
+      if self._seen[path] <= before:
+        return
+      now = time.monotonic()
+      if not self.requested:
+        self.requested, self._first = True, now
+        self._say(number, "stopping after this step; again to exit now")
+      elif now - self._first > self.GRACE_SECONDS:
+        self._say(number, "exiting now; the last complete checkpoint stays valid")
+        os._exit(Preempted.exit_code)
+
+  @staticmethod
+  def _say(number: int, what: str) -> None:
+    # os.write: print() is not reentrant, and this may interrupt another print.
+    os.write(2, f"\nflaxlm: {signal.Signals(number).name}: {what}\n".encode())
+
+  def should_stop(self, step: int | None = None) -> bool:
+    """True when the run must save and leave now.
+
+    Args:
+      step: the step just finished. Every process of a job asks once for every step, as the
+        processes agree on one step to stop after. None asks between steps (evaluation,
+        sampling), where a process of a larger job may not decide alone: False there.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+      return self.requested
+    if step is None or self._stopping:
+      return self._stopping
+    from jax.experimental import multihost_utils
+
+    # jax.distributed.initialize replaced our SIGTERM handler by the one that tells the
+    # other processes. It knows no other signal, so ours are passed on as SIGTERM, once.
+    if self.requested and not self._forwarded:
+      self._forwarded = True
+      os.kill(os.getpid(), signal.SIGTERM)
+    self._stopping = multihost_utils.reached_preemption_sync_point(step)
+    if self._stopping and not self.requested:
+      self._say(signal.SIGTERM, f"all processes stop after step {step}")
+    return self._stopping
+
+
+class RunLock:
+  """Holds `workdir` for one run; the operating system lets go when the process dies.
+
+  Raises:
+    OutputError: the directory cannot be written, or another run holds it.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    self.workdir = pathlib.Path(workdir)
+    self.owner = self.workdir / "owner.json"
+
+  def __enter__(self) -> Self:
+    import filelock
+
+    if "://" in str(self.workdir) or str(self.workdir).startswith("gs:/"):
+      raise self._refuse(
+        "a remote address", "mount the bucket (gcsfuse) and give its path"
+      )
+    try:
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      self._lock = filelock.FileLock(self.workdir / ".lock", timeout=0)
+      self._lock.acquire()
+    except filelock.Timeout:
+      raise self._refuse(
+        self._describe_owner(), "wait for that run, or stop it"
+      ) from None
+    except (OSError, NotImplementedError) as error:
+      reason = getattr(error, "strerror", None) or str(error)
+      raise self._refuse(reason, "another --workdir, or other permissions") from None
+    try:
+      self._write_owner()
+    except OSError as error:
+      self._lock.release()
+      raise self._refuse(error.strerror, "free space, or another --workdir") from None
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.owner.unlink(missing_ok=True)
+    self._lock.release()
+
+  def _refuse(self, given: str, hint: str) -> OutputError:
+    return OutputError(
+      f"--workdir={self.workdir} cannot be used\n  given:  {given}\n"
+      f"  needed: a local directory that this run alone can write\n  try:    {hint}"
+    )
+
+  def _write_owner(self) -> None:
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner = {
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "started": started,
+      "command": shlex.join(sys.orig_argv),
+    }
+    text = json.dumps(owner, indent=2) + "\n"
+    draft = self.owner.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(self.owner)
+
+  def _describe_owner(self) -> str:
+    # The owner writes its name just after it takes the lock: give it a moment.
+    for _ in range(5):
+      try:
+        owner = json.loads(self.owner.read_text())
+        return (
+          f"in use by process {owner['pid']} on {owner['host']} since {owner['started']}: "
+          + " ".join(owner["command"].split())[:120]
+        )
+      except (OSError, ValueError, KeyError):
+        time.sleep(0.1)
+    return "in use by another run"
+
+
+class Watchdog:
+  """Ends a process that makes no progress, after printing the stacks of all its threads.
+
+  A hung collective waits for ever and holds the other machines with it; an exit code is
+  something a scheduler can act on.
+  """
+
+  def __init__(self, seconds: float):
+    """seconds: longest time between two calls of `beat`; 0 switches the watchdog off."""
+    self.seconds = seconds
+    self._last = time.monotonic()
+    self._done = threading.Event()
+
+  def __enter__(self) -> Self:
+    self.beat()
+    if self.seconds:
+      threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._done.set()
+
+  def beat(self) -> None:
+    self._last = time.monotonic()
+
+  def _watch(self) -> None:
+    tick = min(self.seconds / 10, 10)
+    while True:
+      before = time.monotonic()
+      if self._done.wait(tick):
+        return
+      now = time.monotonic()
+      if now - before > 5 * tick:
+        self.beat()  # this thread stood still too: the process was stopped (Ctrl-Z), not hung
+      if now - self._last > self.seconds:
+        os.write(
+          2,
+          (
+            f"flaxlm: no progress for {now - self._last:.0f} s (config.guards.hang_seconds="
+            f"{self.seconds:g}); stacks of all threads follow\n"
+          ).encode(),
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(HANG_EXIT_CODE)
+
+
+class BadSteps:
+  """Counts the steps whose loss or gradient was not finite and so changed nothing.
+
+  The step itself leaves the state untouched (inside `jax.jit`); this decides when to give up.
+  """
+
+  def __init__(self, max_bad_steps: int):
+    self.max_bad_steps = max_bad_steps
+    self.total = 0
+    self._in_a_row: list[tuple[int, float]] = []
+
+  def update(self, step: int, is_bad: bool, loss: float) -> None:
+    """Raises NumericsError at the `max_bad_steps`-th bad step in a row."""
+    if not is_bad:
+      self._in_a_row.clear()
+      return
+    self.total += 1
+    self._in_a_row.append((int(step), float(loss)))
+    if len(self._in_a_row) < self.max_bad_steps:
+      return
+    # batch(step) is a pure function, so a step's number is also the name of its batch.
+    shown = ", ".join(f"{s} (loss {value:g})" for s, value in self._in_a_row[:5])
+    more = ", ..." if len(self._in_a_row) > 5 else ""
+    raise NumericsError(
+      f"{len(self._in_a_row)} steps in a row had a loss or gradient that is not finite\n"
+      f"  given:  steps (= batches) {shown}{more} to {self._in_a_row[-1][0]}\n"
+      f"  needed: a finite step within config.guards.max_bad_steps={self.max_bad_steps}\n"
+      "  try:    a lower --config.optim.peak_learning_rate, or a longer warm-up"
+    )

@@ -1,0 +1,437 @@
+"""What a run tells about itself: speed and its limit, the log in three places, the card.
+
+`metrics.jsonl` is the record: one exact line per interval, no step twice, whatever was killed.
+TensorBoard and the console are views of it, and neither can stop a run.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import socket
+import sys
+import time
+from typing import Self
+
+import jax
+import numpy as np
+
+from flaxlm.errors import StorageError
+
+# Dense bfloat16 FLOP/s of one `jax.Device`, by its exact `device_kind`.
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (BF16)". A v4 or
+#   v5p chip is one device; a TPU7x chip (2307 TFLOP/s) is two.
+# NVIDIA: the product datasheets give tensor-core BF16 with 2:4 sparsity for Hopper, Blackwell
+#   and Ada; half of that is dense. A100: 312 dense. GeForce: the GA102 and Ada whitepapers
+#   (with FP32 accumulation).
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU7x": 2307e12 / 2,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA A100-PCIE-40GB": 312e12,
+  "NVIDIA A100 80GB PCIe": 312e12,
+  "NVIDIA H100 80GB HBM3": 989.4e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H200": 989.4e12,
+  "NVIDIA H200 NVL": 835e12,
+  "NVIDIA GH200 480GB": 989.4e12,
+  "NVIDIA B200": 2250e12,
+  "NVIDIA GB200": 2500e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40S": 362e12,
+  "NVIDIA GeForce RTX 3090": 71e12,
+  "NVIDIA GeForce RTX 4090": 165.2e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Dense bfloat16 FLOP/s of a device; None when it is not in the table: never guessed."""
+  return PEAK_FLOPS.get(device.device_kind)
+
+
+def flops_per_token(model, seq_len: int) -> float:
+  """Model FLOPs to train on one token: 6 per matrix weight, and attention.
+
+  The output head counts and the embedding's gather does not. Attention counts only the keys
+  that a query may see: half of the square when causal, less with a sliding window. (PaLM,
+  appendix B, and nanoGPT count the full square.) Recomputation under remat does not count.
+
+  Args:
+    model: anything with the fields of `config.model`.
+    seq_len: tokens a row, T.
+  """
+  heads = model.num_heads * model.head_dim
+  kv_heads = model.num_kv_heads * model.head_dim
+  mlp_matrices = 3 if model.mlp == "swiglu" else 2
+  layer = model.embed_dim * (2 * heads + 2 * kv_heads + mlp_matrices * model.mlp_dim)
+  weights = model.num_layers * layer + model.vocab_size * model.embed_dim
+  window = min(model.sliding_window or seq_len, seq_len)
+  # The t-th query sees min(t, window) keys; this is their mean over a row.
+  keys = window - window * (window - 1) / (2 * seq_len)
+  # Scores and values: 2 x 2 FLOPs per key and head channel forward, twice that
+  # backward.
+  return float(6 * weights + 12 * model.num_layers * heads * keys)
+
+
+def short(number: float) -> str:
+  """1234567 -> "1.23M"."""
+  for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(number) >= 0.9995 * unit:
+      return f"{number / unit:.3g}{name}"
+  return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+  minutes, hours = int(seconds + 0.5) // 60, int(seconds + 0.5) // 3600
+  if hours >= 48:
+    return f"{hours // 24}d{hours % 24:02}h"
+  if hours:
+    return f"{hours}h{minutes % 60:02}m"
+  return f"{minutes}m{int(seconds + 0.5) % 60:02}s" if minutes else f"{seconds:.0f}s"
+
+
+def memory() -> dict[str, float]:
+  """GiB in use: the peak of the fullest local device where it is known, else of this process."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  if all("peak_bytes_in_use" in s for s in stats):
+    return {"device_memory_gib": max(s["peak_bytes_in_use"] for s in stats) / 2**30}
+  import psutil
+
+  return {"host_memory_gib": psutil.Process().memory_info().rss / 2**30}
+
+
+class MetricsWriter:
+  """Writes each interval to the console, `metrics.jsonl` and TensorBoard. Process 0 only.
+
+  Speeds are those of the intervals between `log(kind="train")` calls. After anything that is
+  not training (compilation, evaluation, a restore), call `restart_clock`.
+  """
+
+  def __init__(
+    self,
+    workdir,
+    tensorboard: bool,
+    first_step: int,
+    num_steps: int,
+    tokens_per_step: int,
+    flops_per_token: float = 0.0,
+    peak_flops: float | None = None,
+    stream=None,
+  ):
+    """Opens the files; forgets what was logged after `first_step`.
+
+    Args:
+      first_step: finished steps: 0, or the step that was restored.
+      flops_per_token: see the function; with `peak_flops` of a device, both non-zero, MFU is
+        shown. Pass a peak only when the model computes in bfloat16.
+      stream: where the console lines go; sys.stdout by default.
+    """
+    self.num_steps, self.tokens_per_step = num_steps, tokens_per_step
+    self._flops, self._peak = flops_per_token, peak_flops
+    self._clock: tuple[int, float] | None = None
+    self._steps, self._seconds = 0, 0.0  # of all intervals so far, for the ETA
+    self._stream = stream or sys.stdout
+    self._file = self._events = self._bar = None
+    self._primary = jax.process_index() == 0
+    if not self._primary:
+      return
+    workdir = pathlib.Path(workdir)
+    path = workdir / "metrics.jsonl"
+    try:
+      drop_lines_after(path, first_step)
+      self._file = path.open(
+        "ab", buffering=0
+      )  # nothing is left to fail when it closes
+    except OSError as error:
+      raise _cannot_write(path, error) from error
+    if tensorboard:
+      self._try_events(lambda: self._open_events(workdir / "tensorboard", first_step))
+    if self._stream.isatty():
+      self._bar = _live_bar(self._stream, first_step, num_steps)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar:
+      self._bar.stop()
+    if self._file:
+      self._file.close()
+    if self._events:
+      self._try_events(self._events.close)
+
+  def restart_clock(self, step: int) -> None:
+    """Says that training goes on from here, `step` steps done: speeds count from now."""
+    self._clock = (step, time.perf_counter())
+
+  def log(
+    self, step: int, values: dict, kind: str = "train", data_wait: float = 0.0
+  ) -> None:
+    """Records an interval.
+
+    Args:
+      step: finished steps.
+      values: numbers, or arrays of one number, by name. "train" shows loss, grad_norm and
+        learning_rate first.
+      kind: "train" or "eval".
+      data_wait: seconds in which the loop waited for data since the last "train" line.
+    """
+    if not self._primary:
+      return
+    values = {name: _plain(value) for name, value in values.items()}
+    if kind == "train":
+      values |= self._speed(step, data_wait) | memory()
+    record = {"step": int(step), "kind": kind} | values
+    line = json.dumps({k: _valid(v) for k, v in record.items()}, allow_nan=False)
+    try:
+      data = line.encode() + b"\n"
+      if self._file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+      raise _cannot_write(self._file.name, error) from error
+    if self._events:
+      self._try_events(lambda: self._write_events(step, values, kind))
+    self._print(self._line(step, values, kind))
+    if self._bar and kind == "train":
+      self._bar.update(self._bar.task_ids[0], completed=step)
+
+  def _speed(self, step: int, data_wait: float) -> dict[str, float]:
+    """Throughput since the clock was last read; restarts it."""
+    now, clock = time.perf_counter(), self._clock
+    self._clock = (step, now)
+    if clock is None or clock[0] >= step:
+      return {}
+    steps, seconds = step - clock[0], max(now - clock[1], 1e-9)
+    self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+    rate = steps * self.tokens_per_step / seconds
+    speed = {
+      "tokens_per_second": rate,
+      "tokens_per_second_per_device": rate / jax.device_count(),
+      "data_wait": min(data_wait / seconds, 1.0),
+      "eta_seconds": (self.num_steps - step) * self._seconds / self._steps,
+    }
+    if self._peak and self._flops:
+      speed["mfu"] = rate / jax.device_count() * self._flops / self._peak
+    return speed
+
+  def _line(self, step: int, values: dict, kind: str) -> str:
+    rest = dict(values)
+    parts = [f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}"]
+    if kind != "train":
+      parts.append(kind)
+    for name, label, form in LINE:
+      if name in rest:
+        parts.append(f"{label} {form(rest.pop(name))}".strip())
+    per_device = rest.pop("tokens_per_second_per_device", None)
+    if per_device is not None and jax.device_count() > 1:
+      at = next(i for i, part in enumerate(parts) if part.endswith("tok/s"))
+      parts[at] += f" ({short(per_device)}/device)"
+    parts += [f"{name} {_show(value)}" for name, value in rest.items()]
+    return "  ".join(parts)
+
+  def _print(self, line: str) -> None:
+    if self._bar:
+      self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+      print(line, file=self._stream, flush=True)
+
+  def _try_events(self, action) -> None:
+    """Runs `action` on TensorBoard's file; warns once and goes on without it if that fails."""
+    try:
+      action()
+    except Exception as error:
+      print(f"flaxlm: warning: TensorBoard is off: {error}", file=sys.stderr)
+      events, self._events = self._events, None
+      with contextlib.suppress(Exception):
+        events.close()
+
+  def _open_events(self, directory: pathlib.Path, first_step: int) -> None:
+    """Opens an event file that hides what earlier ones hold after `first_step`.
+
+    This uses the file layer of tensorboardX and not its SummaryWriter, whose queue has ten
+    places and a thread that may die: the eleventh value would then wait for ever.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    directory.mkdir(parents=True, exist_ok=True)
+    suffix = f".{os.getpid()}"  # the name itself holds only host and second
+    self._events = EventsWriter(str(directory / "events"), suffix)
+    start = SessionLog(status=SessionLog.START)
+    self._events.write_event(Event(step=first_step + 1, session_log=start))
+    self._events.flush()
+
+  def _write_events(self, step: int, values: dict, kind: str) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    scalars = [
+      Summary.Value(tag=f"{kind}/{name}", simple_value=value)
+      for name, value in values.items()
+      if isinstance(value, int | float)
+    ]
+    event = Event(step=int(step), wall_time=time.time(), summary=Summary(value=scalars))
+    self._events.write_event(event)
+    self._events.flush()
+
+
+def _show(value) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# The parts of a console line in their order: (name, label, how to show the value).
+LINE = (
+  ("loss", "loss", lambda v: f"{v:.4f}"),
+  ("grad_norm", "grad", lambda v: f"{v:.3g}"),
+  ("learning_rate", "lr", lambda v: f"{v:.2e}"),
+  ("tokens_per_second", "", lambda v: f"{short(v)} tok/s"),
+  ("mfu", "MFU", lambda v: f"{v:.1%}"),
+  ("device_memory_gib", "mem", lambda v: f"{v:.2f} GiB"),
+  ("host_memory_gib", "rss", lambda v: f"{v:.2f} GiB"),
+  ("data_wait", "data wait", lambda v: f"{v:.1%}"),
+  ("eta_seconds", "ETA", duration),
+)
+
+
+def _plain(value):
+  """A Python int, float or str; a float32 becomes the float of exactly its value."""
+  if isinstance(value, str):
+    return value
+  array = np.asarray(value)
+  return int(array) if np.issubdtype(array.dtype, np.integer) else float(array)
+
+
+def _valid(value):
+  """NaN and infinities as strings: JSON has no word for them."""
+  return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cannot_write(path, error: OSError) -> StorageError:
+  return StorageError(
+    f"{path} cannot be written\n  given:  {error.strerror or error}\n"
+    "  needed: a directory with space\n  try:    the same command again, when that is so"
+  )
+
+
+def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
+  """Rewrites `metrics.jsonl` without the steps that will be logged again, in one rename.
+
+  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the end, goes.
+  """
+  if not path.exists():
+    return
+  draft = path.with_suffix(".tmp")
+  with path.open("rb") as old, draft.open("wb") as new:
+    for line in old:
+      try:
+        kept = line.endswith(b"\n") and json.loads(line)["step"] <= first_step
+      except (ValueError, KeyError, TypeError):
+        kept = False
+      if kept and first_step > 0:
+        new.write(line)
+    new.flush()
+    os.fsync(new.fileno())
+  os.replace(draft, path)
+
+
+def _live_bar(stream, first_step: int, num_steps: int):
+  from rich import console, progress
+
+  bar = progress.Progress(
+    progress.TextColumn("training"),
+    progress.BarColumn(bar_width=None),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    progress.TimeRemainingColumn(),
+    console=console.Console(file=stream),
+    transient=True,
+  )
+  bar.add_task("training", total=num_steps, completed=first_step)
+  bar.start()
+  return bar
+
+
+def print_summary(
+  *,
+  model: str,
+  parameters: dict[str, int],
+  tokens_per_step: int,
+  num_steps: int,
+  flops_per_token: float,
+  mesh: dict[str, int],
+  device_kind: str,
+  bytes_per_device: dict[str, int],
+  data: str,
+  epochs: float | None,
+  tokenizer: str,
+  workdir,
+  resume: str,
+  xla: str = "",
+  stream=None,
+) -> None:
+  """Prints the card that comes before training, from plain values.
+
+  Args:
+    model: layers and dimensions in words.
+    parameters: count by group; the total is their sum.
+    mesh: size by axis.
+    bytes_per_device: bytes by what they hold, such as parameters and optimizer state.
+    data: sources and tokens in words. epochs: passes over them in this run, if known.
+    resume: "from step 500" or "new run". xla: the settings of XLA:CPU, if any.
+    stream: sys.stdout by default.
+  """
+  stream = stream or sys.stdout
+  groups = ", ".join(f"{name} {short(count)}" for name, count in parameters.items())
+  total_tokens = tokens_per_step * num_steps
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
+  held = ", ".join(
+    f"{name} {size / 2**20:,.1f} MiB" for name, size in bytes_per_device.items()
+  )
+  rows = [
+    ("model", model),
+    ("parameters", f"{sum(parameters.values()):,} ({groups})"),
+    (
+      "tokens",
+      f"{tokens_per_step:,} a step x {num_steps:,} steps = {short(total_tokens)}",
+    ),
+    (
+      "compute",
+      (
+        f"{flops_per_token / 1e9:.4g} GFLOP a token (causal half of attention), "
+        f"{flops_per_token * total_tokens:.3g} FLOP in all"
+      ),
+    ),
+    (
+      "mesh",
+      f"{axes} on {math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})",
+    ),
+    ("each device", held),
+    ("data", data + (f"; {epochs:.3g} epochs" if epochs is not None else "")),
+    ("tokenizer", tokenizer),
+    ("workdir", f"{workdir} ({resume})"),
+    ("XLA:CPU", xla),
+  ]
+  rows = [(label, text) for label, text in rows if text]
+  if stream.isatty():
+    from rich import console, table
+
+    card = table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    card.add_column(style="bold", no_wrap=True)
+    card.add_column()
+    for label, text in rows:
+      card.add_row(label, text.replace("[", "\\["))
+    console.Console(file=stream, highlight=False).print(card)
+    return
+  for label, text in rows:
+    print(f"{label:<11} {text}", file=stream)
+  stream.flush()

@@ -1,0 +1,146 @@
+"""The training state and the step that advances it.
+
+The state is one pytree: weights and optimizer moments share their structure, so one walk
+shards them, saves them and compares them. `step` counts batches consumed and is the whole
+position of the data: batches are a pure function of (seed, step).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flaxlm.models.transformer import Transformer, TransformerConfig
+from flaxlm.parallel.sharding import constrain, sharding_of
+from flaxlm.training.checkpoint import restore_for_inference
+from flaxlm.training.objectives import summed_loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  step: jax.Array  # batches consumed
+  skipped: jax.Array  # of them, those whose update was not finite
+  model: Transformer
+  opt_state: optax.OptState
+  ema: Transformer | None  # average of the weights over updates
+
+  @property
+  def eval_model(self) -> Transformer:
+    return self.model if self.ema is None else self.ema
+
+
+def init_state(key, model_config: TransformerConfig, tx, ema_decay: float) -> TrainState:
+  model = Transformer(model_config, nnx.Rngs(key))
+  ema = jax.tree.map(jnp.copy, model) if ema_decay else None
+  return TrainState(
+    jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), model, tx.init(model), ema
+  )
+
+
+def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
+  """Adds to each `ShapeDtypeStruct` of an abstract state where it is to live.
+
+  Weights say so by their `axes`; optimizer moments are weights of the same shape. What has
+  another rank (counters, factored moments) is small and is held by every device.
+  """
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = getattr(leaf, "axes", None)
+    array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    stacked = "blocks" in name.split("/")
+    if axes is None or len(array.shape) != len(axes) + stacked:
+      axes = (None,) * len(array.shape)
+    sharding = sharding_of(name, array.shape, axes, mesh, rules)
+    array = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return leaf.replace(array) if isinstance(leaf, nnx.Variable) else array
+
+  return jax.tree_util.tree_map_with_path(
+    place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )
+
+
+def shardings_of(abstract_state):
+  return jax.tree.map(lambda array: array.sharding, abstract_state)
+
+
+def make_train_step(
+  tx: optax.GradientTransformation,
+  learning_rate: Callable,
+  *,
+  z_loss: float,
+  chunk_size: int,
+  accumulation_steps: int,
+  ema_decay: float,
+) -> Callable:
+  """Returns `step(state, batch) -> (state, metrics)`, to be compiled with donated state."""
+
+  def gradients(model, batch):
+    """The mean loss over the batch and its gradient, one micro-batch at a time."""
+    num_predicted = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+    compute = jax.value_and_grad(summed_loss, has_aux=True)
+    if accumulation_steps == 1:
+      (_, loss), grads = compute(model, batch, num_predicted, z_loss, chunk_size)
+      return loss, grads
+
+    def split(x):
+      # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
+      x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
+      return constrain(x, None, "batch", None)
+
+    def add(total, micro_batch):
+      (_, loss), grads = compute(model, micro_batch, num_predicted, z_loss, chunk_size)
+      return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    (loss, grads), _ = jax.lax.scan(add, zero, jax.tree.map(split, batch))
+    return loss, grads
+
+  def step(state: TrainState, batch):
+    loss, grads = gradients(state.model, batch)
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, updates)
+    # One bad step would stay in Adam's moments for ever: keep the old state instead.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def keep(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    model, opt_state = keep((model, opt_state), (state.model, state.opt_state))
+    ema = state.ema
+    if ema is not None:
+      average = jax.tree.map(
+        lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
+      )
+      ema = keep(average, ema)
+    bad = ~finite
+    metrics = {
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "learning_rate": learning_rate(state.step - state.skipped),
+      "bad": bad,
+    }
+    skipped = state.skipped + bad.astype(jnp.int32)
+    return TrainState(state.step + 1, skipped, model, opt_state, ema), metrics
+
+  return step
+
+
+def restore_model(directory, config, mesh, rules: dict, step: int | None = None):
+  """Restores the weights that evaluation and decoding use: (model, meta of checkpoint).
+
+  The average of the weights (config.step.ema_decay) where the run kept one.
+  """
+  model_config = TransformerConfig(**config.model)
+  model = jax.eval_shape(
+    lambda key: Transformer(model_config, nnx.Rngs(key)), jax.random.key(0)
+  )
+  name = "ema" if config.step.ema_decay else "model"
+  target = {name: with_shardings(model, mesh, rules)}
+  restored, meta = restore_for_inference(directory, target, step)
+  return restored[name], meta

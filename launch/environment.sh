@@ -1,0 +1,22 @@
+# Sourced by the other scripts: a virtual environment in the clone, with flaxlm installed.
+# An environment that is already active is used instead, and only completed.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  if [ ! -x .venv/bin/python ]; then
+    python="$(command -v python3 || command -v python)"
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "flaxlm needs Python 3.11 or newer; $python is $("$python" --version 2>&1)" >&2
+      exit 2
+    fi
+    echo "making a virtual environment in .venv"
+    "$python" -m venv .venv
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+stamp="$VIRTUAL_ENV/.flaxlm-installed"
+if ! cmp -s setup.py "$stamp" || ! python -c 'import flaxlm' 2>/dev/null; then
+  echo "installing flaxlm and what it needs into $VIRTUAL_ENV (a minute or two)"
+  python -m pip install --quiet --disable-pip-version-check -e .
+  cp setup.py "$stamp"
+fi

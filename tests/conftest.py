@@ -1,0 +1,61 @@
+"""Every test runs on 8 pretended CPU devices, offline, with no silent broadcasting."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import jax
+import pytest
+
+from configs import base
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--update-golden", action="store_true", help="rewrite tests/golden from this code"
+  )
+
+
+@pytest.fixture(scope="session")
+def corpora() -> pathlib.Path:
+  """Real texts that are not part of the repository."""
+  path = ROOT.parent / "shared" / "data"
+  if not path.is_dir():
+    pytest.skip("the test corpora (../shared/data) are not on this machine")
+  return path
+
+
+@pytest.fixture
+def tiny():
+  """A config of a model that compiles in a second: 2 layers, grouped-query attention."""
+  config = base.get_config()
+  config.num_steps = 20
+  config.tokenizer.vocab_size = 64
+  config.data.seq_len = 32
+  config.data.batch_size = 8
+  config.data.loader = "synthetic"
+  config.model.num_layers = 2
+  config.model.embed_dim = 32
+  config.model.num_heads = 4
+  config.model.num_kv_heads = 2
+  config.model.head_dim = 8
+  config.model.mlp_dim = 64
+  config.optim.warmup_steps = 4
+  config.log.tensorboard = False
+  return config
+
+
+@pytest.fixture
+def one_device():
+  """A mesh of the first device alone."""
+  import numpy as np
+
+  grid = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+  return jax.sharding.Mesh(grid, ("data", "fsdp", "tensor"))

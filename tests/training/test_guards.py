@@ -1,0 +1,258 @@
+"""Guards, each tried on a real process: signals, kills, hangs, and numbers gone bad."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flaxlm.errors import NumericsError, OutputError
+from flaxlm.training.guards import BadSteps, RunLock, StopSignal, Watchdog
+
+
+def start(code: str, *arguments, **options) -> subprocess.Popen:
+  """Starts `code` in a new Python and waits until it prints a first line."""
+  child = subprocess.Popen(
+    [sys.executable, "-u", "-c", code, *map(str, arguments)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+  child.first_line = child.stdout.readline()
+  return child
+
+
+def finish(child, timeout=20) -> tuple[int, str, str]:
+  out, err = child.communicate(timeout=timeout)
+  return child.returncode, out, err
+
+
+LOOP = """
+import sys, time
+from flaxlm.training.guards import StopSignal
+assert "jax" not in sys.modules
+with StopSignal() as stop:
+  print("ready")
+  for step in range(400):
+    time.sleep(0.02)
+    if stop.requested:
+      break
+  time.sleep(float(sys.argv[1]))
+print("stopped" if stop.requested else "ran to the end")
+"""
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_first_signal_stops_after_the_step(number):
+  child = start(LOOP, 0)
+  child.send_signal(number)
+  code, out, err = finish(child)
+  assert (code, out) == (0, "stopped\n")
+  said = f"flaxlm: {number.name}: stopping after this step; again to exit now"
+  assert err.split("\n") == ["", said, ""]
+
+
+def test_second_signal_exits_at_once_but_not_within_the_grace_second():
+  child = start(LOOP, 30)
+  for _ in range(5):  # `timeout` signals a process, then its group
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+  assert child.poll() is None
+  time.sleep(1)
+  before = time.monotonic()
+  child.send_signal(signal.SIGINT)
+  code, out, err = finish(child)
+  assert code == 75 and "stopped" not in out and time.monotonic() - before < 2
+  assert err.count("stopping") == 1 and err.count("exiting now") == 1
+
+
+BLOCKED = """
+import ctypes, os, signal
+from flaxlm.training.guards import StopSignal
+stop = StopSignal()
+for number in StopSignal.SIGNALS:
+  signal.siginterrupt(number, False)  # the read below goes on after a signal, as XLA does
+reader, _ = os.pipe()
+libc, buffer = ctypes.CDLL(None), ctypes.create_string_buffer(1)
+print("ready")
+libc.read(reader, buffer, 1)
+print("came back")
+"""
+
+
+def test_second_signal_does_not_wait_for_a_long_call_into_c():
+  child = start(BLOCKED)
+  child.send_signal(signal.SIGTERM)
+  time.sleep(1.2)
+  assert child.poll() is None
+  child.send_signal(signal.SIGTERM)
+  code, out, err = finish(child)
+  assert (code, out) == (75, "")
+  assert "stopping after this step" in err and "exiting now" in err
+
+
+def test_signals_that_only_the_handler_sees_still_count():
+  """Event loops inside Orbax borrow the wakeup descriptor while they run."""
+  with StopSignal() as stop:
+    signal.set_wakeup_fd(-1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.requested and stop.should_stop(1) and stop.should_stop()
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+DISTRIBUTED = """
+import os, sys, time
+from flaxlm.training.guards import StopSignal
+stop = StopSignal()
+import jax
+port, index = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+print("ready")
+for step in range(1, 500):
+  assert not stop.should_stop()
+  time.sleep(0.02)
+  if stop.should_stop(step):
+    print("stopped at", step)
+    break
+assert stop.should_stop()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_processes_stop_after_the_same_step(number):
+  """One process is told; a process of a job may never decide alone."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-u", "-c", DISTRIBUTED, str(port), str(index)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      env=environment,
+    )
+    for index in range(2)
+  ]
+  while "ready" not in children[1].stdout.readline():
+    assert children[1].poll() is None
+  children[1].send_signal(number)
+  stopped = [
+    [x for x in c.communicate(timeout=30)[0].splitlines() if "stop" in x]
+    for c in children
+  ]
+  assert [c.returncode for c in children] == [0, 0]
+  assert stopped[0] == stopped[1] and len(stopped[0]) == 1
+
+
+HOLDER = """
+import sys, time
+from flaxlm.training.guards import RunLock
+with RunLock(sys.argv[1]):
+  print("locked")
+  time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_and_a_killed_owner_lets_go(tmp_path):
+  workdir = tmp_path / "runs" / "a"
+  child = start(HOLDER, workdir)
+  owner = json.loads((workdir / "owner.json").read_text())
+  assert owner["pid"] == child.pid and owner["host"] == socket.gethostname()
+  with pytest.raises(OutputError) as caught, RunLock(workdir):
+    pass
+  message = str(caught.value)
+  assert f"in use by process {child.pid} on {socket.gethostname()} since 20" in message
+  assert len(message.splitlines()) <= 5
+  child.kill()
+  child.communicate()
+  with RunLock(workdir):
+    assert json.loads((workdir / "owner.json").read_text())["pid"] == os.getpid()
+  assert not (workdir / "owner.json").exists()
+  with RunLock(workdir):
+    pass
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
+  file = tmp_path / "file"
+  file.write_text("")
+  for workdir, reason in {
+    file: "File exists",
+    file / "below": "Not a directory",
+    "/proc/flaxlm": "No such file",
+    "gs://bucket/run": "a remote address",
+  }.items():
+    with pytest.raises(OutputError, match=reason) as caught, RunLock(workdir):
+      pass
+    assert len(str(caught.value).splitlines()) <= 5
+  readonly = tmp_path / "readonly"
+  readonly.mkdir()
+
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("filelock.FileLock.acquire", refuse)  # root ignores file modes
+  with pytest.raises(OutputError, match="Permission denied"), RunLock(readonly):
+    pass
+
+
+HANG = """
+import sys, time
+from flaxlm.training.guards import Watchdog
+with Watchdog(float(sys.argv[1])) as dog:
+  print("ready")
+  for _ in range(10):
+    time.sleep(0.1)
+    dog.beat()
+  def stuck_in_a_collective():
+    time.sleep(float(sys.argv[2]))
+  stuck_in_a_collective()
+print("done")
+"""
+
+
+def test_watchdog_prints_stacks_and_exits_85():
+  code, out, err = finish(start(HANG, 0.5, 60))
+  assert (code, out) == (85, "")
+  assert "no progress for" in err and "stuck_in_a_collective" in err
+  children = start(HANG, 0, 1.2), start(HANG, 60, 0)  # switched off; never silent
+  for child in children:
+    assert finish(child) == (0, "done\n", "")
+
+
+def test_watchdog_forgives_a_process_that_was_stopped():
+  child = start(HANG, 1.0, 0)
+  child.send_signal(signal.SIGSTOP)
+  time.sleep(2.5)
+  child.send_signal(signal.SIGCONT)
+  assert finish(child) == (0, "done\n", "")
+
+
+def test_watchdog_ends_with_its_block():
+  with Watchdog(0.2):
+    pass
+  time.sleep(0.5)  # would end this test process
+
+
+def test_bad_steps_in_a_row():
+  bad = BadSteps(3)
+  for step, is_bad in enumerate([True, True, False, True, False, True, True], start=1):
+    bad.update(step, is_bad, float("nan") if is_bad else 2.5)
+  assert bad.total == 5
+  with pytest.raises(NumericsError) as caught:
+    bad.update(8, True, float("inf"))
+  assert "steps (= batches) 6 (loss nan), 7 (loss nan), 8 (loss inf)" in str(
+    caught.value
+  )
+  assert len(str(caught.value).splitlines()) <= 5 and caught.value.exit_code == 86
+  many = BadSteps(100)
+  with pytest.raises(NumericsError, match=r"5 \(loss nan\), ... to 100\n"):
+    for step in range(1, 101):
+      many.update(step, True, float("nan"))
