@@ -29,7 +29,7 @@ def import_tensorflow():
 def quiet_stderr():
   """Holds back what C++ libraries write to stderr; shows it if an exception follows.
 
-  Some of it (absl before its initialisation, SentencePiece's trainer) obeys no log level.
+  Some of it (absl before it is initialised, for one) obeys no log level.
   """
   sys.stderr.flush()
   saved = os.dup(2)

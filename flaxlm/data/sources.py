@@ -1,9 +1,9 @@
-"""Where documents come from: the standard library, files, parquet tables, TFDS data sets.
+"""Where documents come from: the standard library, text, JSON lines, parquet, TFDS.
 
-A document is a run of `Piece`s, the last of which has `end` set, so that one of any size
-passes through bounded memory. Every piece says where the next document begins, and reading
-can start there: the order is fixed (sorted paths, stored order) and so is the cut into
-pieces. What is wrong with a text is repaired and noted in `problems`, never fatal.
+A document is a run of `Piece`s, the last of which has `end` set, so that one of any
+size passes through bounded memory. Every piece says where the next document begins,
+and reading can start there: the order is fixed (sorted paths, stored order) and so is
+the cut into pieces. What is wrong with a text is repaired and noted in `problems`.
 """
 
 import bz2
@@ -11,14 +11,11 @@ import codecs
 import glob
 import gzip
 import hashlib
-import importlib
-import importlib.util
 import io
 import json
 import lzma
 import os
 import re
-import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +23,7 @@ from typing import IO, NamedTuple
 
 from ml_collections import ConfigDict
 
-from flaxlm import data, errors
+from flaxlm import errors
 from flaxlm.data import tokenizer
 
 READ = 1 << 20  # bytes read at a time
@@ -49,7 +46,7 @@ class Piece(NamedTuple):
 
   text: str  # at most tokenizer.PIECE characters
   end: bool  # the document's last piece
-  position: tuple[int, int]  # of the next document: file, documents before it in the file
+  position: tuple[int, int]  # of the next document: (file, documents before it there)
   split: str  # "train" or "validation"; "" leaves it to the hash
   problems: tuple[str, ...]
 
@@ -75,7 +72,9 @@ def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
   """
   key = f"config.data.sources.{name}"
   if source.kind == "tfds":
-    return open_tfds(key, source)
+    from flaxlm.data import catalogue
+
+    return catalogue.open_tfds(key, source)
   if source.validation_split:
     raise errors.ConfigError(
       f"{key}.validation_split", source.validation_split, "'' unless kind is tfds",
@@ -92,12 +91,12 @@ def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
       skip = position[1] if number == position[0] else 0
       yield from to_pieces(split_parts(files[number], source, tail), number, skip)
 
-  names = [os.path.relpath(file, base) if base else os.path.basename(file) for file in files]
+  names = [os.path.relpath(f, base) if base else os.path.basename(f) for f in files]
   listing = json.dumps(list(zip(names, sizes, strict=True))).encode()
   return Corpus(files, sizes, hashlib.sha256(listing).hexdigest(), read)
 
 
-def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple[str, Parts]]:
+def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple]:
   """Yields (split, parts) of one file: one with split "", or its head and its tail."""
   if source.kind == "jsonl":
     yield "", json_documents(file, source.field)
@@ -116,7 +115,7 @@ def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple[st
 def to_pieces(
   splits: Iterable[tuple[str, Parts]], file: int, skip: int, number: int = 0
 ) -> Iterator[Piece]:
-  """Cuts documents into pieces; the first is `number` of `file`, those below `skip` go."""
+  """Cuts documents into pieces; the first is number `number`, those below `skip` go."""
   for split, parts in splits:
     buffer, problems = "", ()
     for text, end, found in parts:
@@ -144,14 +143,14 @@ def stdlib_files() -> tuple[list[str], str]:
     folders[:] = [f for f in folders if f not in STDLIB_SKIPS and "config-" not in f]
     found += [os.path.join(folder, f) for f in files if f.endswith(".py")]
   if not found:
-    raise missing("config.data.sources (kind=stdlib)", root, "a Python with its library")
+    raise missing("kind=stdlib", root, "a Python that has its library")
   return sorted(found), root
 
 
 def find_files(key: str, pattern: str) -> list[str]:
   """The files that match `pattern`, sorted; never none."""
   if "://" in pattern:
-    from etils import epath  # knows gs:// and s3://, where their libraries are installed
+    from etils import epath  # gs:// and s3://, where their libraries are installed
 
     fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
     rest = pattern[len(fixed) :].strip("/")
@@ -163,12 +162,12 @@ def find_files(key: str, pattern: str) -> list[str]:
     files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
   if not files:
     folder = "://" not in pattern and os.path.isdir(pattern)
-    hint = f"{pattern.rstrip('/')}/**/*.txt" if folder else "check the path and its quotes"
+    hint = f"{pattern.rstrip('/')}/**/*.txt" if folder else "check path and quotes"
     raise missing(key, f"{pattern} ({os.getcwd()})", "a glob that matches files", hint)
   return sorted(files)
 
 
-def missing(key: str, given: str, needed: str, hint: str = "") -> errors.MissingInputError:
+def missing(key: str, given: str, needed: str, hint: str = "") -> errors.UserError:
   lines = [f"{key} matches nothing", f"given:  {given}", f"needed: {needed}"]
   return errors.MissingInputError("\n  ".join(lines + [f"try:    {hint}"] * bool(hint)))
 
@@ -236,7 +235,7 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         if not chunk:
           return
   except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-    raise damaged(path, error, "a whole text file, plain or gz, bz2, xz, zst") from error
+    raise damaged(path, error, "a whole text file (plain, gz, bz2, xz, zst)") from error
 
 
 def clean(text: str, what: str) -> tuple[str, tuple[str, ...]]:
@@ -245,7 +244,7 @@ def clean(text: str, what: str) -> tuple[str, tuple[str, ...]]:
   try:
     text.encode()
   except UnicodeEncodeError:
-    return SURROGATES.sub("\ufffd", text), problems + (what,)
+    return SURROGATES.sub("\ufffd", text), (*problems, what)
   return text, problems
 
 
@@ -304,25 +303,21 @@ def json_documents(path: str, field: str) -> Parts:
   try:
     with open_stream(path) as stream:
       for number, line in enumerate(stream):
+        problems = ()
         if not number and line.startswith(codecs.BOM_UTF8):
-          line = line.removeprefix(codecs.BOM_UTF8)
-          problems = (BOM,)
-        else:
-          problems = ()
+          line, problems = line.removeprefix(codecs.BOM_UTF8), (BOM,)
         if not line.strip():
           continue
         try:
-          record = json.loads(line.decode())
+          record = parse_json(line.decode())
         except UnicodeDecodeError:
-          problems += (BAD_UTF8,)
           record = parse_json(line.decode(errors="replace"))
-        except ValueError:
-          record = None
+          problems += (BAD_UTF8,)
         text = record.get(field) if isinstance(record, dict) else None
         if isinstance(record, dict) and field not in record and not found:
           raise no_field(path, field, record)
         if not isinstance(text, str):
-          yield "", True, problems + (BAD_JSON,)
+          yield "", True, (*problems, BAD_JSON)
           continue
         found = True
         text, more = clean(text, BAD_SURROGATE)
@@ -371,132 +366,3 @@ def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
   else:
     text, problems = "", (BAD_JSON,)
   return text, True, problems
-
-
-def open_tfds(key: str, source: ConfigDict) -> Corpus:
-  """Opens a TFDS data set: by name, by directory, or as array_record files by glob."""
-  splits = [split for split in (source.split, source.validation_split) if split]
-  if "array_record" in os.path.basename(source.path):
-    return open_array_records(key, source, splits)
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise errors.MissingInputError(
-      f"{key}.kind=tfds needs TensorFlow Datasets\n  given:  {error}\n"
-      "  needed: pip install tensorflow-datasets tensorflow-cpu"
-    ) from error
-  builder = find_builder(tfds, key, source.path)
-  for knob, split in zip(("split", "validation_split"), splits, strict=False):
-    if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
-      known = " ".join(builder.info.splits)
-      raise errors.ConfigError(f"{key}.{knob}", split, f"a split of {source.path}", known)
-  if source.field not in builder.info.features:
-    raise no_field(source.path, source.field, builder.info.features)
-  random_access = builder.info.file_format.value == "array_record"
-  records = data_source_records if random_access else dataset_records
-  infos = [builder.info.splits[split] for split in splits]
-  listing = [builder.info.full_name, splits, [info.num_examples for info in infos]]
-
-  def read(split: str, skip: int) -> Parts:
-    return records(builder, split, source.field, skip)
-
-  sizes = [info.num_bytes or 0 for info in infos]
-  return tfds_corpus(source.path, splits, sizes, listing, read)
-
-
-def tfds_corpus(path: str, splits: list, sizes: list, listing: list, read) -> Corpus:
-  """A corpus with one `file` a split; with two splits, the second is for validation."""
-  names = ("train", "validation") if len(splits) > 1 else ("",)
-
-  def read_from(position=(0, 0)) -> Iterator[Piece]:
-    for number in range(position[0], len(splits)):
-      skip = position[1] if number == position[0] else 0
-      parts = [(names[number], read(splits[number], skip))]
-      yield from to_pieces(parts, number, skip, skip)
-
-  fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-  return Corpus([f"{path} {split}" for split in splits], sizes, fingerprint, read_from)
-
-
-def find_builder(tfds, key: str, path: str):
-  """The TFDS builder at `path`, prepared: a directory, NAME, or MODULE:NAME of your own."""
-  directory = os.path.expanduser(path)
-  try:
-    if "://" in path or os.path.isdir(directory):
-      return tfds.builder_from_directory(directory)
-    module, colon, rest = path.partition(":")
-    if colon and module not in ("huggingface", "kubric", "robotics"):
-      sys.path.insert(0, os.getcwd())
-      importlib.import_module(module)  # which registers its builders
-      path = rest
-    builder = tfds.builder(path)
-    if not builder.is_prepared():
-      data.import_tensorflow()
-      builder.download_and_prepare()
-    return builder
-  except Exception as error:  # whatever a builder, a download or TFDS itself may raise
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise errors.MissingInputError(
-      f"{key}.path={path}: TFDS cannot provide it\n"
-      f"  given:  {type(error).__name__}: {' '.join(lines[:3])[:300]}\n"
-      "  needed: a prepared directory, a TFDS name, or MODULE:NAME of your own builder\n"
-      "  try:    TFDS_DATA_DIR=DIRECTORY, if it is prepared elsewhere"
-    ) from error
-
-
-def dataset_records(builder, split: str, field: str, skip: int) -> Parts:
-  """Texts through tf.data, one file after another so that the order is the stored one."""
-  import tensorflow_datasets as tfds
-
-  tf = data.import_tensorflow()
-  config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-  decoders = tfds.decode.PartialDecoding({field: True})
-  try:
-    with data.quiet_stderr():
-      dataset = builder.as_dataset(split=split, read_config=config, decoders=decoders)
-      records = dataset.skip(skip).batch(64).as_numpy_iterator()
-    for batch in records:
-      for value in batch[field]:
-        yield record_text(value)
-  except tf.errors.OpError as error:
-    path = f"{builder.data_path} {split}"
-    raise damaged(path, error, "the TFRecord files that TFDS wrote") from error
-
-
-def data_source_records(builder, split: str, field: str, skip: int) -> Parts:
-  """Texts through random access to array_record files; needs no TensorFlow."""
-  source = builder.as_data_source(split=split)
-  for number in range(skip, len(source)):
-    yield record_text(source[number][field])
-
-
-def open_array_records(key: str, source: ConfigDict, splits: list[str]) -> Corpus:
-  """Opens array_record files by glob, `{split}` in it standing for the split.
-
-  For directories whose dataset_info.json speaks of other files, or that have none.
-  """
-  from array_record.python import array_record_data_source
-  from tensorflow_datasets.core.features import FeaturesDict
-
-  if len(splits) > 1 and "{split}" not in source.path:
-    raise errors.ConfigError(
-      f"{key}.path", source.path, "'{split}' where the name of the split is",
-      "DIRECTORY/NAME-{split}.array_record*",
-    )  # fmt: skip
-  paths = {s: find_files(f"{key}.path", source.path.replace("{split}", s)) for s in splits}
-  features = FeaturesDict.from_config(os.path.dirname(paths[splits[0]][0]))
-  if source.field not in features:
-    raise no_field(source.path, source.field, features)
-
-  def read(split: str, skip: int) -> Parts:
-    try:
-      records = array_record_data_source.ArrayRecordDataSource(paths[split])
-      for number in range(skip, len(records)):
-        example = features.deserialize_example_np(records[number])
-        yield record_text(example[source.field])
-    except (RuntimeError, ValueError, IndexError) as error:
-      raise damaged(source.path, error, "whole array_record files") from error
-
-  sizes = [sum(map(file_size, paths[split])) for split in splits]
-  files = [(os.path.basename(f), file_size(f)) for split in splits for f in paths[split]]
-  return tfds_corpus(source.path, splits, sizes, [splits, files], read)

@@ -1,10 +1,10 @@
 """The token store: tokenised text in immutable shards, and how to read and write them.
 
-A shard is two files. `X.ids` holds the ids of whole documents, [bos] text [eos] one after
-another, as raw little-endian integers. `X.index` holds where each document begins (uint64)
-and then the crc32 of each 64 KiB block of `X.ids` (uint32). Plain memory-mapped files won
-over TensorStore and array_record by a wide margin (tests/benchmarks/token_store.py); the
-block checksums give them what they lacked: a flipped byte is an error, not a wrong token.
+A shard is two files. `X.ids` holds the ids of whole documents, [bos] text [eos] one
+after another, as raw little-endian integers. `X.index` holds where each document begins
+(uint64), then the crc32 of each 64 KiB block of `X.ids` (uint32). Memory-mapped files
+won over TensorStore and array_record by far (tests/benchmarks/token_store.py); the
+block checksums give them what they lack: a flipped byte is an error, not a wrong token.
 Reading needs numpy alone.
 """
 
@@ -70,7 +70,7 @@ class Store:
     return TokenStream(self, known[source][split])
 
   def _local(self, name: str, sha256: str) -> pathlib.Path:
-    """Where file `name` lies on this machine; remote ones are copied and checked once."""
+    """Where file `name` lies here; a remote one is copied and checked once."""
     if self._cache is None:
       return self._root / name
     path = self._cache / name
@@ -80,7 +80,7 @@ class Store:
       remote(f"{self.path}/{name}").copy(part, overwrite=True)
       if file_sha256(part) != sha256:
         part.unlink()
-        raise broken(f"{self.path}/{name}", "its sha256 is not the one in manifest.json")
+        raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
       part.rename(path)
     return path
 
@@ -100,7 +100,7 @@ class TokenStream:
     self._shards: dict[int, Shard] = {}
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Returns ids [start, stop). Blocks are verified when they are first touched."""
+    """Returns ids [start, stop); blocks are verified when they are first touched."""
     parts = [shard.read(a, b) for shard, a, b, _ in self._overlap(start, stop)]
     if len(parts) == 1:
       return parts[0]
@@ -115,7 +115,7 @@ class TokenStream:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
   def _overlap(self, start: int, stop: int):
-    """Yields (shard, start in it, stop in it, its offset) for shards that hold the range."""
+    """Yields (shard, start in it, stop in it, its offset) for all that overlap."""
     if not 0 <= start <= stop <= self.num_tokens:
       raise IndexError(f"[{start}, {stop}) is not within {self.num_tokens} tokens")
     number = int(np.searchsorted(self._ends, start, side="right"))
@@ -141,8 +141,8 @@ class Shard:
     self.path = path
     tokens, documents = entry["tokens"], entry["documents"]
     blocks = -(-tokens * dtype.itemsize // BLOCK)
-    for file, size in ((path, tokens * dtype.itemsize),
-                       (index_path, documents * 8 + blocks * 4)):
+    sizes = {path: tokens * dtype.itemsize, index_path: documents * 8 + blocks * 4}
+    for file, size in sizes.items():
       found = file.stat().st_size if file.exists() else "missing"
       if found != size:
         raise broken(file, f"{found} bytes, not the {size} of manifest.json")
@@ -165,6 +165,64 @@ class Shard:
           raise broken(self.path, f"block {block} ({BLOCK} bytes) fails its checksum")
         self._verified[block] = True
     return np.array(self._ids[start:stop])
+
+
+class ShardWriter:
+  """Writes one shard under temporary names; `finish` makes it real."""
+
+  def __init__(self, root: pathlib.Path, name: str, dtype: np.dtype):
+    self._root, self._name, self._dtype = root, name, dtype
+    self.tokens = self.documents = self.bytes = 0
+    self._starts: list[int] = []
+    self._crcs: list[int] = []
+    self._sha256 = hashlib.sha256()
+    self._buffer = bytearray()
+    self._file = None  # opened by the first block: a shard may stay empty
+
+  def begin(self, bos_id: int) -> None:
+    self._starts.append(self.tokens)
+    self.documents += 1
+    self._write(np.array([bos_id] if bos_id >= 0 else [], self._dtype))
+
+  def add(self, ids: np.ndarray, num_bytes: int) -> None:
+    self.bytes += num_bytes
+    self._write(ids.astype(self._dtype))
+
+  def end(self, eos_id: int) -> None:
+    self._write(np.array([eos_id] if eos_id >= 0 else [], self._dtype))
+
+  def _write(self, ids: np.ndarray) -> None:
+    self.tokens += len(ids)
+    self._buffer += ids.tobytes()
+    whole = len(self._buffer) // BLOCK * BLOCK
+    if whole >= 16 * BLOCK:
+      self._flush(whole)
+
+  def _flush(self, size: int) -> None:
+    if self._file is None:
+      self._file = open(self._root / f"{self._name}.ids.tmp", "wb")  # noqa: SIM115
+    for start in range(0, size, BLOCK):
+      self._crcs.append(zlib.crc32(self._buffer[start : min(start + BLOCK, size)]))
+    self._sha256.update(self._buffer[:size])
+    self._file.write(self._buffer[:size])
+    del self._buffer[:size]
+
+  def finish(self) -> dict:
+    self._flush(len(self._buffer))
+    sync(self._file)
+    index = np.array(self._starts, "<u8").tobytes()
+    index += np.array(self._crcs, "<u4").tobytes()
+    path = self._root / self._name
+    os.replace(f"{path}.ids.tmp", f"{path}.ids")
+    write_atomically(pathlib.Path(f"{path}.index"), index)
+    return {
+      "name": self._name,
+      "documents": self.documents,
+      "bytes": self.bytes,
+      "tokens": self.tokens,
+      "sha256": self._sha256.hexdigest(),
+      "index_sha256": hashlib.sha256(index).hexdigest(),
+    }
 
 
 def remote(path: str):
@@ -201,8 +259,31 @@ def read_manifest(path) -> dict:
   if version != FORMAT:
     raise errors.DataError(
       f"the token store has another format\n  given:  {path}: format {version}\n"
-      f"  needed: format {FORMAT}\n  try:    prepare again, into a new config.data.store"
+      f"  needed: format {FORMAT}\n  try:    prepare again, into a new directory"
     )
   if fingerprint != fingerprint_of(manifest):
     raise broken(path, "its contents do not match its fingerprint")
   return manifest
+
+
+def dump(tree: dict) -> bytes:
+  return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+  part = path.with_name(path.name + ".tmp")
+  with open(part, "wb") as file:
+    file.write(content)
+    sync(file)
+  os.replace(part, path)
+  folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a crash
+  try:
+    os.fsync(folder)
+  finally:
+    os.close(folder)
+
+
+def sync(file) -> None:
+  file.flush()
+  os.fsync(file.fileno())
+  file.close()

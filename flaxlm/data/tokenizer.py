@@ -2,8 +2,8 @@
 
 A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. That
 takes no normalisation, no dummy prefix, byte fallback, and one thing that SentencePiece
-does not do: its space marker U+2581, found in text, is spelt in bytes. Newline and tab are
-pieces of their own, so a text cut after a newline has the ids of the whole.
+does not do: its space marker U+2581, found in text, is spelt in bytes. Newline and tab
+are pieces of their own, so a text cut after a newline has the ids of the whole.
 """
 
 import codecs
@@ -62,8 +62,9 @@ class Tokenizer:
     self.byte_fallback = all(map(sp.is_byte, mark))
     self._mark = mark if self.byte_fallback else [self.unk_id]
     # Why decode(encode(text)) is not always text; "" if it is.
-    lost = (why for text, why in PROBES.items() if self.decode(self.encode(text)) != text)
-    self.loss: str = next(lost, "")
+    self.loss: str = next(
+      (why for text, why in PROBES.items() if self.alters(text)), ""
+    )
     self.is_lossless = not self.loss
 
   @classmethod
@@ -84,6 +85,9 @@ class Tokenizer:
         "  needed: a .model file of SentencePiece (not a .json or .vocab)"
       ) from error
 
+  def alters(self, text: str) -> bool:
+    return self.decode(self.encode(text)) != text
+
   def control_id(self, *names: str) -> int:
     """The id of the first of these control symbols that the model has, or -1."""
     ids = [self._sp.piece_to_id(name) for name in names]
@@ -93,7 +97,7 @@ class Tokenizer:
     """Returns the ids of `text`, without bos and eos."""
     return self.encode_batch([text])[0].tolist()
 
-  def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[np.ndarray]:
+  def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, computed by `num_threads` threads."""
     chunks, marks, counts = [], [], []
     for text in texts:
@@ -116,7 +120,7 @@ class Tokenizer:
     return batch
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`; control symbols have none, bad UTF-8 becomes U+FFFD."""
+    """Returns the text of `ids`; control symbols have none, bad UTF-8 is U+FFFD."""
     return Decoder(self)(ids, final=True)
 
   def pieces(self) -> list[bytes]:
@@ -148,7 +152,9 @@ class Decoder:
     """Returns the text that is complete now; `final` also flushes what is not."""
     ids = np.asarray(ids).tolist()
     if ids and not 0 <= min(ids) <= max(ids) < len(self._pieces):
-      raise ValueError(f"ids {min(ids)}..{max(ids)} are not in 0..{len(self._pieces) - 1}")
+      raise ValueError(
+        f"ids {min(ids)}..{max(ids)} are not in 0..{len(self._pieces) - 1}"
+      )
     text = self._utf8.decode(b"".join([self._pieces[i] for i in ids]), final)
     if text and self._strip:
       self._strip = False
@@ -159,8 +165,9 @@ class Decoder:
 def cut(text: str, limit: int) -> Iterator[str]:
   """Yields `text` in pieces of at most `limit` characters, at least one.
 
-  Cuts fall after a newline or before a word, where no trained piece can lie across, so the
-  ids stay those of the whole text; a run of `limit` characters without either is cut hard.
+  Cuts fall after a newline or before a word, where no trained piece can lie across, so
+  the ids stay those of the whole text. A run of `limit` characters with neither is cut
+  hard: other ids, the same text.
   """
   start = 0
   while len(text) - start > limit:
@@ -253,7 +260,9 @@ def vocab_error(vocab_size: int, message: str, least: int) -> errors.UserError:
   key = "config.tokenizer.vocab_size"
   if found := re.search(r"too high.*<= (\d+)", message):
     most = found[1]
-    return errors.ConfigError(key, vocab_size, f"at most {most} for this little text", most)
+    return errors.ConfigError(
+      key, vocab_size, f"at most {most} for this little text", most
+    )
   if found := re.search(r"required_chars. \d+ vs (\d+)", message):
     need = f"at least {found[1]}: bytes, special tokens and each common character"
     return errors.ConfigError(key, vocab_size, need, found[1])

@@ -1,1 +1,1 @@
-"""What happens in a step and around it: state, objectives, optimizer, checkpoints, guards."""
+"""A step and what is around it: state, objective, optimizer, checkpoint, guards."""

@@ -1,20 +1,20 @@
-"""Save and restore the state of a run: Orbax's asynchronous writer, under our own manifest.
+"""Save and restore the state of a run: Orbax's async writer, under our own manifest.
 
-Why a manifest: Orbax restores one flipped bit of an array without a word. Here every file
-has a sha256, the manifest has one of itself, and a checkpoint that does not match is not used.
+Why a manifest: Orbax restores one flipped bit of an array without a word. Here every
+file has a sha256, the manifest has one of itself, and a checkpoint that does not match
+is not used.
 
-    <workdir>/checkpoints/500/state/...      what Orbax wrote; each leaf under a readable name
-    <workdir>/checkpoints/500/MANIFEST.json  files, leaves, and `meta`; last line: its sha256
-    <workdir>/checkpoints/500.unfinished/    a save that is running, or was killed: no use
-    <workdir>/checkpoints/400.bad-1/         failed verification; moved aside, never deleted
+    <workdir>/checkpoints/500/state/...      Orbax's files; leaves have readable names
+    <workdir>/checkpoints/500/MANIFEST.json  see manifest.py; holds `meta` too
+    <workdir>/checkpoints/500.unfinished/    a save that is running, or was killed
+    <workdir>/checkpoints/400.bad-1/         failed verification; moved, never deleted
 
-All is written under `.unfinished` and published by one rename, after the manifest is on disk.
-So a directory with a bare number is complete, or was damaged later. Which steps exist is read
-from disk each time and never remembered: an index is one more thing that can be wrong.
+All is written under `.unfinished` and published by one rename, after the manifest is on
+disk. So a directory with a bare number is complete, or was damaged later. Which steps
+exist is read from disk each time and never remembered: an index is one more thing that
+can be wrong.
 """
 
-import concurrent.futures
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from typing import Any, Self
 
 import jax
@@ -31,18 +32,24 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
+from flaxlm.training.manifest import (
+  FORMAT,
+  find_damage,
+  hash_files,
+  read_manifest,
+  sync_directory,
+  write_manifest,
+)
 
 PyTree = Any
-MANIFEST = "MANIFEST.json"
-FORMAT = 1
 NOTHING, ALL_BAD = -1, -2  # what process 0 broadcasts when it has no step to offer
 
 
 def _silence_echoes() -> None:
   """Keeps a failed write to one message.
 
-  Orbax raises its error, which we report; it also logs it, and each task that it abandons
-  prints a traceback of its own: hundreds, when a disk is full.
+  Orbax raises its error, which we report; it also logs it, and each task that it
+  abandons prints a traceback of its own: hundreds, when a disk is full.
   """
   logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
   logging.getLogger("asyncio").addFilter(lambda r: "/orbax/" not in r.getMessage())
@@ -59,14 +66,20 @@ _silence_echoes()
 
 
 class Checkpointer:
-  """Saves in the background, keeps by policy, restores the newest checkpoint that is whole.
+  """Saves in the background, keeps by policy, restores the newest that is whole.
 
-  Every process of a job calls every method. Process 0 verifies, publishes and deletes. The
-  caller holds the directory for itself (`guards.RunLock`).
+  Every process of a job calls every method. Process 0 verifies, publishes and deletes.
+  The caller holds the directory for itself (`guards.RunLock`).
   """
 
   def __init__(self, directory, keep_last: int, keep_every: int, every: int):
-    """keep_last: newest to keep. keep_every: multiples to keep for ever. every: see is_due."""
+    """Opens `directory`, and clears what killed saves left there.
+
+    Args:
+      keep_last: newest checkpoints to keep.
+      keep_every: steps; multiples are kept for ever; 0 = none.
+      every: steps between two saves that are due.
+    """
     self.directory = pathlib.Path(directory).absolute()
     self.keep_last, self.keep_every, self.every = keep_last, keep_every, every
     self._thread: threading.Thread | None = None
@@ -98,10 +111,10 @@ class Checkpointer:
     return step % self.every == 0
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
-    """Copies `state` to the host, then writes in the background. Joins an earlier save first.
+    """Copies `state` to the host, then writes it in the background.
 
-    The caller may donate `state` as soon as this returns. A step that was just restored or
-    saved is not saved again.
+    An earlier save is waited for first. The caller may donate `state` as soon as this
+    returns. A step that was just restored or saved is not saved again.
 
     Args:
       step: the number of finished steps; the name of the directory.
@@ -144,7 +157,7 @@ class Checkpointer:
     self._thread.start()
 
   def _finish(self, step: int, draft: pathlib.Path, manifest: dict) -> None:
-    """Runs in the background: waits for Orbax, then hashes, publishes, and deletes old ones."""
+    """In the background: waits for Orbax, hashes, publishes, deletes old ones."""
     try:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
@@ -171,7 +184,7 @@ class Checkpointer:
       shutil.rmtree(doomed)
 
   def poll(self) -> None:
-    """Raises StorageError if a save in the background has failed. Costs a microsecond."""
+    """Raises StorageError if a save in the background has failed; nearly free."""
     if self._thread is not None and not self._thread.is_alive():
       self._join()
 
@@ -193,10 +206,12 @@ class Checkpointer:
   def restore_latest(self, target: PyTree) -> tuple[PyTree, dict] | None:
     """Restores the newest checkpoint that is whole, on the shardings of `target`.
 
-    Damaged ones are named on stderr and moved aside, so that their step can be saved again.
+    Damaged ones are named on stderr and moved aside, so that their step can be saved
+    again.
 
     Args:
-      target: `jax.ShapeDtypeStruct`s with shardings, in the structure of the saved state.
+      target: `jax.ShapeDtypeStruct`s with shardings, in the structure of the saved
+        state.
     Returns:
       (state, meta), or None if there never was a checkpoint.
     Raises:
@@ -220,7 +235,8 @@ def restore_for_inference(directory, target: PyTree, step: int | None = None):
 
   Args:
     directory: the `checkpoints` directory of a run.
-    target: `jax.ShapeDtypeStruct`s; those without a sharding go to the first local device.
+    target: `jax.ShapeDtypeStruct`s; those without a sharding go to the first local
+      device.
     step: which checkpoint; None takes the newest that is whole.
   Returns:
     (tree like `target`, meta)
@@ -234,9 +250,9 @@ def restore_for_inference(directory, target: PyTree, step: int | None = None):
 
 
 def read_meta(directory, step: int | None = None) -> dict:
-  """Returns the `meta` of a checkpoint; the newest whose manifest is whole if step is None.
+  """Returns the `meta` of a checkpoint, by default the newest that has one.
 
-  Reads no arrays: it is for what must be known before a model can be built.
+  Reads no arrays: this is for what must be known before a model can be built.
   """
   directory = pathlib.Path(directory).absolute()
   for candidate in [step] if step is not None else list_steps(directory)[::-1]:
@@ -251,7 +267,7 @@ def read_meta(directory, step: int | None = None) -> dict:
 def _require(directory: pathlib.Path, step: int | None) -> int:
   """The step to read, for doors that cannot go on without one."""
   steps = list_steps(directory)
-  if not steps or step is not None and step not in steps:
+  if not steps or step not in (None, *steps):
     has = " ".join(map(str, steps[-8:])) or "no checkpoint"
     raise MissingInputError(
       f"no checkpoint {'' if step is None else f'of step {step} '}to read\n"
@@ -264,7 +280,7 @@ def _require(directory: pathlib.Path, step: int | None) -> int:
 def choose(
   directory: pathlib.Path, move_aside: bool, only: int | None = None
 ) -> int | None:
-  """Returns the newest step that verifies, the same on every process; None if none exists."""
+  """Returns the newest step that verifies, the same on all processes; or None."""
   step = NOTHING
   if jax.process_index() == 0:
     step = _choose_alone(directory, move_aside, only)
@@ -310,88 +326,6 @@ def _move_aside(path: pathlib.Path) -> None:
   os.rename(path, path.with_name(f"{path.name}.bad-{number}"))
 
 
-def find_damage(path: pathlib.Path) -> str | None:
-  """Says what is wrong with the checkpoint at `path`; None if every byte is as written."""
-  try:
-    if not path.is_dir():
-      return "not a directory"
-    if not any(path.iterdir()):
-      return "empty"
-    if not (path / MANIFEST).exists():
-      return f"unfinished: it has no {MANIFEST}"
-    manifest = read_manifest(path)
-    if manifest["step"] != int(path.name):
-      return f"its {MANIFEST} is of step {manifest['step']}"
-    # Sizes first: a truncated file is found without reading the rest.
-    for name, (size, _) in manifest["files"].items():
-      file = path / "state" / name
-      if not file.is_file():
-        return f"state/{name} is missing"
-      if file.stat().st_size != size:
-        return f"state/{name} has {file.stat().st_size} bytes, not {size}"
-    found = hash_files(path / "state", sync=False, names=manifest["files"])
-    for name, (_, digest) in manifest["files"].items():
-      if found[name][1] != digest:
-        return f"state/{name} does not match its sha256"
-  except (OSError, ValueError) as error:
-    return str(error)
-  return None
-
-
-def read_manifest(path: pathlib.Path) -> dict:
-  """Reads MANIFEST.json; ValueError unless its last line is the sha256 of those before it."""
-  data = (path / MANIFEST).read_bytes()
-  body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
-  if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
-    raise ValueError(f"{MANIFEST} does not match its own sha256")
-  manifest = json.loads(body)
-  if manifest["format"] != FORMAT:
-    raise ValueError(f"{MANIFEST} has format {manifest['format']}; this reads {FORMAT}")
-  return manifest
-
-
-def write_manifest(path: pathlib.Path, manifest: dict) -> None:
-  body = json.dumps(manifest, indent=1).encode()
-  draft = path / f"{MANIFEST}.tmp"
-  with draft.open("wb") as file:
-    file.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.rename(draft, path / MANIFEST)
-  sync_directory(path)
-
-
-def hash_files(path: pathlib.Path, sync: bool, names=None) -> dict[str, list]:
-  """Returns {relative name: [size, sha256]} of all files, or of `names`; sync: fsync them."""
-  if names is None:
-    names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
-    folders = [path, *(f for f in path.rglob("*") if f.is_dir())]
-  else:
-    folders = []
-
-  def digest(name: str) -> list:
-    with (path / name).open("rb") as file:
-      if sync:
-        os.fsync(file.fileno())
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-      return [file.tell(), digest]
-
-  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-    found = dict(zip(names, pool.map(digest, names), strict=True))
-  if sync:
-    for folder in folders:
-      sync_directory(folder)
-  return found
-
-
-def sync_directory(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
 def list_steps(directory) -> list[int]:
   """The numbers of all entries that look like a finished checkpoint, ascending."""
   directory = pathlib.Path(directory)
@@ -402,9 +336,17 @@ def list_steps(directory) -> list[int]:
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:
-  """Deletes what a killed save or a killed deletion left behind; nothing else looks so."""
+  """Deletes what a killed save or deletion left behind; nothing else looks so."""
   for path in directory.iterdir():
-    if re.fullmatch(r"\d+\.(unfinished|deleted)", path.name):
+    if not re.fullmatch(r"\d+\.(unfinished|deleted)", path.name):
+      continue
+    for patience in (0.1, 0.5, 2):
+      try:
+        shutil.rmtree(path)
+        break
+      except OSError:  # writers that a failed save abandoned may add files meanwhile
+        time.sleep(patience)
+    else:
       shutil.rmtree(path)
 
 
@@ -420,7 +362,7 @@ def check_space(directory: pathlib.Path, state_bytes: int) -> None:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Returns {"model/blocks/attention/wq": leaf}, the names that files and messages use."""
+  """Returns {"model/blocks/wq": leaf}: the names in files and messages."""
   leaves = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
@@ -475,7 +417,7 @@ def _restore(
 
 
 def check_leaves(path: pathlib.Path, stored: dict, leaves: dict, partial: bool) -> None:
-  """Raises ConfigError with the first differences between a checkpoint and what is needed.
+  """Raises ConfigError with the first differences of a checkpoint and `leaves`.
 
   Orbax would find most of them too, but it casts another dtype without a word.
   """

@@ -22,12 +22,13 @@ from flaxlm.errors import HANG_EXIT_CODE, NumericsError, OutputError, Preempted
 class StopSignal:
   """Turns SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks.
 
-  The first signal asks for a stop after the current step; the next one, at least a second
-  later, ends the process at once. The second of grace is there because `timeout` and some
-  schedulers signal a process and then its whole group.
+  The first signal asks for a stop after the current step; the next one, at least a
+  second later, ends the process at once. The second of grace is there because `timeout`
+  and some schedulers signal a process and then its whole group.
 
-  Python runs signal handlers only between bytecodes of the main thread, which may be minutes
-  away inside an XLA compilation. A thread that reads the wakeup descriptor answers at once.
+  Python runs signal handlers only between bytecodes of the main thread, which may be
+  minutes away inside an XLA compilation. A thread that reads the wakeup descriptor
+  answers at once.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -70,8 +71,8 @@ class StopSignal:
   def _count(self, path: str, number: int) -> None:
     """Acts once on a signal that arrives by both paths.
 
-    The event loops inside Orbax borrow the wakeup descriptor while they run, so either path
-    may miss one; the higher of the two counts is the number of signals.
+    The event loops inside Orbax borrow the wakeup descriptor while they run, so either
+    path may miss one; the higher of the two counts is the number of signals.
     """
     with self._lock:
       before = max(self._seen.values())
@@ -95,9 +96,10 @@ class StopSignal:
     """True when the run must save and leave now.
 
     Args:
-      step: the step just finished. Every process of a job asks once for every step, as the
-        processes agree on one step to stop after. None asks between steps (evaluation,
-        sampling), where a process of a larger job may not decide alone: False there.
+      step: the step just finished. Every process of a job asks once for every step, as
+        the processes agree on one step to stop after. None asks between steps
+        (evaluation, sampling), where a process of a larger job may not decide alone:
+        False there.
     """
     import jax
 
@@ -183,8 +185,8 @@ class RunLock:
       try:
         owner = json.loads(self.owner.read_text())
         return (
-          f"in use by process {owner['pid']} on {owner['host']} since {owner['started']}: "
-          + " ".join(owner["command"].split())[:120]
+          f"in use by process {owner['pid']} on {owner['host']} "
+          f"since {owner['started']}: " + " ".join(owner["command"].split())[:120]
         )
       except (OSError, ValueError, KeyError):
         time.sleep(0.1)
@@ -192,14 +194,14 @@ class RunLock:
 
 
 class Watchdog:
-  """Ends a process that makes no progress, after printing the stacks of all its threads.
+  """Ends a process that makes no progress, after printing all its stacks.
 
   A hung collective waits for ever and holds the other machines with it; an exit code is
   something a scheduler can act on.
   """
 
   def __init__(self, seconds: float):
-    """seconds: longest time between two calls of `beat`; 0 switches the watchdog off."""
+    """seconds: the longest time between two calls of `beat`; 0 = no watchdog."""
     self.seconds = seconds
     self._last = time.monotonic()
     self._done = threading.Event()
@@ -224,12 +226,12 @@ class Watchdog:
         return
       now = time.monotonic()
       if now - before > 5 * tick:
-        self.beat()  # this thread stood still too: the process was stopped (Ctrl-Z), not hung
+        self.beat()  # this thread stood still too: the process was stopped, not hung
       if now - self._last > self.seconds:
         os.write(
           2,
           (
-            f"flaxlm: no progress for {now - self._last:.0f} s (config.guards.hang_seconds="
+            f"flaxlm: no progress for {now - self._last:.0f} s (guards.hang_seconds="
             f"{self.seconds:g}); stacks of all threads follow\n"
           ).encode(),
         )
@@ -240,7 +242,8 @@ class Watchdog:
 class BadSteps:
   """Counts the steps whose loss or gradient was not finite and so changed nothing.
 
-  The step itself leaves the state untouched (inside `jax.jit`); this decides when to give up.
+  The step itself leaves the state untouched (inside `jax.jit`); this decides when to
+  give up.
   """
 
   def __init__(self, max_bad_steps: int):
@@ -261,8 +264,8 @@ class BadSteps:
     shown = ", ".join(f"{s} (loss {value:g})" for s, value in self._in_a_row[:5])
     more = ", ..." if len(self._in_a_row) > 5 else ""
     raise NumericsError(
-      f"{len(self._in_a_row)} steps in a row had a loss or gradient that is not finite\n"
+      f"{len(self._in_a_row)} steps in a row had a loss or gradient not finite\n"
       f"  given:  steps (= batches) {shown}{more} to {self._in_a_row[-1][0]}\n"
-      f"  needed: a finite step within config.guards.max_bad_steps={self.max_bad_steps}\n"
+      f"  needed: a finite one in config.guards.max_bad_steps={self.max_bad_steps}\n"
       "  try:    a lower --config.optim.peak_learning_rate, or a longer warm-up"
     )

@@ -1,7 +1,7 @@
-"""What a run tells about itself: speed and its limit, the log in three places, the card.
+"""What a run tells about itself: its speed, the log in three places, the card.
 
-`metrics.jsonl` is the record: one exact line per interval, no step twice, whatever was killed.
-TensorBoard and the console are views of it, and neither can stop a run.
+`metrics.jsonl` is the record: one exact line per interval, no step twice, whatever was
+killed. TensorBoard and the console are views of it, and neither can stop a run.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import numpy as np
 from flaxlm.errors import StorageError
 
 # Dense bfloat16 FLOP/s of one `jax.Device`, by its exact `device_kind`.
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (BF16)". A v4 or
-#   v5p chip is one device; a TPU7x chip (2307 TFLOP/s) is two.
-# NVIDIA: the product datasheets give tensor-core BF16 with 2:4 sparsity for Hopper, Blackwell
-#   and Ada; half of that is dense. A100: 312 dense. GeForce: the GA102 and Ada whitepapers
-#   (with FP32 accumulation).
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (BF16)".
+#   A v4 or v5p chip is one device; a TPU7x chip (2307 TFLOP/s) is two.
+# NVIDIA: product datasheets. Those of Hopper, Blackwell and Ada give tensor-core BF16
+#   with 2:4 sparsity; half of that is dense. GeForce: GA102 and Ada whitepapers, with
+#   FP32 accumulation.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -55,16 +55,17 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 FLOP/s of a device; None when it is not in the table: never guessed."""
+  """Dense bfloat16 FLOP/s of a device; None when unknown: never guessed."""
   return PEAK_FLOPS.get(device.device_kind)
 
 
 def flops_per_token(model, seq_len: int) -> float:
   """Model FLOPs to train on one token: 6 per matrix weight, and attention.
 
-  The output head counts and the embedding's gather does not. Attention counts only the keys
-  that a query may see: half of the square when causal, less with a sliding window. (PaLM,
-  appendix B, and nanoGPT count the full square.) Recomputation under remat does not count.
+  The output head counts and the embedding's gather does not. Attention counts only the
+  keys that a query may see: half of the square when causal, less with a sliding window.
+  (PaLM, appendix B, and nanoGPT count the full square.) Recomputation under remat does
+  not count.
 
   Args:
     model: anything with the fields of `config.model`.
@@ -101,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def memory() -> dict[str, float]:
-  """GiB in use: the peak of the fullest local device where it is known, else of this process."""
+  """GiB in use: of the fullest local device (its peak), else of this process."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   if all("peak_bytes_in_use" in s for s in stats):
     return {"device_memory_gib": max(s["peak_bytes_in_use"] for s in stats) / 2**30}
@@ -111,10 +112,10 @@ def memory() -> dict[str, float]:
 
 
 class MetricsWriter:
-  """Writes each interval to the console, `metrics.jsonl` and TensorBoard. Process 0 only.
+  """Writes intervals to the console, `metrics.jsonl` and TensorBoard; process 0 only.
 
-  Speeds are those of the intervals between `log(kind="train")` calls. After anything that is
-  not training (compilation, evaluation, a restore), call `restart_clock`.
+  Speeds are those of the intervals between `log(kind="train")` calls. After anything
+  that is not training (compilation, evaluation, a restore), call `restart_clock`.
   """
 
   def __init__(
@@ -132,8 +133,8 @@ class MetricsWriter:
 
     Args:
       first_step: finished steps: 0, or the step that was restored.
-      flops_per_token: see the function; with `peak_flops` of a device, both non-zero, MFU is
-        shown. Pass a peak only when the model computes in bfloat16.
+      flops_per_token: see the function; with `peak_flops` of a device, both non-zero,
+        MFU is shown. Pass a peak only when the model computes in bfloat16.
       stream: where the console lines go; sys.stdout by default.
     """
     self.num_steps, self.tokens_per_step = num_steps, tokens_per_step
@@ -171,7 +172,7 @@ class MetricsWriter:
       self._try_events(self._events.close)
 
   def restart_clock(self, step: int) -> None:
-    """Says that training goes on from here, `step` steps done: speeds count from now."""
+    """Says that training goes on, `step` steps done: speeds count from now."""
     self._clock = (step, time.perf_counter())
 
   def log(
@@ -181,8 +182,8 @@ class MetricsWriter:
 
     Args:
       step: finished steps.
-      values: numbers, or arrays of one number, by name. "train" shows loss, grad_norm and
-        learning_rate first.
+      values: numbers, or arrays of one number, by name. "train" shows loss, grad_norm
+        and learning_rate first.
       kind: "train" or "eval".
       data_wait: seconds in which the loop waited for data since the last "train" line.
     """
@@ -246,7 +247,7 @@ class MetricsWriter:
       print(line, file=self._stream, flush=True)
 
   def _try_events(self, action) -> None:
-    """Runs `action` on TensorBoard's file; warns once and goes on without it if that fails."""
+    """Runs `action` on TensorBoard's file; if it fails, warns and goes on without."""
     try:
       action()
     except Exception as error:
@@ -258,8 +259,8 @@ class MetricsWriter:
   def _open_events(self, directory: pathlib.Path, first_step: int) -> None:
     """Opens an event file that hides what earlier ones hold after `first_step`.
 
-    This uses the file layer of tensorboardX and not its SummaryWriter, whose queue has ten
-    places and a thread that may die: the eleventh value would then wait for ever.
+    This uses the file layer of tensorboardX and not its SummaryWriter, whose queue has
+    ten places and a thread that may die: the eleventh value would then wait for ever.
     """
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -319,14 +320,16 @@ def _valid(value):
 def _cannot_write(path, error: OSError) -> StorageError:
   return StorageError(
     f"{path} cannot be written\n  given:  {error.strerror or error}\n"
-    "  needed: a directory with space\n  try:    the same command again, when that is so"
+    "  needed: a directory with space\n"
+    "  try:    the same command again, when that is so"
   )
 
 
 def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
-  """Rewrites `metrics.jsonl` without the steps that will be logged again, in one rename.
+  """Rewrites `metrics.jsonl` without the steps that will be logged again.
 
-  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the end, goes.
+  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the
+  end, goes.
   """
   if not path.exists():
     return

@@ -103,8 +103,8 @@ def make_optimizer(
 
 def leaf_name(path: tuple) -> str:
   """The attribute name of a weight: "query_bias" of blocks/attention/query_bias."""
-  names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-  return [name for name in names if name != "value"][-1]
+  names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+  return names[-2] if names[-1] == "value" else names[-1]  # nnx.Param adds a "value"
 
 
 def decays(params):

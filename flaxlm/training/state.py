@@ -52,6 +52,8 @@ def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = getattr(leaf, "axes", None)
     array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    if isinstance(array, optax.MaskedNode):  # no array: another optimizer's weight
+      return leaf
     stacked = "blocks" in name.split("/")
     if axes is None or len(array.shape) != len(axes) + stacked:
       axes = (None,) * len(array.shape)

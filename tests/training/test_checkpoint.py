@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, or its loss is noticed and said."""
+"""Checkpoints: what was saved comes back bit for bit, or its loss is noticed."""
 
 import dataclasses
 import inspect
@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 
 import jax
@@ -133,7 +132,7 @@ def test_restores_onto_another_mesh(saved, shape):
 
 
 def test_donated_buffers_are_saved_as_they_were(tmp_path):
-  """On CPU a numpy view of a JAX array is its memory, which a donated step writes over."""
+  """On CPU a numpy view of an array is its memory, which a donated step overwrites."""
   overwrite = jax.jit(
     lambda s: jax.tree.map(lambda x: x * 0 + jnp.array(77, x.dtype), s),
     donate_argnums=0,
@@ -167,7 +166,9 @@ def test_every_file_every_damage_is_found(saved, capsys):
       assert checkpoint.find_damage(path), f"bit flip at {position} of {file}"
     for cut in (data[:-1], data[: len(data) // 2], b"", data + b"\n"):
       file.write_bytes(cut)
-      assert checkpoint.find_damage(path), f"{len(cut)} of {len(data)} bytes of {file}"
+      damage = checkpoint.find_damage(path)
+      assert damage, f"{len(cut)} of {len(data)} bytes of {file}"
+      assert "bytes, not" in damage or file.name == "MANIFEST.json"
     file.unlink()
     assert checkpoint.find_damage(path), f"{file} deleted"
     file.write_bytes(data)
@@ -274,7 +275,7 @@ def test_partial_restore_reads_only_what_is_named(saved):
 def test_inference_reads_past_damage_but_moves_nothing(saved, capsys):
   (saved / "2" / "MANIFEST.json").unlink()
   target = {"model": abstract(make_state()).model}
-  part, meta = checkpoint.restore_for_inference(saved, target)
+  _, meta = checkpoint.restore_for_inference(saved, target)
   assert meta == {"step": 1} == checkpoint.read_meta(saved)
   assert "no MANIFEST.json" in capsys.readouterr().err
   assert entries(saved) == ["1", "2"]
@@ -306,12 +307,6 @@ def test_a_step_that_was_restored_or_saved_is_not_saved_again(saved):
     saver.save(3, make_state(4), {})
 
 
-def wait_for_poll(saver) -> None:
-  for _ in range(500):
-    saver.poll()
-    time.sleep(0.02)
-
-
 def test_background_errors_surface_at_the_next_poll(tmp_path):
   path = tmp_path / "c"
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -325,7 +320,9 @@ def test_background_errors_surface_at_the_next_poll(tmp_path):
       resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
       saver.save(step, make_state(step, width=512), {})
       with pytest.raises(StorageError, match=f"step {step} failed"):
-        wait_for_poll(saver)
+        for _ in range(500):
+          time.sleep(0.02)
+          saver.poll()
     saver.save(4, make_state(4, width=512), {})
     with pytest.raises(StorageError, match="step 4 failed"):
       saver.close()
@@ -378,15 +375,15 @@ path, phase = sys.argv[1:]
 def die(*_, **__):
   os.kill(os.getpid(), signal.SIGKILL)
 saver = checkpoint.Checkpointer(path, 1, 0, 1)
-saver.save(1, make_state(1), {{"step": 1}})
+saver.save(1, make_state(1, 8, (2,)), {{"step": 1}})
 saver._join()
-state = jax.block_until_ready(make_state(2, width=1024))
+state = jax.block_until_ready(make_state(2, 512, (2,)))
 if phase == "commit":
   checkpoint.hash_files = die
-elif phase == "manifest":
-  checkpoint.os.fsync = die
 elif phase == "rename":
-  checkpoint.os.rename = lambda old, new: die() if str(new).endswith("2") else os.replace(old, new)
+  def rename(old, new):
+    return die() if str(new).endswith("/2") else os.replace(old, new)
+  checkpoint.os.rename = rename
 elif phase == "delete":
   checkpoint.shutil.rmtree = die
 else:
@@ -401,22 +398,25 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
   source = "\n".join(
     inspect.getsource(thing) for thing in (Layer, Model, State, make_state)
   )
-  code = CHILD.format(source=textwrap.dedent(source))
-  phases = ["0.0", "0.03", "0.15", "commit", "manifest", "rename", "delete"]
+  code = CHILD.format(source=source)
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  phases = ["0.0", "0.1", "commit", "rename", "delete"]
   children = {
-    phase: subprocess.Popen([sys.executable, "-c", code, str(tmp_path / phase), phase])
+    phase: subprocess.Popen(
+      [sys.executable, "-c", code, str(tmp_path / phase), phase], env=environment
+    )
     for phase in phases
   }
   for phase, child in children.items():
     assert child.wait(60) == -signal.SIGKILL
     path = tmp_path / phase
     left = entries(path)
-    if phase in ("commit", "manifest", "rename"):
+    if phase in ("commit", "rename"):
       assert left == ["1", "2.unfinished"]
     if phase == "delete":  # step 2 was published; the old one was being deleted
       assert left == ["1.deleted", "2"]
     newest = max(s for s in left if s.isdigit())
-    width = {"1": 8, "2": 1024}[newest]
+    width = {"1": 8, "2": 512}[newest]
     with opened(path) as saver:
       state, meta = saver.restore_latest(abstract(make_state(0, width)))
       assert_equal(state, host(make_state(int(newest), width)))
@@ -434,7 +434,8 @@ from flaxlm.training.checkpoint import Checkpointer
 port, index, path = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
 def state(step):
   rows = np.arange(64, dtype=np.float32).reshape(8, 8) + step
   return {"w": jax.make_array_from_callback((8, 8), sharding, lambda i: rows[i])}
@@ -452,8 +453,9 @@ sync_global_devices("damaged")
 with Checkpointer(path, 2, 0, 1) as saver:
   restored, meta = saver.restore_latest(target)
   assert meta == {"step": 2}
-  for got, want in zip(restored["w"].addressable_shards, state(2)["w"].addressable_shards):
-    assert np.array_equal(got.data, want.data)
+  local = [[s.data.tolist() for s in tree["w"].addressable_shards]
+           for tree in (restored, state(2))]
+  assert local[0] == local[1]
   saver.save(4, state(4), {"step": 4})
 """
 
@@ -485,7 +487,7 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path):
 
 
 def test_memory_does_not_grow_with_saves(tmp_path):
-  state, process = make_state(1), psutil.Process()
+  state, process = make_state(1, shape=(1,)), psutil.Process()
   with opened(tmp_path / "c", keep_last=1) as saver:
     for step in range(70):
       if step == 20:

@@ -1,0 +1,39 @@
+"""GPT-2 small (Radford et al. 2019): 124M parameters, for one GPU or a few TPU cores.
+
+  python -m flaxlm.train --config=configs/gpt2_124m.py --workdir=runs/gpt2_124m
+
+Not trained to the end here: no result is claimed. 0.5M tokens a step, as GPT-3 small.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.num_steps = 20_000
+  config.tokenizer.vocab_size = 50_257
+  config.tokenizer.train_bytes = 1_000_000_000
+  config.data.store = "data/c4"
+  config.data.sources = base.sources(
+    main=base.source("tfds", "c4/en", validation_split="validation")
+  )
+  config.data.seq_len = 1024
+  config.data.batch_size = 512
+
+  model = config.model
+  model.num_layers = 12
+  model.embed_dim = 768
+  model.num_heads = 12
+  model.num_kv_heads = 12
+  model.mlp_dim = 3072
+  model.positions = "learned"
+  model.norm = "layernorm"
+  model.mlp = "gelu"
+  model.use_bias = True
+  model.dtype = "bfloat16"
+
+  config.optim.peak_learning_rate = 6e-4
+  config.optim.warmup_steps = 700
+  config.step.accumulation_steps = 8
+  config.step.chunk_size = 8192
+  return config

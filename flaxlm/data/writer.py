@@ -1,0 +1,460 @@
+"""Builds a token store: trains the tokenizer, tokenises each source, writes the shards.
+
+A source is written in units, each a run of whole documents with about `shard_tokens`
+tokens and a shard for either split. Files get their names when they are whole, the
+unit's json after its shards, manifest.json last: killed anywhere, the next call goes on
+after the last finished unit, and the store comes out the same to the byte.
+"""
+
+import collections
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flaxlm import errors
+from flaxlm.data import sources, store
+from flaxlm.data.progress import Progress
+from flaxlm.data.tokenizer import Tokenizer, sample, train_tokenizer
+
+BATCH = 1 << 21  # characters that are tokenised together
+CHECKS = 32  # texts a batch that are decoded again and compared
+UNKNOWN = "unknown character, lost"
+# The knobs that decide what is in a store; weights do not.
+SOURCE_KEYS = (
+  "kind",
+  "field",
+  "document",
+  "split",
+  "validation_split",
+  "max_documents",
+)
+TOKENIZER_KEYS = ("kind", "vocab_size", "byte_fallback", "user_symbols", "train_bytes")
+
+
+class Report(NamedTuple):
+  """What `build` did."""
+
+  store: store.Store
+  tokenizer: Tokenizer
+  reused: bool
+  checked: int  # texts that were decoded again
+  changed: int  # of those, the ones that came back different
+  rate: float  # MB/s of tokenising alone
+
+
+def build(config: ConfigDict, log: Callable[[str], None]) -> Report:
+  """Prepares config.data.store, or reuses it if it has been prepared by this recipe."""
+  path = config.data.store
+  if "://" in path:
+    raise errors.ConfigError(
+      "config.data.store", path, "a local directory: prepare writes there",
+      "prepare locally, copy it with gcloud storage cp -r, and train from the copy",
+    )  # fmt: skip
+  root = pathlib.Path(path).expanduser()
+  check_names(config)
+  try:
+    corpora = open_corpora(config)
+    recipe = make_recipe(config, corpora)
+    if (root / "manifest.json").exists():
+      return reuse(root, recipe, log)
+    with locked(root):
+      if (root / "manifest.json").exists():
+        return reuse(root, recipe, log)
+      begin(root, recipe, log)
+      tokenizer = make_tokenizer(root, config, corpora, log)
+      checks = collections.Counter()
+      units = {}
+      sizes = {name: corpus.sizes for name, corpus in corpora.items()}
+      with Progress(sizes, log) as bar:
+        for name, corpus in corpora.items():
+          units[name] = write_source(root, name, corpus, tokenizer, config, bar, checks)
+      manifest = make_manifest(recipe, tokenizer, units)
+      check_sizes(manifest, config, root)
+      store.write_atomically(root / "manifest.json", store.dump(manifest))
+  except OSError as error:
+    raise cannot_write(root, error) from error
+  counts = checks["checked"], checks["changed"]
+  return Report(store.Store(root), tokenizer, False, *counts, bar.rate)
+
+
+def check_names(config: ConfigDict) -> None:
+  for name, source in config.data.sources.items():
+    if not re.fullmatch(r"[\w-]+", name):
+      raise errors.ConfigError(
+        "config.data.sources", name, "a name of letters and digits"
+      )
+    if config.data.split == "tail" and source.kind not in ("text", "stdlib"):
+      raise errors.ConfigError(
+        "config.data.split", f"tail, with {name}.kind={source.kind}",
+        "sources of kind text: tail is the end of each text file", "hash",
+      )  # fmt: skip
+
+
+def open_corpora(config: ConfigDict) -> dict[str, sources.Corpus]:
+  tail = config.data.validation_fraction if config.data.split == "tail" else 0.0
+  listed = sorted(config.data.sources.items())
+  return {name: sources.open_source(name, source, tail) for name, source in listed}
+
+
+def make_recipe(config: ConfigDict, corpora: dict[str, sources.Corpus]) -> dict:
+  """Everything that decides the bytes of the store, as JSON gives it back."""
+  data, tokenizer = config.data, config.tokenizer
+  if tokenizer.path:
+    recipe = {"sha256": Tokenizer.load(tokenizer.path).sha256}
+  else:
+    recipe = {key: tokenizer[key] for key in TOKENIZER_KEYS}
+  recipe = {
+    "split": data.split,
+    "validation_fraction": data.validation_fraction,
+    "shard_tokens": data.shard_tokens,
+    "tokenizer": recipe,
+    "sources": {
+      name: {key: data.sources[name][key] for key in SOURCE_KEYS}
+      | {"files": corpus.fingerprint}
+      for name, corpus in corpora.items()
+    },
+  }
+  return json.loads(json.dumps(recipe))
+
+
+def reuse(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> Report:
+  found = store.Store(root)
+  check_recipe(root, found.manifest["recipe"], recipe)
+  log(f"reusing {root}: prepared by the same recipe")
+  return Report(found, Tokenizer(found.tokenizer), True, 0, 0, 0.0)
+
+
+def check_recipe(root: pathlib.Path, old: dict, new: dict) -> None:
+  """Refuses a store that another recipe made, naming what differs."""
+  old, new = flatten(old), flatten(new)
+  keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+  if not keys:
+    return
+  files = [f"other files in {key.removesuffix('.files')}" for key in keys]
+  changes = [
+    f"{key}={old.get(key)!r} (now {new.get(key)!r})"
+    for key in keys
+    if not key.endswith(".files")
+  ] or files
+  raise errors.ConfigError(
+    "config.data.store", f"{root}, prepared with {', '.join(changes[:3])}",
+    "a store that this config prepared, or a new directory",
+    f"--config.data.store={root}-2, or delete {root}",
+  )  # fmt: skip
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+  flat = {}
+  for key, value in tree.items():
+    inner = isinstance(value, dict)
+    flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+  return flat
+
+
+@contextlib.contextmanager
+def locked(root: pathlib.Path) -> Iterator[None]:
+  import filelock
+
+  root.mkdir(parents=True, exist_ok=True)
+  try:
+    with filelock.FileLock(root / ".lock", timeout=0):
+      yield
+  except filelock.Timeout as error:
+    raise errors.OutputError(
+      f"config.data.store={root} is being prepared by another process\n"
+      f"  given:  {root / '.lock'}, held\n  needed: one flaxlm.prepare at a time"
+    ) from error
+
+
+def begin(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> None:
+  """Claims the directory for this recipe, or goes on with what it began."""
+  path = root / "recipe.json"
+  if path.exists() and (root / "tokenizer.model").exists():
+    check_recipe(root, json.loads(path.read_text()), recipe)
+    log(f"continuing {root}")
+    return
+  # Before the tokenizer there is nothing to keep: a corrected recipe replaces the old.
+  ours = (".lock", "recipe.json", "recipe.json.tmp", "tokenizer.model.tmp")
+  strange = [file.name for file in root.iterdir() if file.name not in ours]
+  if strange:
+    raise errors.OutputError(
+      f"config.data.store={root} holds something else\n  given:  {strange[0]} in it\n"
+      "  needed: an empty or a new directory"
+    )
+  store.write_atomically(path, store.dump(recipe))
+
+
+def make_tokenizer(
+  root: pathlib.Path,
+  config: ConfigDict,
+  corpora: dict[str, sources.Corpus],
+  log: Callable[[str], None],
+) -> Tokenizer:
+  """The tokenizer of the store: found there, brought along, or trained now."""
+  path, knobs = root / "tokenizer.model", config.tokenizer
+  if path.exists():
+    return Tokenizer(path.read_bytes())
+  if knobs.path:
+    tokenizer = Tokenizer.load(knobs.path)
+  else:
+    log(f"training a {knobs.kind} tokenizer of {knobs.vocab_size} pieces")
+    texts = sample_texts(config, corpora)
+    lines = sample(texts, knobs.train_bytes)
+    model = train_tokenizer(
+      lines, knobs.kind, knobs.vocab_size, knobs.byte_fallback, knobs.user_symbols
+    )
+    tokenizer = Tokenizer(model)
+  for symbol in knobs.user_symbols:
+    if tokenizer.control_id(symbol) < 0:
+      needed = f"control symbols that {knobs.path} has"
+      raise errors.ConfigError("config.tokenizer.user_symbols", symbol, needed, "()")
+  if max(tokenizer.bos_id, tokenizer.eos_id) < 0:
+    raise errors.ConfigError(
+      "config.tokenizer.path", knobs.path, "a model with a bos or eos to part documents"
+    )
+  store.write_atomically(path, tokenizer.model)
+  return tokenizer
+
+
+def sample_texts(
+  config: ConfigDict, corpora: dict[str, sources.Corpus]
+) -> Iterator[str]:
+  """Yields the text to train a tokenizer on: all of it, or a spread of a large corpus.
+
+  Of more than 50 times `train_bytes`, every n-th file is read, and of each no more than
+  that: more text would hardly change a vocabulary, and cost a pass over the disk.
+  """
+  most = 50 * config.tokenizer.train_bytes
+  for name, corpus in corpora.items():
+    step = max(1, sum(corpus.sizes) // most)
+    left = config.data.sources[name].max_documents or float("inf")
+    for number in range(0, len(corpus.files), step):
+      size = 0
+      for piece in corpus.read((number, 0)):
+        if piece.position[0] != number or size > most or left <= 0:
+          break
+        size += len(piece.text)
+        left -= piece.end
+        yield piece.text
+
+
+def write_source(
+  root: pathlib.Path,
+  name: str,
+  corpus: sources.Corpus,
+  tokenizer: Tokenizer,
+  config: ConfigDict,
+  progress: Progress,
+  checks: collections.Counter,
+) -> list[dict]:
+  """Writes the units of one source that are not there yet; returns all of them."""
+  folder = root / name
+  folder.mkdir(exist_ok=True)
+  for part in folder.glob("*.tmp"):
+    part.unlink()
+  units, position, count = [], (0, 0), 0
+  while (path := folder / f"{len(units):06}.json").exists():
+    units.append(json.loads(path.read_text()))
+    position = tuple(units[-1]["next"])
+    count += units[-1]["documents"]
+  most = config.data.sources[name].max_documents
+  pieces = corpus.read(position)
+  if most:
+    pieces = first_documents(pieces, most - count)
+  progress.begin(name, position[0])
+  stream = encoded(pieces, tokenizer, progress, checks)
+  fraction = config.data.validation_fraction
+  while True:
+    number = len(units)
+    unit = write_unit(
+      stream, f"{name}/{number:06}", root, tokenizer, fraction, config.data.shard_tokens
+    )
+    if unit is None:
+      return units
+    store.write_atomically(folder / f"{number:06}.json", store.dump(unit))
+    units.append(unit)
+
+
+def first_documents(pieces: Iterable, count: int) -> Iterator[sources.Piece]:
+  if count > 0:
+    for piece in pieces:
+      yield piece
+      count -= piece.end
+      if not count:
+        return
+
+
+def encoded(
+  pieces: Iterable[sources.Piece],
+  tokenizer: Tokenizer,
+  progress: Progress,
+  checks: collections.Counter,
+) -> Iterator[tuple[sources.Piece, np.ndarray]]:
+  """Yields (piece, ids), tokenised in batches on all cores; checks some round trips."""
+  threads = os.cpu_count() or 1
+  if hasattr(os, "sched_getaffinity"):
+    threads = len(os.sched_getaffinity(0))
+  batch, size = [], 0
+
+  def run():
+    ids = tokenizer.encode_batch([piece.text for piece in batch], threads)
+    check_round_trip(batch, ids, tokenizer, checks)
+    num_bytes = sum(len(piece.text.encode()) for piece in batch)
+    progress.update(batch[-1].position[0], num_bytes, sum(map(len, ids)))
+    return zip(batch, ids, strict=True)
+
+  for piece in pieces:
+    batch.append(piece)
+    size += len(piece.text)
+    if size >= BATCH:
+      yield from run()
+      batch, size = [], 0
+  if batch:
+    yield from run()
+
+
+def check_round_trip(
+  batch: list, ids: list, tokenizer: Tokenizer, checks: collections.Counter
+) -> None:
+  """Decodes some texts of a batch again; no loss where the tokenizer claims none."""
+  for number in range(0, len(batch), -(-len(batch) // CHECKS)):
+    text, back = batch[number].text, tokenizer.decode(ids[number])
+    checks["checked"] += 1
+    checks["changed"] += text != back
+    if text != back and tokenizer.is_lossless:
+      raise errors.DataError(
+        f"a text does not survive the tokenizer\n  given:  {text[:40]!r}\n"
+        f"  needed: the same, not {back[:40]!r}"
+      )
+
+
+def write_unit(
+  stream: Iterator[tuple[sources.Piece, np.ndarray]],
+  stem: str,
+  root: pathlib.Path,
+  tokenizer: Tokenizer,
+  fraction: float,
+  shard_tokens: int,
+) -> dict | None:
+  """Writes the next documents of `stream`; returns None if there are none left."""
+  dtype = np.dtype(dtype_of(tokenizer))
+  shards = {
+    split: store.ShardWriter(root, f"{stem}-{split}", dtype) for split in store.SPLITS
+  }
+  problems, documents, following = collections.Counter(), 0, None
+  found, shard = set(), None
+  for piece, ids in stream:
+    found.update(piece.problems)
+    text = piece.text.encode()
+    if not tokenizer.byte_fallback:
+      problems[UNKNOWN] += int((ids == tokenizer.unk_id).sum())
+    if shard is None and text:
+      shard = shards[piece.split or split_of(text, fraction)]
+      shard.begin(tokenizer.bos_id)
+    if shard is not None:
+      shard.add(ids, len(text))
+    elif piece.end and sources.BAD_JSON not in found:
+      found.add(sources.EMPTY)
+    if not piece.end:
+      continue
+    if shard is not None:
+      shard.end(tokenizer.eos_id)
+    documents, following = documents + 1, piece.position
+    problems.update(found)
+    found, shard = set(), None
+    if sum(shard.tokens for shard in shards.values()) >= shard_tokens:
+      break
+  if not documents:
+    return None
+  return {
+    "next": list(following),
+    "documents": documents,
+    "problems": {key: count for key, count in sorted(problems.items()) if count},
+    "shards": {
+      split: shard.finish() for split, shard in shards.items() if shard.tokens
+    },
+  }
+
+
+def dtype_of(tokenizer: Tokenizer) -> str:
+  return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+
+
+def split_of(text: bytes, fraction: float) -> str:
+  """The split of the document that begins with `text`: equal documents, equal split."""
+  number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+  return "validation" if number < fraction * 2**64 else "train"
+
+
+def make_manifest(recipe: dict, tokenizer: Tokenizer, units: dict[str, list]) -> dict:
+  entries = {}
+  for name, unit_list in units.items():
+    problems = collections.Counter()
+    for unit in unit_list:
+      problems.update(unit["problems"])
+    entries[name] = {"problems": dict(problems)}
+    for split in store.SPLITS:
+      shards = [unit["shards"][split] for unit in unit_list if split in unit["shards"]]
+      entries[name][split] = {"shards": shards}
+      for key in ("documents", "bytes", "tokens"):
+        entries[name][split][key] = sum(shard[key] for shard in shards)
+  manifest = {
+    "format": store.FORMAT,
+    "recipe": recipe,
+    "tokenizer": {
+      "sha256": tokenizer.sha256,
+      "vocab_size": tokenizer.vocab_size,
+      "is_lossless": tokenizer.is_lossless,
+      "pad_id": tokenizer.pad_id,
+      "bos_id": tokenizer.bos_id,
+      "eos_id": tokenizer.eos_id,
+      "unk_id": tokenizer.unk_id,
+    },
+    "dtype": dtype_of(tokenizer),
+    "sources": entries,
+  }
+  return manifest | {"fingerprint": store.fingerprint_of(manifest)}
+
+
+def check_sizes(manifest: dict, config: ConfigDict, root: pathlib.Path) -> None:
+  """Refuses a store with nothing to train on or to validate on, and clears it away."""
+  for name, entry in manifest["sources"].items():
+    train, validation = entry["train"], entry["validation"]
+    own_split = config.data.sources[name].validation_split
+    wanted = config.data.validation_fraction or own_split
+    if train["tokens"] and (validation["tokens"] or not wanted):
+      continue
+    empty = "validation" if train["tokens"] else "train"
+    for source in manifest["sources"]:
+      shutil.rmtree(root / source)
+    (root / "tokenizer.model").unlink()
+    (root / "recipe.json").unlink()
+    found = ", ".join(f"{count} {what}" for what, count in entry["problems"].items())
+    raise errors.DataError(
+      f"the {empty} split of source {name} has no tokens\n"
+      f"  given:  {train['documents']} train and {validation['documents']} validation "
+      f"documents{' (' + found + ')' if found else ''}\n"
+      "  needed: text in both\n"
+      "  try:    a larger config.data.validation_fraction, smaller documents "
+      f"(config.data.sources.{name}.document), or config.data.split=tail"
+    )
+
+
+def cannot_write(root: pathlib.Path, error: OSError) -> errors.UserError:
+  full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+  kind = errors.StorageError if full else errors.OutputError
+  more = "; then run the same command, it continues" if full else ""
+  return kind(
+    f"config.data.store={root} cannot be written\n  given:  {error}\n"
+    f"  needed: a directory of yours with enough free space{more}"
+  )

@@ -1,0 +1,62 @@
+"""Prepare the token store of a config: train its tokenizer, tokenise its sources.
+
+  python -m flaxlm.prepare --config=configs/quickstart.py
+  python -m flaxlm.prepare --config=configs/base.py --config.data.store=data/mine \\
+    --config.data.sources.main.kind=text \\
+    --config.data.sources.main.path='texts/**/*.txt'
+
+Killed, it continues where it was; finished, it says so and does nothing.
+"""
+
+import sys
+import time
+
+from flaxlm import cli, config
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.parser(__doc__, "prepare")
+  parser.add_argument("--config", required=True, help="a file of configs/")
+  args, overrides = cli.parse(parser, argv)
+  settings = config.load(args.config, overrides)
+
+  from flaxlm.data import writer  # after --help has been answered
+
+  start = time.perf_counter()
+  report = writer.build(settings, log)
+  print(summary(report, time.perf_counter() - start))
+
+
+def log(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def summary(report, seconds: float) -> str:
+  """The table of sources and the lines under it."""
+  store, tokenizer = report.store, report.tokenizer
+  row = "{:<18}{:>12}{:>10}{:>16}{:>14}".format
+  lines = [row("source", "documents", "MB", "tokens", "bytes/token")]
+  for name, entry in store.manifest["sources"].items():
+    for split in ("train", "validation"):
+      part = entry[split]
+      ratio = part["bytes"] / part["tokens"] if part["tokens"] else 0
+      lines.append(row(f"{name} {split}", f"{part['documents']:,}",
+                       f"{part['bytes'] / 1e6:.2f}", f"{part['tokens']:,}",
+                       f"{ratio:.2f}"))  # fmt: skip
+    lines += [f"  {count:,} x {what}" for what, count in entry["problems"].items()]
+  loss = tokenizer.loss or "unknown characters"
+  lines.append(f"tokenizer: {tokenizer.vocab_size:,} pieces, {tokenizer.sha256[:12]}")
+  if report.checked and report.changed:
+    lines.append(
+      f"warning: not lossless, {report.changed} of {report.checked} texts come back "
+      f"changed ({loss})"
+    )
+  elif report.checked:
+    lines.append(f"lossless: {report.checked} texts round-trip")
+  speed = f", tokenised at {report.rate:.1f} MB/s" if report.rate else ""
+  lines.append(f"store: {store.path} ({seconds:.1f} s{speed})")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,102 @@
+"""The list of a checkpoint's files: what tells a whole checkpoint from a damaged one.
+
+`MANIFEST.json` holds the size and sha256 of each file under `state/`, the name, dtype
+and shape of each leaf, and the `meta` of the caller. Its last line is the sha256 of the
+lines before it, so that a flipped bit in the manifest is found like any other.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+
+
+def find_damage(path: pathlib.Path) -> str | None:
+  """Says what is wrong with the checkpoint at `path`; None if nothing is."""
+  try:
+    if not path.is_dir():
+      return "not a directory"
+    if not any(path.iterdir()):
+      return "empty"
+    if not (path / MANIFEST).exists():
+      return f"unfinished: it has no {MANIFEST}"
+    manifest = read_manifest(path)
+    if manifest["step"] != int(path.name):
+      return f"its {MANIFEST} is of step {manifest['step']}"
+    # Sizes first: a truncated file is found without reading the rest.
+    for name, (size, _) in manifest["files"].items():
+      file = path / "state" / name
+      if not file.is_file():
+        return f"state/{name} is missing"
+      if file.stat().st_size != size:
+        return f"state/{name} has {file.stat().st_size} bytes, not {size}"
+    found = hash_files(path / "state", sync=False, names=manifest["files"])
+    for name, (_, digest) in manifest["files"].items():
+      if found[name][1] != digest:
+        return f"state/{name} does not match its sha256"
+  except (OSError, ValueError) as error:
+    return str(error)
+  return None
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+  """Reads MANIFEST.json; ValueError if it does not match its own sha256."""
+  data = (path / MANIFEST).read_bytes()
+  body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
+  if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
+    raise ValueError(f"{MANIFEST} does not match its own sha256")
+  manifest = json.loads(body)
+  if manifest["format"] != FORMAT:
+    raise ValueError(f"{MANIFEST} has format {manifest['format']}; this reads {FORMAT}")
+  return manifest
+
+
+def write_manifest(path: pathlib.Path, manifest: dict) -> None:
+  body = json.dumps(manifest, indent=1).encode()
+  draft = path / f"{MANIFEST}.tmp"
+  with draft.open("wb") as file:
+    file.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.rename(draft, path / MANIFEST)
+  sync_directory(path)
+
+
+def hash_files(path: pathlib.Path, sync: bool, names=None) -> dict[str, list]:
+  """Returns {relative name: [size, sha256]} of the files in `path`.
+
+  Args:
+    sync: first make each file, and each directory, safe against a loss of power.
+    names: which files; None takes all.
+  """
+  if names is None:
+    names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
+    folders = [path, *(f for f in path.rglob("*") if f.is_dir())]
+  else:
+    folders = []
+
+  def digest(name: str) -> list:
+    with (path / name).open("rb") as file:
+      if sync:
+        os.fsync(file.fileno())
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+      return [file.tell(), digest]
+
+  with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    found = dict(zip(names, pool.map(digest, names), strict=True))
+  if sync:
+    for folder in folders:
+      sync_directory(folder)
+  return found
+
+
+def sync_directory(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

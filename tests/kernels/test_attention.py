@@ -1,0 +1,130 @@
+"""Every backend equals the definition, and no mask leaks: in values and in gradients."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxlm.kernels.attention import attention
+
+B, L, N, H = 2, 12, 4, 8
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
+
+
+def inputs(num_kv_heads=N, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(keys[0], (B, L, N, H), dtype)
+  k, v = (jax.random.normal(key, (B, L, num_kv_heads, H), dtype) for key in keys[1:])
+  return q, k, v
+
+
+def by_hand(q, k, v, causal, window, segments):
+  """The definition in float64 with Python loops: no code shared with the package."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  for b, n, i in itertools.product(range(B), range(N), range(L)):
+    kv = n // (N // k.shape[2])
+    seen = [
+      j
+      for j in range(L)
+      if (not causal or j <= i)
+      and (not window or i - j < window)
+      and (segments is None or segments[b, i] == segments[b, j])
+    ]
+    scores = k[b, seen, kv] @ q[b, i, n] / np.sqrt(H)
+    weights = np.exp(scores - scores.max())
+    out[b, i, n] = weights / weights.sum() @ v[b, seen, kv]
+  return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+  ("causal", "window", "packed"),
+  [(True, 0, False), (True, 0, True), (True, 4, False), (True, 4, True), (False, 0, True)],
+)
+def test_backend_equals_the_definition(backend, num_kv_heads, causal, window, packed):
+  q, k, v = inputs(num_kv_heads)
+  segments = SEGMENTS if packed else None
+  out = attention(
+    q, k, v, q_segment_ids_BL=segments, k_segment_ids_BM=segments,
+    causal=causal, window=window, backend=backend,
+  )
+  np.testing.assert_allclose(
+    out, by_hand(q, k, v, causal, window, segments), atol=2e-6, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_an_offset_continues_a_sequence(backend):
+  q, k, v = inputs()
+  whole = attention(q, k, v, backend=backend, window=5)
+  tail = attention(q[:, 7:], k, v, q_offset=jnp.int32(7), window=5, backend=backend)
+  np.testing.assert_allclose(tail, whole[:, 7:], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("window", [0, 3])
+def test_no_query_sees_the_future_or_another_document(backend, window):
+  q, k, v = inputs(2)
+
+  def out_at(k, v, position):
+    segments = {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
+    out = attention(q, k, v, window=window, backend=backend, **segments)
+    return jnp.sum(out[0, position])
+
+  for position in range(L):
+    grad_k, grad_v = jax.grad(out_at, (0, 1))(k, v, position)
+    touched = np.abs(grad_v[0]).sum((1, 2)) > 0
+    expected = [
+      j <= position
+      and SEGMENTS[0, j] == SEGMENTS[0, position]
+      and (not window or position - j < window)
+      for j in range(L)
+    ]
+    np.testing.assert_array_equal(touched, expected)
+    assert not np.any(grad_k[0, ~touched]) and not np.any(grad_v[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_disturbing_one_document_leaves_the_other_bit_equal(backend):
+  q, k, v = inputs()
+  segments = {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
+
+  def gradients(k, v):
+    def loss(q, k, v):
+      out = attention(q, k, v, backend=backend, **segments)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+  (_, out), grads = gradients(k, v)
+  (_, out2), grads2 = gradients(k.at[0, :5].multiply(-3.0), v.at[0, :5].add(1e4))
+  np.testing.assert_array_equal(out[0, 5:9], out2[0, 5:9])
+  for grad, grad2 in zip(grads, grads2, strict=True):
+    np.testing.assert_array_equal(grad[0, 5:9], grad2[0, 5:9])
+  assert not np.array_equal(out[0, :5], out2[0, :5])
+
+
+def test_bfloat16_stays_near_float32():
+  q, k, v = inputs(dtype=jnp.bfloat16)
+  exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), backend="reference")
+  out = attention(q, k, v, backend="xla")
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_what_a_backend_cannot_do_is_refused():
+  q, k, v = inputs()
+  with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+    attention(q, k, v, backend="cudnn")
+  with pytest.raises(ValueError, match="not one of"):
+    attention(q, k, v, backend="flash")
+  with pytest.raises(ValueError, match="causal attention only"):
+    attention(q, k, v, causal=False, window=3)
+  with pytest.raises(ValueError, match="for neither"):
+    attention(q, k, v, q_segment_ids_BL=SEGMENTS)
+  with pytest.raises(ValueError, match="do not fit"):
+    attention(q, k[:, :, :3], v[:, :, :3])

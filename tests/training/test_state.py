@@ -1,0 +1,166 @@
+"""The step: what it optimises, what it refuses to be poisoned by, what each weight gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flaxlm.data.batches import SyntheticBatches
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.training.evaluation import evaluate, make_eval_step
+from flaxlm.training.objectives import summed_loss
+from flaxlm.training.optim import (
+  decays,
+  leaf_name,
+  make_optimizer,
+  make_schedule,
+)
+from flaxlm.training.state import init_state, make_train_step
+
+SCHEDULE = {"peak_learning_rate": 1.0, "num_steps": 100, "warmup_steps": 10,
+            "decay_fraction": 0.2, "end_factor": 0.1}
+
+
+def build(config):
+  tx, rate = make_optimizer(config.num_steps, **config.optim)
+  model = TransformerConfig(**config.model)
+  state = jax.jit(
+    lambda key: init_state(key, model, tx, config.step.ema_decay)
+  )(jax.random.key(0))
+  return state, jax.jit(make_train_step(tx, rate, **config.step))
+
+
+def batch(config, step=0):
+  data = config.data
+  batches = SyntheticBatches(data.seq_len, data.batch_size, 0, config.model.vocab_size)
+  return {name: jnp.asarray(rows) for name, rows in batches[step].items()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_optimizer_learns_a_batch_by_heart(tiny, name):
+  tiny.optim.name = name
+  tiny.optim.peak_learning_rate = 3e-3 if name == "lion" else 1e-2
+  state, step = build(tiny)
+  losses = []
+  for _ in range(20):
+    state, metrics = step(state, batch(tiny))
+    losses.append(float(metrics["loss"]))
+  assert losses[0] == pytest.approx(np.log(64), rel=0.02)
+  assert losses[-1] < losses[0] - 0.4
+
+
+def test_adamw_is_the_textbook_update(tiny):
+  """One step by hand: clipping, moments, bias correction, decay by name."""
+  tiny.optim.max_grad_norm = 0.01
+  tiny.optim.warmup_steps = 0
+  tiny.model.positions, tiny.model.norm, tiny.model.use_bias = "learned", "layernorm", True
+  state, step = build(tiny)
+  rows = batch(tiny)
+  grads = jax.grad(lambda model: summed_loss(model, rows, 8.0 * 32, 0.0, 0)[0])(state.model)
+  norm = float(optax.tree.norm(grads))
+  new, metrics = step(state, rows)
+  assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5) and norm > 0.01
+  optim, rate = tiny.optim, float(metrics["learning_rate"])
+  assert rate == pytest.approx(optim.peak_learning_rate)
+  seen = {True: 0, False: 0}
+  for decay, g, old, updated in zip(
+    *map(jax.tree.leaves, (decays(state.model), grads, state.model, new.model)), strict=True
+  ):
+    g = np.asarray(g) * 0.01 / norm
+    m_hat, v_hat = g, g * g  # after one step the corrections cancel the decay rates
+    update = m_hat / (np.sqrt(v_hat) + optim.epsilon) + optim.weight_decay * decay * old
+    np.testing.assert_allclose(updated, old - rate * update, atol=2e-5)
+    seen[decay] += 1
+  assert seen == {True: 9, False: 12}
+
+
+def test_decay_spares_norms_and_biases_even_when_stacked(tiny):
+  tiny.model.use_bias, tiny.model.norm, tiny.model.qk_norm = True, "layernorm", True
+  state, _ = build(tiny)
+  names = jax.tree_util.tree_leaves_with_path(decays(state.model))
+  spared = {jax.tree_util.keystr(p, simple=True, separator="/") for p, d in names if not d}
+  assert all("norm" in name or "bias" in name for name in spared) and len(spared) == 14
+
+
+def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest(tiny):
+  tiny.optim.name = "muon"
+  state, _ = build(tiny)
+  held = {"mu": set(), "nu": set()}
+  for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if "adam" in keys and "nu" in keys:
+      held["nu"].add(leaf_name(path))
+    elif "muon" in keys and "mu" in keys:
+      held["mu"].add(leaf_name(path))
+  assert held["mu"] == {"down", "gate", "key", "out", "query", "up", "value"}
+  assert held["nu"] == {"embed", "scale"}
+
+
+@pytest.mark.parametrize(
+  ("schedule", "halfway", "last"),
+  [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("wsd", 1.0, 0.1), ("constant", 1.0, 1.0)],
+)
+def test_schedules_reach_their_marks(schedule, halfway, last):
+  rate = make_schedule(schedule=schedule, **SCHEDULE)
+  assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(1.0)
+  assert float(rate(54)) == pytest.approx(halfway)
+  assert float(rate(99)) == pytest.approx(last)
+  assert float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_step_changes_nothing_but_the_counters(tiny, poison):
+  tiny.step.ema_decay = 0.9
+  state, step = build(tiny)
+  state, _ = step(state, batch(tiny))
+  sick = jax.tree.map(lambda x: x, state)
+  sick.model.final_norm.scale[...] = sick.model.final_norm.scale[...].at[3].set(poison)
+  after, metrics = step(sick, batch(tiny, 1))
+  assert bool(metrics["bad"]) and int(after.skipped) == 1 and int(after.step) == 2
+  for part in ("model", "opt_state", "ema"):
+    for a, b in zip(
+      jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(sick, part)), strict=True
+    ):
+      np.testing.assert_array_equal(a, b)
+  good, metrics = step(state, batch(tiny, 1))
+  assert not bool(metrics["bad"]) and int(good.skipped) == 0
+
+
+def test_ema_is_the_average_of_the_weights(tiny):
+  tiny.step.ema_decay = 0.75
+  state, step = build(tiny)
+  new, _ = step(state, batch(tiny))
+  for ema, old, model in zip(
+    *map(jax.tree.leaves, (new.ema, state.model, new.model)), strict=True
+  ):
+    np.testing.assert_allclose(ema, 0.75 * old + 0.25 * model, atol=1e-6)
+  assert new.eval_model is new.ema
+
+
+def test_positions_without_a_target_do_not_count(tiny):
+  state, _ = build(tiny)
+  rows = batch(tiny)
+  half = dict(rows, targets=rows["targets"].at[:, 16:].set(-1))
+  step = jax.jit(make_eval_step(0))
+  nats, tokens = step(state.model, half)
+  full, _ = step(state.model, rows)
+  assert np.all(tokens == 16) and np.all(nats < full)
+  nothing = dict(rows, targets=jnp.full_like(rows["targets"], -1))
+  _, train_step = build(tiny)
+  after, metrics = train_step(state, nothing)
+  assert float(metrics["loss"]) == 0 and not bool(metrics["bad"])
+
+
+def test_evaluation_counts_every_token_once(tiny):
+  state, _ = build(tiny)
+  batches = [batch(tiny, i) for i in range(3)]
+  batches[2]["targets"] = batches[2]["targets"].at[4:].set(-1)
+  result = evaluate(state.model, batches, jax.jit(make_eval_step(7)), 2.5)
+  assert result["tokens"] == (8 + 8 + 4) * 32
+  total = sum(float(summed_loss(state.model, b, 1.0, 0.0, 0)[1]) for b in batches)
+  assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
+  assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+  assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2) / 2.5)
+  stopped = evaluate(state.model, batches, jax.jit(make_eval_step(0)), 1.0, lambda: True)
+  assert stopped is None
