@@ -132,7 +132,7 @@ def parse(key: str, text: str, current: object) -> object:
 
 
 def unknown_key(key: str, flat: dict) -> ConfigError:
-  near = difflib.get_close_matches(key, flat, n=3, cutoff=0.5)
+  near = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
   last = key.split(".")[-1]
   near = [k for k in flat if k.split(".")[-1] == last][:3] or near
   groups = sorted({k.split(".")[0] for k in flat})
@@ -198,9 +198,9 @@ def check(config: ConfigDict) -> None:
   for name, source in data.sources.items():
     need(f"data.sources.{name}.path", "''", source.kind == "stdlib" or source.path != "",
          f"where the {source.kind} documents are", "corpus/**/*.txt")
-  for axis in flatten(mesh.rules).values():
-    need("mesh.rules", axis, set(axis) <= {"data", "fsdp", "tensor"},
-         "mesh axes", "data, fsdp, tensor")
+  for name, axes in mesh.rules.items():
+    need(f"mesh.rules.{name}", axes, set(axes) <= {"data", "fsdp", "tensor"},
+         "mesh axes", "data,fsdp or tensor or ()")
 
 
 def check_value(name: str, key: str, value: object) -> None:

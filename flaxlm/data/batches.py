@@ -126,15 +126,19 @@ class Batches:
 
   def _choose_sources(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which source each row comes from, and how many of its rows came before."""
-    ends = np.cumsum(self._shares)
+    if len(self._streams) == 1:
+      return np.zeros_like(number), number
     source, count = np.empty_like(number), np.empty_like(number)
     for block in np.unique(number // MIXTURE_BLOCK):
       here = number // MIXTURE_BLOCK == block
+      place = number[here] % MIXTURE_BLOCK
       key = derive_key(self.seed, 2**32, int(block))
-      slot = permute(number[here] % MIXTURE_BLOCK, MIXTURE_BLOCK, key)
-      source[here] = np.searchsorted(ends, slot, side="right")
-      first = (ends - self._shares)[source[here]]
-      count[here] = block * self._shares[source[here]] + slot - first
+      slots = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, key)
+      chosen = np.searchsorted(np.cumsum(self._shares), slots, side="right")
+      source[here] = chosen[place]
+      for s, share in enumerate(self._shares):
+        before = np.cumsum(chosen == s) - 1 + int(block) * share
+        count[here] = np.where(chosen[place] == s, before[place], count[here])
     return source, count
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:

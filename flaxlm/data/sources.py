@@ -8,6 +8,7 @@ the cut into pieces. What is wrong with a text is repaired and noted in `problem
 
 import bz2
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -188,23 +189,23 @@ def open_binary(path: str) -> IO[bytes]:
   return epath.Path(path).open("rb")
 
 
-def open_stream(path: str) -> IO[bytes]:
+@contextlib.contextmanager
+def open_stream(path: str) -> Iterator[IO[bytes]]:
   """Opens a file for reading, decompressed by what it begins with, not by its name."""
-  file = open_binary(path)
-  start = file.read(6)
-  file.seek(0)
-  kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
-  if kind == "gzip":
-    return gzip.open(file)
-  if kind == "bz2":
-    return bz2.open(file)
-  if kind == "xz":
-    return lzma.open(file)
-  if kind == "zstd":
-    import pyarrow
+  with open_binary(path) as file:
+    start = file.read(6)
+    file.seek(0)
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    if kind == "zstd":
+      import pyarrow
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), READ)
-  return file
+      stream = pyarrow.CompressedInputStream(file, "zstd")
+      yield io.BufferedReader(stream, READ)
+    elif kind:
+      with {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind](file) as stream:
+        yield stream
+    else:
+      yield file
 
 
 def damaged(path: str, error: Exception, needed: str) -> errors.DataError:
@@ -267,19 +268,31 @@ def text_documents(chunks: Iterable, unit: str) -> Parts:
   elif unit == "line":
     yield from lines(chunks)
   else:
-    inside, fresh = False, True  # a paragraph has begun; at the start of a line
-    for text, end, problems in lines(chunks):
-      if end and fresh and not text.strip():
-        if inside:
-          yield "", True, problems
-        inside = False
-      else:
-        newline = "\n" if inside and fresh else ""
-        inside = True
-        yield newline + text, False, problems
-      fresh = end
-    if inside:
-      yield "", True, ()
+    yield from paragraphs(lines(chunks))
+
+
+def paragraphs(lines: Parts) -> Parts:
+  """Joins lines into documents that blank lines part."""
+  inside = started = False  # in a paragraph; in a line of which some was passed on
+  space, carried = "", ()  # the beginning of a line that may turn out to be blank
+  for text, end, problems in lines:
+    if not started:
+      text, problems = space + text, carried + problems
+      space, carried = "", ()
+      if not text.strip() and len(text) < tokenizer.PIECE:
+        carried = problems
+        if not end:
+          space = text
+        elif inside:
+          inside = False
+          yield "", True, ()
+        continue
+      text = "\n" + text if inside else text
+      inside = True
+    yield text, False, problems
+    started = not end
+  if inside:
+    yield "", True, ()
 
 
 def lines(chunks: Iterable) -> Parts:

@@ -100,8 +100,7 @@ class Checkpointer:
     if error is None or isinstance(error, UserError):
       self.close()
       return
-    # Something broke. In a job of many processes the save may never end: wait, not for
-    # ever.
+    # Something broke. In a job of many processes the save may never end: wait a minute.
     if self._thread is not None:
       self._thread.join(60)
     if self._error is not None:
@@ -127,6 +126,8 @@ class Checkpointer:
     if step == self._newest:
       return
     leaves = named_leaves(state)
+    assert all(isinstance(x, jax.Array) for x in leaves.values())
+    tree = nest(leaves)
     manifest = {
       "format": FORMAT,
       "step": step,
@@ -143,7 +144,7 @@ class Checkpointer:
         remove_leftovers(self.directory)
         check_space(self.directory, sum(x.nbytes for x in leaves.values()))
         draft.mkdir()
-      self._orbax.save(draft / "state", args=ocp.args.PyTreeSave(nest(leaves)))
+      self._orbax.save(draft / "state", args=ocp.args.PyTreeSave(tree))
     except StorageError:
       raise
     except Exception as error:

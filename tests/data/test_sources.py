@@ -2,6 +2,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -200,7 +202,9 @@ corpus = sources.open_source("main", source(kind="text", path={str(path)!r}))
 size = sum(len(piece.text) for piece in corpus.read((0, 0)))
 print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-  output = subprocess.check_output([sys.executable, "-c", code], text=True)
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  command = [sys.executable, "-c", code]
+  output = subprocess.check_output(command, text=True, env=environment)
   size, kilobytes = map(int, output.split())
   assert size == path.stat().st_size > 199_000_000
   assert kilobytes < 40_000

@@ -86,10 +86,12 @@ print("came back")
 
 def test_second_signal_does_not_wait_for_a_long_call_into_c():
   child = start(BLOCKED, stdin=subprocess.PIPE)
+  time.sleep(0.2)  # by now it is inside read()
   child.send_signal(signal.SIGTERM)
   time.sleep(1.2)
   assert child.poll() is None
   child.send_signal(signal.SIGTERM)
+  child.wait(20)  # before its input is closed, which would end the read
   code, out, err = finish(child)
   assert (code, out) == (75, "")
   assert "stopping after this step" in err and "exiting now" in err
@@ -97,6 +99,7 @@ def test_second_signal_does_not_wait_for_a_long_call_into_c():
 
 def test_a_signal_that_is_handled_late_is_not_taken_for_a_second_one():
   child = start(BLOCKED, stdin=subprocess.PIPE)
+  time.sleep(0.2)  # by now it is inside read()
   child.send_signal(signal.SIGTERM)
   time.sleep(1.2)
   assert child.communicate("x", timeout=20)[0] == "came back\n"
