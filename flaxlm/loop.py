@@ -74,7 +74,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     store_run(workdir, config, feed)
     summarize(config, workdir, target, feed, mesh, first_step, allocator)
     if first_step >= config.num_steps:
-      print(f"nothing to do: step {first_step} of {config.num_steps} is reached")
+      say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
     train_step = jax.jit(
@@ -86,8 +86,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     progress = stack.enter_context(Progress(config, workdir, first_step))
     profiler = stack.enter_context(Profiler(config.log, workdir))
 
-    if jax.process_index() == 0:
-      print("compiling the training step ...", flush=True)
+    say("compiling the training step ...")
     batches = progress.waiting_for(feed.read_train(first_step))
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
@@ -120,7 +119,12 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
           f"  saved:  {workdir}/checkpoints/{step}\n"
           "  next:   the same command continues from there"
         )
-  print(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
+  say(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
+
+
+def say(line: str) -> None:
+  if jax.process_index() == 0:
+    print(line, flush=True)
 
 
 def is_due(every: int, step: int) -> bool:
@@ -153,8 +157,8 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
     )
   before = configs.flatten(configs.from_json(json.dumps(meta["config"])))
   for key, value in configs.flatten(config).items():
-    if key in before and value != before[key] and jax.process_index() == 0:
-      print(f"changed since step {meta['step']}: config.{key} {before[key]} -> {value}")
+    if key in before and value != before[key]:
+      say(f"changed since step {meta['step']}: config.{key} {before[key]} -> {value}")
   return state
 
 

@@ -8,6 +8,7 @@ block checksums give them what they lack: a flipped byte is an error, not a wron
 Reading needs numpy alone.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -190,6 +191,14 @@ class ShardWriter:
 
   def end(self, eos_id: int) -> None:
     self._write(np.array([eos_id] if eos_id >= 0 else [], self._dtype))
+
+  def close(self) -> None:
+    """Lets go of the file; without `finish` before it, the shard does not exist."""
+    if self._file is not None:
+      with contextlib.suppress(
+        OSError
+      ):  # the disk may be full: that was raised already
+        self._file.close()
 
   def _write(self, ids: np.ndarray) -> None:
     self.tokens += len(ids)

@@ -260,8 +260,6 @@ def write_source(
   """Writes the units of one source that are not there yet; returns all of them."""
   folder = root / name
   folder.mkdir(exist_ok=True)
-  for part in folder.glob("*.tmp"):
-    part.unlink()
   units, position, count = [], (0, 0), 0
   while (path := folder / f"{len(units):06}.json").exists():
     units.append(json.loads(path.read_text()))
@@ -327,8 +325,10 @@ def check_round_trip(
   batch: list, ids: list, tokenizer: Tokenizer, checks: collections.Counter
 ) -> None:
   """Decodes some texts of a batch again; no loss where the tokenizer claims none."""
+  size = 0
   for number in range(0, len(batch), -(-len(batch) // CHECKS)):
     text, back = batch[number].text, tokenizer.decode(ids[number])
+    size += len(text)
     checks["checked"] += 1
     checks["changed"] += text != back
     if text != back and tokenizer.is_lossless:
@@ -336,6 +336,8 @@ def check_round_trip(
         f"a text does not survive the tokenizer\n  given:  {text[:40]!r}\n"
         f"  needed: the same, not {back[:40]!r}"
       )
+    if size > BATCH // 32:  # a few long texts are enough
+      return
 
 
 def write_unit(
@@ -348,9 +350,23 @@ def write_unit(
 ) -> dict | None:
   """Writes the next documents of `stream`; returns None if there are none left."""
   dtype = np.dtype(dtype_of(tokenizer))
-  shards = {
-    split: store.ShardWriter(root, f"{stem}-{split}", dtype) for split in store.SPLITS
-  }
+  names = {split: f"{stem}-{split}" for split in store.SPLITS}
+  shards = {s: store.ShardWriter(root, name, dtype) for s, name in names.items()}
+  try:
+    return fill_shards(stream, shards, tokenizer, fraction, shard_tokens)
+  finally:
+    for shard in shards.values():
+      shard.close()
+
+
+def fill_shards(
+  stream: Iterator[tuple[sources.Piece, np.ndarray]],
+  shards: dict[str, store.ShardWriter],
+  tokenizer: Tokenizer,
+  fraction: float,
+  shard_tokens: int,
+) -> dict | None:
+  """Moves documents from `stream` to the shards of a unit until it is large enough."""
   problems, documents, following = collections.Counter(), 0, None
   found, shard = set(), None
   for piece, ids in stream:

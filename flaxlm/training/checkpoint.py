@@ -367,8 +367,10 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   leaves = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if len(parts) > 1 and parts[-1] == "value":  # what nnx.Param adds
-      parts.pop()
+    # nnx.Param adds an attribute "value"; a weight that is called so keeps its name.
+    if len(parts) > 1 and parts[-1] == "value":
+      if isinstance(path[-1], jax.tree_util.GetAttrKey):
+        parts.pop()
     name = "/".join(parts)
     assert name and name not in leaves, f"two leaves of the state are named {name!r}"
     leaves[name] = leaf

@@ -33,7 +33,8 @@ def c4(corpora) -> str:
 
 def test_both_formats_hold_the_same_documents(c4):
   fields = {"validation_split": "validation"}
-  records = read(path=f"{c4}/c4-{{split}}.array_record*", **fields)
+  array_record = f"{c4}/c4-{{split}}.array_record*"
+  records = read(path=array_record, **fields)
   examples = read(path=c4, **fields)
   texts = {p.text for p in records}
   assert len(records) == 1200 and len(texts) > 1100
@@ -41,7 +42,8 @@ def test_both_formats_hold_the_same_documents(c4):
   assert [p.split for p in records].count("validation") == 200
   for start in (0, 130, 999, 1100):
     position = examples[start].position
-    assert read(position, path=c4, **fields) == examples[start + 1 :]
+    for path in (c4, array_record):
+      assert read(position, path=path, **fields) == examples[start + 1 :]
 
 
 def test_array_record_does_not_load_tensorflow(c4):

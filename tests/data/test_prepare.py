@@ -115,6 +115,7 @@ print("finished")
 def test_killed_anywhere_the_store_comes_out_the_same(text_config, tmp_path):
   write_lines(tmp_path, 1000)
   text_config.data.shard_tokens = 20_000
+  text_config.data.sources.main.max_documents = 950
   build(text_config)
   expected = files_of(text_config.data.store)
   assert len(expected) > 20
@@ -123,16 +124,11 @@ def test_killed_anywhere_the_store_comes_out_the_same(text_config, tmp_path):
   def attempt(name: str, kill_at: int) -> subprocess.CompletedProcess:
     text_config.data.store = str(tmp_path / name)
     (tmp_path / "config.json").write_text(configs.to_json(text_config))
-    command = [
-      sys.executable,
-      "-c",
-      KILLER,
-      str(tmp_path / "config.json"),
-      str(kill_at),
-    ]
+    path = str(tmp_path / "config.json")
+    command = [sys.executable, "-c", KILLER, path, str(kill_at)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-  # One store that is killed again and again, a little later each time, until it is done.
+  # One store that is killed again and again, a little later each time.
   for kill_at in (2, 4, 9, 14, 16, 19, 23):
     result = attempt("often", kill_at)
     assert result.returncode == -9, result.stderr
@@ -340,9 +336,10 @@ def test_max_documents_holds_across_units(text_config, tmp_path):
   assert sorted(texts) == sorted(stored)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_long_document_takes_little_memory(text_config, tmp_path):
   peaks = []
-  for megabytes in (2, 32):
+  for megabytes in (2, 24):
     path = tmp_path / "texts/long.txt"
     path.write_bytes(b"one long line of words, no end, " * (megabytes * 31_250))
     text_config.data.store = str(tmp_path / f"store{megabytes}")
@@ -350,13 +347,13 @@ def test_a_long_document_takes_little_memory(text_config, tmp_path):
     text_config.tokenizer.train_bytes = 100_000
     (tmp_path / "config.json").write_text(configs.to_json(text_config))
     code = f"""
-import resource
+import re
 from flaxlm import config as configs
 from flaxlm.data import writer
 config = configs.from_json(open({str(tmp_path / "config.json")!r}).read())
 report = writer.build(config, lambda line: None)
 print(report.store.stream("main", "train").num_bytes)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
@@ -364,7 +361,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     size, peak = map(int, output.split())
     assert size == int(megabytes * 1_000_000 * 0.8)
     peaks.append(peak / 1000)
-  assert peaks[1] < 400 and peaks[1] - peaks[0] < 120  # MB; the text alone has 32
+  assert 50 < peaks[1] < 250 and peaks[1] - peaks[0] < 60  # MB; the ids are 40
 
 
 def test_the_door(text_config, tmp_path, capsys):

@@ -178,6 +178,7 @@ def test_sample_is_spread_evenly_and_bounded():
   assert 50_000 < size < 70_000
   numbers = np.unique([int(line) for line in lines])
   assert len(numbers) > 80 and np.diff(numbers).max() < 3 * np.diff(numbers).min()
+  assert numbers.min() < 100 and numbers.max() > 4900
   assert lines == tokenizer.sample(iter(texts), 60_000)
   assert tokenizer.sample(["a\0b\u2581c\n\n"], 100) == ["a", "b", "c"]
   assert tokenizer.sample([], 100) == []

@@ -497,3 +497,17 @@ def test_meta_that_is_not_json_fails_in_the_caller(tmp_path):
   with opened(tmp_path / "c") as saver, pytest.raises(TypeError):
     saver.save(1, make_state(1), {"config": object()})
   assert entries(tmp_path / "c") == []
+
+
+def test_a_weight_may_be_called_value(tmp_path):
+  class Attention(nnx.Module):
+    def __init__(self):
+      self.key, self.value = nnx.Param(jnp.ones(3)), nnx.Param(jnp.arange(3.0))
+
+  state = {"model": Attention()}
+  assert set(checkpoint.named_leaves(state)) == {"model/key", "model/value"}
+  with Checkpointer(tmp_path, keep_last=1, keep_every=0, every=1) as checkpoints:
+    checkpoints.save(1, state, {})
+  target = jax.eval_shape(lambda: state)
+  restored, _ = checkpoint.restore_for_inference(tmp_path, target)
+  np.testing.assert_array_equal(restored["model"].value[...], np.arange(3.0))
