@@ -1,4 +1,4 @@
-"""A first model: 4 layers on the Python standard library, about 2 minutes on 2 CPU cores.
+"""A first model: 4 small layers on the Python standard library, 2 minutes on 2 CPU cores.
 
   bash launch/quickstart.sh
   python -m flaxlm.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -9,21 +9,22 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.num_steps = 400
+  config.num_steps = 500
   config.data.store = "data/stdlib"
   config.data.seq_len = 128
   config.data.batch_size = 16
-  config.data.sources.main.kind = "stdlib"
-  config.tokenizer.vocab_size = 4096
+  config.data.validation_fraction = 0.05
+  config.tokenizer.vocab_size = 2048
   config.tokenizer.train_bytes = 2_000_000
   config.model.num_layers = 4
-  config.model.embed_dim = 256
-  config.model.num_heads = 4
-  config.model.num_kv_heads = 4
-  config.model.mlp_dim = 704
-  config.model.unroll = 4
-  config.optim.peak_learning_rate = 3e-3
-  config.optim.warmup_steps = 40
-  config.eval.every = 200
-  config.checkpoint.every = 200
+  config.model.embed_dim = 128
+  config.model.num_heads = 2
+  config.model.num_kv_heads = 2
+  config.model.mlp_dim = 352
+  config.model.unroll = 4  # on CPU, layers in a row are faster than a loop over them
+  config.optim.name = "muon"  # half the steps of AdamW to the same loss, at this size
+  config.optim.peak_learning_rate = 1e-2
+  config.optim.warmup_steps = 50
+  config.eval.every = 250
+  config.checkpoint.every = 250
   return config

@@ -49,13 +49,6 @@ def load_run(workdir: str, overrides: list[str] = ()) -> ConfigDict:
   return configs.from_json(path.read_text(), overrides)
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-  """A reader sees the old file or the new one, never half of it."""
-  draft = path.with_name(path.name + ".tmp")
-  draft.write_bytes(data)
-  draft.replace(path)
-
-
 def run(main: Callable[[], None]) -> None:
   """Runs a door and ends the process with the exit code of what happened.
 

@@ -54,8 +54,9 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
     feed = Feed(config, mesh, rules)
     if feed.validation is None:
       raise DataError(
-        "this run has no held-out text\n  given:  config.data.loader=synthetic\n"
-        "  needed: --config.data.loader=numpy and a --config.data.store"
+        "there is no held-out text to evaluate on\n"
+        f"  given:  {config.data.store} (loader {config.data.loader})\n"
+        "  needed: a store prepared with config.data.validation_fraction above 0"
       )
     model, meta = restore_model(workdir / "checkpoints", config, mesh, rules, step)
     if meta["tokenizer_sha256"] != feed.tokenizer_sha256:

@@ -16,10 +16,10 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxlm import cli
 from flaxlm import config as configs
 from flaxlm.data import baseline
 from flaxlm.data.feed import Feed
+from flaxlm.data.store import write_atomically
 from flaxlm.errors import DataError, Preempted
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel import hosts
@@ -165,9 +165,9 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
 def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
   """Keeps the config and the tokenizer with the run: later doors need nothing else."""
   if jax.process_index() == 0:
-    cli.write_atomically(workdir / "config.json", configs.to_json(config).encode())
+    write_atomically(workdir / "config.json", configs.to_json(config).encode())
     if feed.store:
-      cli.write_atomically(workdir / "tokenizer.model", feed.store.tokenizer)
+      write_atomically(workdir / "tokenizer.model", feed.store.tokenizer)
 
 
 def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) -> None:

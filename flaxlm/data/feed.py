@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 
 from flaxlm.data.batches import Batches, SyntheticBatches, read_ahead
 from flaxlm.data.store import Store
-from flaxlm.errors import ConfigError, DataError
+from flaxlm.errors import ConfigError
 from flaxlm.parallel import hosts
 from flaxlm.parallel.sharding import spec
 
@@ -55,17 +55,14 @@ class Feed:
     self.train = self._open("train", part)
     self.validation = self._open("validation", part)
 
-  def _open(self, split: str, part: dict) -> Batches:
-    """Validation is read in order, each row once; a source without any is left out."""
+  def _open(self, split: str, part: dict) -> Batches | None:
+    """Validation is read in order, each row once; None if there is no such text."""
     data, in_order = self.config.data, split == "validation"
     streams = {name: self.store.stream(name, split) for name in data.sources}
     if in_order:
       streams = {name: stream for name, stream in streams.items() if stream.num_tokens}
     if not streams:
-      raise DataError(
-        f"the token store has no {split} tokens\n  given:  {data.store}\n"
-        "  needed: a store prepared with config.data.validation_fraction above 0"
-      )
+      return None
     return Batches(
       streams,
       [data.sources[name].weight for name in streams],

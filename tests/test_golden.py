@@ -1,0 +1,61 @@
+"""Changes that nobody meant show as a difference: losses of 20 steps, tables of weights.
+
+`pytest tests/test_golden.py --update-golden` rewrites the files; review what it changes.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from flaxlm import config as configs
+from flaxlm.data.batches import SyntheticBatches
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.models.transformer import Transformer, describe
+from flaxlm.training.optim import make_optimizer
+from flaxlm.training.state import init_state, make_train_step
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
+SHIPPED = [p.stem for p in sorted((ROOT / "configs").glob("[a-z]*.py")) if p.stem != "base"]
+
+
+def compare(name: str, text: str, update: bool) -> str:
+  """Returns what the file holds, after writing `text` to it if it is to be updated."""
+  path = GOLDEN / name
+  if update:
+    path.write_text(text)
+  assert path.exists(), f"{path} is missing: run pytest --update-golden"
+  return path.read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_weights_of_a_shipped_config(name, request):
+  config = TransformerConfig(**configs.load(ROOT / f"configs/{name}.py").model)
+  model = jax.eval_shape(lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0))
+  rows = [
+    f"{path:<28} {' x '.join(map(str, shape)):<24} {' '.join(str(a or '-') for a in axes)}"
+    for path, shape, axes in describe(model)
+  ]
+  total = sum(int(np.prod(shape)) for _, shape, _ in describe(model))
+  text = "\n".join([*rows, f"{total:,} parameters"]) + "\n"
+  update = request.config.getoption("--update-golden")
+  assert compare(f"{name}_weights.txt", text, update) == text
+
+
+def test_losses_of_twenty_steps(tiny, request):
+  tx, rate = make_optimizer(tiny.num_steps, **tiny.optim)
+  model = TransformerConfig(**tiny.model)
+  state = jax.jit(lambda key: init_state(key, model, tx, 0.0))(jax.random.key(0))
+  step = jax.jit(make_train_step(tx, rate, **tiny.step))
+  batches = SyntheticBatches(tiny.data.seq_len, tiny.data.batch_size, 0, 64)
+  losses = []
+  for i in range(20):
+    state, metrics = step(state, batches[i % 4])
+    losses.append(float(metrics["loss"]))
+  text = "".join(f"{loss:.6f}\n" for loss in losses)
+  golden = compare("tiny_loss.txt", text, request.config.getoption("--update-golden"))
+  # Another processor may add in another order; a changed default moves the third digit.
+  np.testing.assert_allclose(losses, list(map(float, golden.split())), rtol=1e-4)
