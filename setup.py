@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` installs what training on CPU needs; extras add the rest."""
+"""Packaging. `pip install -e .` is enough to train on CPU; extras add the rest."""
 
 from setuptools import find_packages, setup
 
@@ -17,7 +17,7 @@ setup(
     "sentencepiece>=0.2.1",
     "tensorflow-cpu>=2.20",
     "tensorflow-datasets>=4.9.9",
-    "importlib_resources",  # TFDS imports it to build a data set, and does not ask for it
+    "importlib_resources",  # TFDS needs it to build a data set, and does not say so
     "array-record>=0.8; platform_system == 'Linux'",
     "pyarrow>=18",
     "etils[epath]>=1.12",

@@ -1,1 +1,1 @@
-"""Run configurations: base.py lists every knob, the others are base plus their differences."""
+"""Run configurations: base.py lists every knob, the others say what they change."""

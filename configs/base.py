@@ -1,7 +1,7 @@
 """Every knob of flaxlm, with its unit. Other configs import this and change values.
 
-Groups match the signature that they are passed to (`TransformerConfig(**config.model)`),
-so a knob that is missing here does not exist. The config is locked: a misspelt key fails
+Groups match the signature they are passed to (`TransformerConfig(**config.model)`), so
+a knob that is missing here does not exist. The config is locked: a misspelt key fails
 where it is written. `flaxlm/config.py` holds the rules that values must satisfy.
 """
 

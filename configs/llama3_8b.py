@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
-Not trained here: no result is claimed. Bring the tokenizer with --config.tokenizer.path.
+Not trained here: no result is claimed. Bring a tokenizer: --config.tokenizer.path.
 """
 
 from configs import base

@@ -1,1 +1,1 @@
-"""flaxlm: language models in JAX/Flax, from raw text to a checkpoint that people use."""
+"""flaxlm: language models in JAX/Flax, from raw text to a checkpoint people use."""

@@ -21,14 +21,15 @@ def parser(doc: str, door: str) -> argparse.ArgumentParser:
   return argparse.ArgumentParser(
     prog=f"python -m flaxlm.{door}",
     description=doc,
-    epilog="Any knob of configs/base.py can be set: --config.optim.peak_learning_rate=1e-4",
+    epilog="Any knob of configs/base.py can be set: "
+    "--config.optim.peak_learning_rate=1e-4",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
-  """Returns (args, overrides): overrides are the `key=value` of `--config.key=value`."""
+  """Returns (args, overrides): an override is what follows `--config.`: `key=value`."""
   args, rest = parser.parse_known_args(argv)
   prefix = "--config."
   for text in rest:
@@ -52,15 +53,15 @@ def load_run(workdir: str, overrides: list[str] = ()) -> ConfigDict:
 def run(main: Callable[[], None]) -> None:
   """Runs a door and ends the process with the exit code of what happened.
 
-  A process of a distributed job leaves by `os._exit`: JAX's shutdown barrier would make the
-  others wait five minutes for one that failed.
+  A process of a distributed job leaves by `os._exit`: JAX's shutdown barrier would make
+  the others wait five minutes for one that failed.
   """
   code = 0
   try:
     main()
   except errors.UserError as error:
     lines = str(error).splitlines()[:5]
-    print("\n".join([f"flaxlm: {lines[0]}"] + lines[1:]), file=sys.stderr)
+    print("\n".join([f"flaxlm: {lines[0]}", *lines[1:]]), file=sys.stderr)
     code = error.exit_code
   except BrokenPipeError:
     code = 141  # the reader of our output has gone, as in `| head`

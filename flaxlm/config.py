@@ -1,8 +1,8 @@
 """Load, override, check and store the config of a run.
 
-A config is refused here, before JAX is imported, whether the wrong value came from a file,
-the command line or a stored run. ml_collections gives the locked, typed tree; this file adds
-what it lacks: ranges, relations between knobs, and messages that name the fix.
+A config is refused here, before JAX is imported, whether the wrong value came from a
+file, the command line or a stored run. ml_collections gives the locked, typed tree;
+here is what it lacks: ranges, relations between knobs, messages that name the fix.
 """
 
 import ast
@@ -16,7 +16,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from configs import base
-from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.errors import ConfigError, DataError, MissingInputError
 
 CHOICES = {
   "model.positions": ("rope", "learned"),
@@ -35,18 +35,48 @@ CHOICES = {
 }
 # Numbers that are not listed may be anything from 0 up.
 AT_LEAST_ONE = (
-  "num_steps model.vocab_size model.max_len model.num_layers model.embed_dim "
-  "model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.unroll "
-  "step.accumulation_steps mesh.fsdp mesh.tensor data.seq_len data.batch_size "
-  "data.num_threads data.prefetch data.shard_tokens tokenizer.vocab_size "
-  "tokenizer.train_bytes checkpoint.every checkpoint.keep_last log.every "
-  "log.profile_num_steps guards.max_bad_steps"
-).split()
-POSITIVE = (
-  "model.norm_epsilon model.rope_theta optim.epsilon data.sources.*.weight".split()
+  "num_steps",
+  "model.vocab_size",
+  "model.max_len",
+  "model.num_layers",
+  "model.embed_dim",
+  "model.num_heads",
+  "model.num_kv_heads",
+  "model.head_dim",
+  "model.mlp_dim",
+  "model.unroll",
+  "step.accumulation_steps",
+  "mesh.fsdp",
+  "mesh.tensor",
+  "data.seq_len",
+  "data.batch_size",
+  "data.num_threads",
+  "data.prefetch",
+  "data.shard_tokens",
+  "tokenizer.vocab_size",
+  "tokenizer.train_bytes",
+  "checkpoint.every",
+  "checkpoint.keep_last",
+  "log.every",
+  "log.profile_num_steps",
+  "guards.max_bad_steps",
 )
-BELOW_ONE = "optim.b1 optim.b2 step.ema_decay data.validation_fraction".split()
-AT_MOST_ONE = "optim.end_factor optim.decay_fraction".split()
+POSITIVE = [
+  "model.norm_epsilon",
+  "model.rope_theta",
+  "optim.epsilon",
+  "data.sources.*.weight",
+]
+BELOW_ONE = (
+  "optim.b1",
+  "optim.b2",
+  "step.ema_decay",
+  "data.validation_fraction",
+)
+AT_MOST_ONE = (
+  "optim.end_factor",
+  "optim.decay_fraction",
+)
 
 
 def flatten(config: ConfigDict) -> dict[str, object]:
@@ -61,7 +91,7 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 
 
 def load(path: str, overrides: list[str] = ()) -> ConfigDict:
-  """Runs `get_config()` of the file at `path`, applies `key=value` overrides, checks."""
+  """Runs `get_config()` of the file at `path`, applies `key=value` texts, checks."""
   file = pathlib.Path(path)
   if not file.is_file():
     near = sorted(str(f) for f in file.parent.glob("*.py") if f.stem != "__init__")
@@ -80,7 +110,10 @@ def load(path: str, overrides: list[str] = ()) -> ConfigDict:
     where = f"{path} line {lines[-1].lineno}" if lines else path
     message = " ".join(str(error).split())
     raise ConfigError(
-      where, f"{lines[-1].line if lines else '?'}", f"no {type(error).__name__}", message
+      where,
+      f"{lines[-1].line if lines else '?'}",
+      f"no {type(error).__name__}",
+      message,
     ) from error
   return override(config, overrides)
 
@@ -122,7 +155,9 @@ def parse(key: str, text: str, current: object) -> object:
     if kind is float:
       return float(text)
     if kind is tuple:
-      value = ast.literal_eval(text) if text.strip()[:1] in ("(", "[") else text.split(",")
+      value = (
+        ast.literal_eval(text) if text.strip()[:1] in ("(", "[") else text.split(",")
+      )
       return tuple(item for item in value if item != "")
     return text
   except (KeyError, ValueError, OverflowError, SyntaxError):
@@ -137,11 +172,13 @@ def unknown_key(key: str, flat: dict) -> ConfigError:
   near = [k for k in flat if k.split(".")[-1] == last][:3] or near
   groups = sorted({k.split(".")[0] for k in flat})
   hint = " or ".join(f"config.{k}" for k in near) or "a key of " + " ".join(groups)
-  return ConfigError(f"config.{key}", "an unknown key", "a knob of configs/base.py", hint)
+  return ConfigError(
+    f"config.{key}", "an unknown key", "a knob of configs/base.py", hint
+  )
 
 
 def check_keys(config: ConfigDict) -> None:
-  """Refuses keys and types that base.py does not have (a file may build its own tree)."""
+  """Refuses keys and types that base.py lacks: a file may build its own tree."""
   known = flatten(base.get_config())
   for key, value in flatten(config).items():
     expected = known.get(generic(key, "main"))
@@ -151,7 +188,9 @@ def check_keys(config: ConfigDict) -> None:
       continue
     if type(value) is not type(expected):
       kind = type(expected).__name__
-      raise ConfigError(f"config.{key}", f"{value!r}", f"a value of type {kind}", f"{expected}")
+      raise ConfigError(
+        f"config.{key}", f"{value!r}", f"a value of type {kind}", f"{expected}"
+      )
   given = {generic(key, "main") for key in flatten(config)}
   for key in known:
     if key not in given:
@@ -169,38 +208,61 @@ def generic(key: str, name: str = "*") -> str:
 def check(config: ConfigDict) -> None:
   """Raises ConfigError for the first value, or pair of values, that cannot work."""
   check_keys(config)
-  for key, value in flatten(config).items():
+  flat = flatten(config)
+  for key, value in flat.items():
     check_value(f"config.{key}", generic(key), value)
-  model, data, optim = config.model, config.data, config.optim
-  heads, kv_heads = model.num_heads, model.num_kv_heads
-  need("model.num_kv_heads", kv_heads, heads % kv_heads == 0,
-       f"a divisor of config.model.num_heads={heads}", divisors(heads, kv_heads))
-  rope = model.positions == "rope"
-  need("model.head_dim", model.head_dim, not rope or model.head_dim % 2 == 0,
-       "an even number, as rotary positions turn pairs", f"{model.head_dim + 1}")
-  need("data.seq_len", data.seq_len, data.seq_len <= model.max_len,
-       f"at most config.model.max_len={model.max_len}", f"{model.max_len}")
-  micro, mesh = config.step.accumulation_steps, config.mesh
-  split = micro * max(mesh.data, 1) * mesh.fsdp
-  need_multiple("data.batch_size", data.batch_size, split,
-                "accumulation_steps x mesh.data x mesh.fsdp")
-  layers = model.num_layers
-  need("model.unroll", model.unroll, layers % model.unroll == 0,
-       f"a divisor of config.model.num_layers={layers}", divisors(layers, model.unroll))
-  need("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps <= config.num_steps,
-       f"at most config.num_steps={config.num_steps}", f"{config.num_steps // 10}")
-  need("mesh.data", mesh.data, mesh.data == -1 or mesh.data > 0,
-       "devices along the axis, or -1 for all that remain", "-1")
-  size, known = config.tokenizer.vocab_size, model.vocab_size
-  need("tokenizer.vocab_size", size, bool(config.tokenizer.path) or size <= known,
-       f"at most config.model.vocab_size={known}", f"{known}")
-  need("data.sources", "no source", len(data.sources) > 0, "at least one", "main")
+  for holds, key, needed, hint in relations(config):
+    if not holds:
+      raise ConfigError(f"config.{key}", flat.get(key, "none"), needed, hint)
+
+
+def relations(config: ConfigDict):
+  """Yields (holds, key, what is needed, what to try) for what knobs owe each other."""
+  model, data, optim, mesh = config.model, config.data, config.optim, config.mesh
+  heads, layers = model.num_heads, model.num_layers
+  yield (
+    heads % model.num_kv_heads == 0,
+    "model.num_kv_heads",
+    f"a divisor of config.model.num_heads={heads}",
+    divisors(heads, model.num_kv_heads),
+  )
+  yield (
+    model.positions != "rope" or model.head_dim % 2 == 0,
+    "model.head_dim",
+    "an even number: rotary positions turn pairs",
+    f"{model.head_dim + 1}",
+  )
+  yield (
+    layers % model.unroll == 0,
+    "model.unroll",
+    f"a divisor of config.model.num_layers={layers}",
+    divisors(layers, model.unroll),
+  )
+  limit = f"at most config.model.max_len={model.max_len}"
+  yield data.seq_len <= model.max_len, "data.seq_len", limit, f"{model.max_len}"
+  unit = config.step.accumulation_steps * max(mesh.data, 1) * mesh.fsdp
+  yield (
+    data.batch_size % unit == 0,
+    "data.batch_size",
+    f"a multiple of {unit} = accumulation_steps x mesh.data x mesh.fsdp",
+    multiples(data.batch_size, unit),
+  )
+  limit = f"at most config.num_steps={config.num_steps}"
+  hint = f"{config.num_steps // 10}"
+  yield optim.warmup_steps <= config.num_steps, "optim.warmup_steps", limit, hint
+  devices = "devices along the axis, or -1 for all that remain"
+  yield mesh.data == -1 or mesh.data > 0, "mesh.data", devices, "-1"
+  limit = f"at most config.model.vocab_size={model.vocab_size}"
+  fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
+  yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
+  yield len(data.sources) > 0, "data.sources", "at least one source", "main"
   for name, source in data.sources.items():
-    need(f"data.sources.{name}.path", "''", source.kind == "stdlib" or source.path != "",
-         f"where the {source.kind} documents are", "corpus/**/*.txt")
+    needed = f"where the {source.kind} documents are"
+    found = source.kind == "stdlib" or source.path != ""
+    yield found, f"data.sources.{name}.path", needed, "corpus/**/*.txt"
   for name, axes in mesh.rules.items():
-    need(f"mesh.rules.{name}", axes, set(axes) <= {"data", "fsdp", "tensor"},
-         "mesh axes", "data,fsdp or tensor or ()")
+    known = set(axes) <= {"data", "fsdp", "tensor"}
+    yield known, f"mesh.rules.{name}", "mesh axes", "data,fsdp or tensor or ()"
 
 
 def check_value(name: str, key: str, value: object) -> None:
@@ -209,19 +271,18 @@ def check_value(name: str, key: str, value: object) -> None:
     near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
     if value not in CHOICES[key]:
       raise ConfigError(name, value, "one of " + " ".join(CHOICES[key]), "".join(near))
-  if isinstance(value, bool) or not isinstance(value, int | float) or key == "mesh.data":
+  if (
+    isinstance(value, bool) or not isinstance(value, int | float) or key == "mesh.data"
+  ):
     return
   low = 1 if key in AT_LEAST_ONE else 0
   if not math.isfinite(value) or value < low or (key in POSITIVE and value == 0):
     above = "above 0" if key in POSITIVE else f"of at least {low}"
     raise ConfigError(name, value, f"a finite number {above}")
-  if key in BELOW_ONE and value >= 1 or key in AT_MOST_ONE and value > 1:
-    raise ConfigError(name, value, "a fraction below 1" if key in BELOW_ONE else "at most 1")
-
-
-def need(key: str, given: object, holds: bool, needed: str, hint: str) -> None:
-  if not holds:
-    raise ConfigError(f"config.{key}", given, needed, hint)
+  if (key in BELOW_ONE and value >= 1) or (key in AT_MOST_ONE and value > 1):
+    raise ConfigError(
+      name, value, "a fraction below 1" if key in BELOW_ONE else "at most 1"
+    )
 
 
 def divisors(number: int, near: int) -> str:
@@ -231,10 +292,10 @@ def divisors(number: int, near: int) -> str:
   return " or ".join(map(str, found))
 
 
-def need_multiple(key: str, given: int, unit: int, why: str) -> None:
+def multiples(given: int, unit: int) -> str:
+  """The multiples of `unit` on both sides of `given`, as text."""
   down = given // unit * unit
-  nearest = " or ".join(str(m) for m in (down, down + unit) if m)
-  need(key, given, given % unit == 0, f"a multiple of {unit} = {why}", nearest)
+  return " or ".join(str(m) for m in (down, down + unit) if m)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -244,8 +305,12 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
   """Rebuilds a stored config; nothing in it is executed."""
   config = base.get_config()
-  stored = json.loads(text)
-  names = stored["data"]["sources"]
+  try:
+    stored = json.loads(text)
+    names = stored["data"]["sources"]
+  except (ValueError, KeyError, TypeError) as error:
+    reason = f"{type(error).__name__}: {error}"
+    raise DataError(f"the stored config is damaged\n  given:  {reason}") from error
   config.data.sources = base.sources(**{name: base.source() for name in names})
   known = flatten(config)
   for key, value in flatten(ConfigDict(stored)).items():

@@ -1,7 +1,7 @@
 """The errors that a user can cause or must act on, each with its exit code.
 
-All are `ValueError`s: a caller in Python may catch that alone. `cli.run` prints them in at
-most five lines without a traceback; anything else is our bug and keeps its traceback.
+All are `ValueError`s: a caller in Python may catch that alone. `cli.run` prints them in
+at most five lines without a traceback; all else is our bug and keeps its traceback.
 """
 
 
@@ -23,7 +23,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-  """Data was read and is wrong: corrupt, empty, or not what the run was started with."""
+  """Data was read and is wrong: corrupt, empty, or not what the run started with."""
 
   exit_code = 65
 

@@ -1,6 +1,6 @@
 """Write text with a trained model.
 
-  python -m flaxlm.generate --workdir=runs/quickstart --prompt="def main(" --max_tokens=200
+  python -m flaxlm.generate --workdir=runs/quickstart --prompt="def main("
 
 One prompt is streamed as it is written; several --prompt or --num_samples are computed
 together. Without --prompt the model begins a document of its own.
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(config, args) -> None:
-  """Samples and prints; the model lives on one device, in the type it was trained in."""
+  """Samples and prints; the model lives on one device, in the type of its training."""
   import jax
   import numpy as np
 
@@ -50,8 +50,12 @@ def write(config, args) -> None:
   begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
   ids = [begin + tokenizer.encode(text) for text in prompts]
   if not all(ids):
-    raise ConfigError("--prompt", "none", "a text: this tokenizer has no bos token to begin with")
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    raise ConfigError(
+      "--prompt", "none", "a text: this tokenizer has no bos token to begin with"
+    )
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
+  )
   model, _ = restore_model(
     workdir / "checkpoints", config, mesh, config.mesh.rules.to_dict(), args.step
   )

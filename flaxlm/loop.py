@@ -1,7 +1,8 @@
-"""The training loop, on one page; what it prepares and reports is in the parts below it.
+"""The training loop, on one page; what it prepares and reports is below it.
 
-Two habits keep the device busy and the run safe: the numbers of a step are read only after
-the next step has been dispatched, and a checkpoint is saved before anything that could fail.
+Two habits keep the device busy and the run safe: the numbers of a step are read only
+after the next step has been dispatched, and a checkpoint is saved before anything that
+could fail.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from flaxlm.training.state import (
 
 
 def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
-  """Trains to config.num_steps, from the newest checkpoint in `workdir` if there is one.
+  """Trains to config.num_steps, from the newest checkpoint in `workdir` if any.
 
   Raises:
     Preempted: a signal asked for a stop; the state is saved.
@@ -73,7 +74,11 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     first_step = int(state.step)
     store_run(workdir, config, feed)
     summarize(config, workdir, target, feed, mesh, first_step, allocator)
-    if first_step >= config.num_steps:
+    # Killed between a checkpoint and its evaluation, a run owes that evaluation still.
+    owed = evaluation_is_due(config, feed, first_step) and not reports.is_logged(
+      workdir / "metrics.jsonl", first_step, "eval"
+    )
+    if first_step >= config.num_steps and not owed:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
@@ -85,6 +90,11 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     eval_step = jax.jit(make_eval_step(config.step.chunk_size))
     progress = stack.enter_context(Progress(config, workdir, first_step))
     profiler = stack.enter_context(Profiler(config.log, workdir))
+    assess = functools.partial(
+      evaluate_and_log, feed, eval_step, progress, stop, watchdog
+    )
+    if owed:
+      assess(first_step, state)
 
     say("compiling the training step ...")
     batches = progress.waiting_for(feed.read_train(first_step))
@@ -98,22 +108,11 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       if last or stopping or checkpoints.is_due(step):
         progress.flush()
         checkpoints.save(step, state, describe(config, feed, step))
-      if not stopping and feed.validation and (last or is_due(config.eval.every, step)):
-        with progress.paused(step):
-          result = evaluate(
-            state.eval_model,
-            feed.read_validation(),
-            eval_step,
-            baseline.bytes_per_token(feed.validation),
-            stop.should_stop,
-            watchdog.beat,
-          )
-        if result is None:  # a signal came during evaluation
+      if not stopping and evaluation_is_due(config, feed, step):
+        stopping = not assess(step, state)
+        if stopping:  # a signal came during evaluation
           checkpoints.save(step, state, describe(config, feed, step))
-          stopping = True
-        else:
-          progress.writer.log(step, result, kind="eval")
-      if stopping and not last:
+      if stopping:
         raise Preempted(
           f"stopped after step {step} of {config.num_steps}\n"
           f"  saved:  {workdir}/checkpoints/{step}\n"
@@ -122,13 +121,33 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   say(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
 
 
+def evaluate_and_log(feed, eval_step, progress, stop, watchdog, step, state) -> bool:
+  """Evaluates the state after `step`; False if a signal came before it was done."""
+  with progress.paused(step):
+    bytes_per_token = baseline.bytes_per_token(feed.validation)
+    result = evaluate(
+      state.eval_model,
+      feed.read_validation(),
+      eval_step,
+      bytes_per_token,
+      stop.should_stop,
+      watchdog.beat,
+    )
+  if result is not None:
+    progress.writer.log(step, result, kind="eval")
+  return result is not None
+
+
+def evaluation_is_due(config, feed: Feed, step: int) -> bool:
+  if feed.validation is None or step == 0:
+    return False
+  every = config.eval.every
+  return step == config.num_steps or (every > 0 and step % every == 0)
+
+
 def say(line: str) -> None:
   if jax.process_index() == 0:
     print(line, flush=True)
-
-
-def is_due(every: int, step: int) -> bool:
-  return every > 0 and step % every == 0
 
 
 def describe(config, feed: Feed, step: int) -> dict:
@@ -183,9 +202,9 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
   embedding = [target.model.embed, target.model.positions, target.model.unembed]
   total, embedded = count(target.model), count(embedding)
   reports.print_summary(
-    model=f"{model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
-    f"context {data.seq_len}, {model.positions} positions, {model.norm}, {model.mlp}, "
-    f"{model.dtype}",
+    model=f"{model.num_layers} layers, {model.embed_dim} wide, "
+    f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
+    f"{model.norm}, {model.mlp}, {model.dtype}",
     parameters={"layers": total - embedded, "embeddings": embedded},
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,
@@ -211,7 +230,9 @@ def count(tree) -> int:
 
 def bytes_per_device(tree) -> int:
   leaves = jax.tree.leaves(tree)
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+  )
 
 
 class Progress:
@@ -263,7 +284,9 @@ class Progress:
     self.bad_steps.update(step, values.pop("bad"), values["loss"])
     first = step == self._first_step + 1
     if first or step % self.every == 0 or step == self.num_steps:
-      self.writer.log(step, values | {"skipped": self.bad_steps.total}, "train", self._waited)
+      self.writer.log(
+        step, values | {"skipped": self.bad_steps.total}, "train", self._waited
+      )
       self._waited = 0.0
     if first:  # its time was the compiler's
       self.writer.restart_clock(step)

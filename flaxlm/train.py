@@ -2,10 +2,10 @@
 
   python -m flaxlm.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-The same command continues a run that was stopped or killed; without --config it uses the
-config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input, 73 the
-directory cannot be used, 74 storage, 75 stopped and saved (run it again), 85 hang,
-86 numerics. The loop is in flaxlm/loop.py.
+The same command continues a run that was stopped or killed; without --config it uses
+the config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input,
+73 the directory cannot be used, 74 storage, 75 stopped and saved (run it again), 85
+hang, 86 numerics. The loop is in flaxlm/loop.py.
 """
 
 import pathlib
@@ -17,7 +17,9 @@ from flaxlm.training.guards import StopSignal
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.parser(__doc__, "train")
-  parser.add_argument("--config", help="a config file; default: the one stored in --workdir")
+  parser.add_argument(
+    "--config", help="a config file; default: the one stored in --workdir"
+  )
   parser.add_argument("--workdir", required=True, help="directory of the run")
   args, overrides = cli.parse(parser, argv)
   if args.config:

@@ -34,7 +34,7 @@ def corpora() -> pathlib.Path:
 
 @pytest.fixture
 def tiny():
-  """A config of a model that compiles in a second: 2 layers, grouped-query attention."""
+  """A config whose model compiles in a second: 2 layers, grouped-query attention."""
   config = base.get_config()
   config.num_steps = 20
   config.tokenizer.vocab_size = 64

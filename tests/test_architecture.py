@@ -1,11 +1,13 @@
-"""The house keeps its shape: who imports whom, how long things are, what is not used."""
+"""The house keeps its shape: who imports whom, how long things are, what is unused."""
 
 import ast
 import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted((ROOT / "configs").glob("*.py"))
+FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted(
+  (ROOT / "configs").glob("*.py")
+)
 DOORS = {"train", "evaluate", "prepare", "generate"}
 # A room may import the rooms to its right. `errors` is a leaf that anyone may import.
 LEVELS = [
@@ -60,8 +62,17 @@ def test_rooms_import_only_to_their_right():
 
 def test_kernels_and_parallel_need_jax_and_numpy_alone():
   allowed = {"jax", "numpy", "flaxlm"}
-  standard = {"ctypes", "os", "sys", "contextlib", "contextvars", "functools", "math",
-              "collections", "dataclasses"}
+  standard = {
+    "ctypes",
+    "os",
+    "sys",
+    "contextlib",
+    "contextvars",
+    "functools",
+    "math",
+    "collections",
+    "dataclasses",
+  }
   for path, room, tree in package_files():
     if room in ("kernels", "parallel"):
       found = {module.split(".")[0] for module, _ in imports(tree)}
@@ -106,8 +117,11 @@ def test_files_and_functions_stay_short():
 
 
 def test_every_module_is_used_and_says_what_it_is():
-  imported = {name for path in [*FILES, *(ROOT / "tests").rglob("*.py")]
-              for name, _ in imports(ast.parse(path.read_text()))}
+  imported = {
+    name
+    for path in [*FILES, *(ROOT / "tests").rglob("*.py")]
+    for name, _ in imports(ast.parse(path.read_text()))
+  }
   for path, room, tree in package_files():
     assert ast.get_docstring(tree), f"{path} has no docstring"
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -126,7 +140,12 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_nothing_names_a_machine():
-  for path in [*ROOT.glob("*.*"), *FILES, *(ROOT / "launch").iterdir(), ROOT / ".ci/run"]:
+  for path in [
+    *ROOT.glob("*.*"),
+    *FILES,
+    *(ROOT / "launch").iterdir(),
+    ROOT / ".ci/run",
+  ]:
     if path.is_file() and path.suffix in ("", ".py", ".md", ".sh", ".toml", ".yaml"):
       found = re.findall(r"(?<![\w.])/(?:work|root|home|tmp)/\w+", path.read_text())
       assert not found, f"{path}: {found}"

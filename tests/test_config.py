@@ -62,8 +62,12 @@ def test_a_wrong_value_is_refused_in_five_lines(override, message):
 
 def test_values_are_read_as_the_type_of_the_knob():
   config = load(
-    "num_steps=1e3", "optim.peak_learning_rate=1e-4", "log.tensorboard=false",
-    "mesh.rules.embed=fsdp,tensor", "mesh.rules.heads=()", "model.dtype=bfloat16",
+    "num_steps=1e3",
+    "optim.peak_learning_rate=1e-4",
+    "log.tensorboard=false",
+    "mesh.rules.embed=fsdp,tensor",
+    "mesh.rules.heads=()",
+    "model.dtype=bfloat16",
     "tokenizer.user_symbols=<user>",
   )
   assert config.num_steps == 1000 and type(config.num_steps) is int
@@ -103,7 +107,9 @@ def test_a_wrong_config_file_is_refused_like_a_wrong_flag(tmp_path, line, messag
 
 
 def test_a_missing_file_names_those_that_exist():
-  with pytest.raises(MissingInputError, match=r"(?s)quikstart.py does not exist.*base.py"):
+  with pytest.raises(
+    MissingInputError, match=r"(?s)quikstart.py does not exist.*base.py"
+  ):
     configs.load(ROOT / "configs/quikstart.py")
 
 
@@ -139,10 +145,13 @@ def test_help_comes_without_jax_or_tensorflow(door):
     "import sys, runpy; sys.argv = ['x', '--help']\n"
     f"try: runpy.run_module('flaxlm.{door}', run_name='__main__')\n"
     "except SystemExit: pass\n"
-    "slow = {'jax', 'flax', 'tensorflow', 'orbax', 'sentencepiece'} & set(sys.modules)\n"
+    "slow = {'jax', 'flax', 'tensorflow', 'orbax', 'sentencepiece'}\n"
+    "slow &= set(sys.modules)\n"
     "sys.exit(f'imported {slow}' if slow else 0)"
   )
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   assert f"flaxlm.{door}" in done.stdout and "--config.optim" in done.stdout
 
@@ -150,7 +159,11 @@ def test_help_comes_without_jax_or_tensorflow(door):
 @pytest.mark.parametrize(
   ("arguments", "code", "message"),
   [
-    (["--workdir=x", "--config=configs/base.py", "--config.optim.lr=1"], 2, "config.optim"),
+    (
+      ["--workdir=x", "--config=configs/base.py", "--config.optim.lr=1"],
+      2,
+      "config.optim",
+    ),
     (["--workdir=x", "--config=configs/base.py", "--steps=1"], 2, "--steps=1"),
     (["--workdir=x", "--config=configs/none.py"], 66, "does not exist"),
     (["--workdir=/nowhere/to/be/found"], 66, "holds no run"),

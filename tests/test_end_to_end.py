@@ -1,5 +1,8 @@
-"""The product as a user runs it: processes, signals, kills. The headline promise is here:
-a run that was killed and resumed is bit-equal to one that was not."""
+"""The product as a user runs it: processes, signals, kills.
+
+The headline promise is here: a run that was killed and resumed is bit-equal to one that
+was not.
+"""
 
 import json
 import os
@@ -78,7 +81,7 @@ def wait_until(condition, process, seconds=120):
 
 
 def logged(workdir):
-  """{(step, kind): exact values} of metrics.jsonl, without what depends on the clock."""
+  """{(step, kind): exact values} of metrics.jsonl, less what depends on the clock."""
   rows = {}
   path = pathlib.Path(workdir) / "metrics.jsonl"
   for line in path.read_text().splitlines() if path.exists() else []:
@@ -131,7 +134,9 @@ def project(tmp_path_factory):
   texts.mkdir()
   for path in sorted((pathlib.Path(os.__file__).parent / "json").glob("*.py")):
     (texts / path.name).write_bytes(path.read_bytes())
-  words = "\n\n".join(f"Paragraph {i}: {i * i} is the square of {i}." for i in range(300))
+  words = "\n\n".join(
+    f"Paragraph {i}: {i * i} is the square of {i}." for i in range(300)
+  )
   (texts / "words.txt").write_text(words)
   (home / "config.py").write_text(
     CONFIG.format(store=str(home / "store"), texts=str(texts))
@@ -154,14 +159,20 @@ def test_a_run_learns_and_leaves_a_complete_record(project):
 
 
 def test_evaluate_and_generate_work_from_the_run_alone(project):
-  found = json.loads(run("evaluate", f"--workdir={project}/straight", "--json").splitlines()[0])
+  found = json.loads(
+    run("evaluate", f"--workdir={project}/straight", "--json").splitlines()[0]
+  )
   in_loop = logged(project / "straight")[24, "eval"]
   assert found["step"] == 24 and found["tokens"] == in_loop["tokens"]
   assert found["loss"] == pytest.approx(in_loop["loss"], rel=1e-6)
   assert found["bits_per_byte"] < found["unigram_bits_per_byte"] + 1.5
-  again = json.loads(run("evaluate", f"--workdir={project}/straight", "--json").splitlines()[0])
+  again = json.loads(
+    run("evaluate", f"--workdir={project}/straight", "--json").splitlines()[0]
+  )
   assert again == found
-  text = run("generate", f"--workdir={project}/straight", "--prompt=import ", "--max_tokens=30")
+  text = run(
+    "generate", f"--workdir={project}/straight", "--prompt=import ", "--max_tokens=30"
+  )
   assert text.startswith("import ") and len(text) > 20
   assert text == run(
     "generate", f"--workdir={project}/straight", "--prompt=import ", "--max_tokens=30"
@@ -217,6 +228,18 @@ def test_a_signal_before_the_first_step_is_not_lost(project, tmp_path):
   assert_same_run(project / "straight", tmp_path / "run")
 
 
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(project, tmp_path):
+  command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
+  run(*command)
+  path = tmp_path / "run/metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  assert '"eval"' in lines[-1]
+  path.write_text("".join(lines[:-1]) + lines[-1][:20])  # torn, as a kill leaves it
+  run(*command)
+  assert logged(tmp_path / "run") == logged(project / "straight")
+  assert "nothing to do" in run(*command)
+
+
 def test_a_damaged_checkpoint_is_noticed_and_an_older_one_used(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   run(*command)
@@ -235,9 +258,16 @@ def test_two_processes_train_as_one_and_resume_as_one(project, tmp_path):
   """The same batches and, up to the order of sums, the same losses; 2 hosts, then 1."""
   script = ["bash", str(ROOT / "launch/local.sh"), "-n", "2"]
   script += [f"--config={project}/config.py", f"--workdir={tmp_path}/run"]
-  env = environment(VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}")
+  env = environment(
+    VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}"
+  )
   process = subprocess.Popen(
-    script, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    script,
+    cwd=ROOT,
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
   )
   wait_until(lambda: len(logged(tmp_path / "run")) >= 8, process)
   process.terminate()
@@ -264,14 +294,20 @@ def test_a_directory_in_use_is_refused(project, tmp_path):
 def test_what_does_not_fit_the_run_is_refused(project, tmp_path):
   workdir = f"--workdir={project}/straight"
   wider = run(
-    "train", f"--config={project}/config.py", workdir, "--config.model.mlp_dim=128", code=2
+    "train",
+    f"--config={project}/config.py",
+    workdir,
+    "--config.model.mlp_dim=128",
+    code=2,
   )
   assert "mlp" in wider and "128" in wider
   other = tmp_path / "other"
   change = f"--config.data.store={other}"
   seed = "--config.data.validation_fraction=0.3"
   run("prepare", f"--config={project}/config.py", change, seed)
-  message = run("train", f"--config={project}/config.py", workdir, change, seed, code=65)
+  message = run(
+    "train", f"--config={project}/config.py", workdir, change, seed, code=65
+  )
   assert "other data" in message
   message = run("train", f"--config={project}/config.py", "--workdir=x",
                 "--config.data.store=nowhere", code=66)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Changes that nobody meant show as a difference: losses of 20 steps, tables of weights.
+"""Changes that nobody meant show up here: losses of 20 steps, tables of weights.
 
-`pytest tests/test_golden.py --update-golden` rewrites the files; review what it changes.
+`pytest tests/test_golden.py --update-golden` rewrites the files; review its changes.
 """
 
 import pathlib
@@ -19,7 +19,9 @@ from flaxlm.training.state import init_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
-SHIPPED = [p.stem for p in sorted((ROOT / "configs").glob("[a-z]*.py")) if p.stem != "base"]
+SHIPPED = [
+  p.stem for p in sorted((ROOT / "configs").glob("[a-z]*.py")) if p.stem != "base"
+]
 
 
 def compare(name: str, text: str, update: bool) -> str:
@@ -34,9 +36,12 @@ def compare(name: str, text: str, update: bool) -> str:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_of_a_shipped_config(name, request):
   config = TransformerConfig(**configs.load(ROOT / f"configs/{name}.py").model)
-  model = jax.eval_shape(lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0))
+  model = jax.eval_shape(
+    lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0)
+  )
   rows = [
-    f"{path:<28} {' x '.join(map(str, shape)):<24} {' '.join(str(a or '-') for a in axes)}"
+    f"{path:<28} {' x '.join(map(str, shape)):<24} "
+    + " ".join(str(axis or "-") for axis in axes)
     for path, shape, axes in describe(model)
   ]
   total = sum(int(np.prod(shape)) for _, shape, _ in describe(model))

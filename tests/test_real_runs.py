@@ -115,7 +115,9 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   assert "lossless" in done.stdout and "everything lies in" in done.stdout
   run_dir = clone / "runs/quickstart"
-  rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+  rows = [
+    json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()
+  ]
   evaluated = [row for row in rows if row["kind"] == "eval"][-1]
   printed = done.stdout.split("bits per byte ")[1]
   unigram = float(printed.split("alone: ")[1].split(")")[0])

@@ -1,4 +1,4 @@
-"""What a model that knows only word frequencies reaches: the yardstick beside every loss."""
+"""What knowing only word frequencies reaches: the yardstick beside every loss."""
 
 import math
 

@@ -1,12 +1,12 @@
-"""Token store → batches. Batch t is a pure function of (seed, t), on any number of hosts.
+"""Token store → batches. Batch t is a function of (seed, t) alone, however many hosts.
 
 The position of a run in its data is therefore one integer, and resuming is exact and
 instant. A row is `seq_len` consecutive tokens of the store; a permutation that needs no
 memory orders the rows of each epoch. tf.data or threads only read ahead, in order.
 
 A batch holds int32 arrays BL: tokens; targets (the next token, -1 where none is
-predicted); segment_ids (documents of a row count from 1, 0 is padding); positions (from 0
-in each segment).
+predicted); segment_ids (documents of a row count from 1, 0 is padding); positions
+(from 0 in each segment).
 """
 
 import collections
@@ -99,7 +99,9 @@ class Batches:
           "  try:    more text, or a larger config.data.validation_fraction"
         )
     # The last token of a stream is only ever a target.
-    self.rows_per_source = [-(-(s.num_tokens - 1) // self.seq_len) for s in self._streams]
+    self.rows_per_source = [
+      -(-(s.num_tokens - 1) // self.seq_len) for s in self._streams
+    ]
     self._shares = shares(self.weights)
 
   def __len__(self) -> int:

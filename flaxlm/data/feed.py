@@ -1,4 +1,4 @@
-"""From `config.data` to arrays on the devices: the batches of a run, ready to compute on."""
+"""From `config.data` to arrays on the devices: a run's batches, ready to compute on."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ class Feed:
   """The training and validation batches of a config, and this host's part of them.
 
   Raises:
-    ConfigError: the batch does not divide over the mesh, or the vocabulary is too small.
+    ConfigError: the batch does not divide over the mesh; the vocabulary is too small.
     MissingInputError, DataError: the token store is not there, or is damaged.
   """
 

@@ -1,8 +1,8 @@
 """Sampling from a decoder with a KV cache, a batch of prompts at a time.
 
-Tokens are made a few at a time inside one compiled loop and handed out as they come. Each
-random choice depends on (seed, row, number of the token) alone, so neither the size of
-those portions nor the other prompts of a batch change what is written.
+Tokens are made a few at a time inside one compiled loop and handed out as they come.
+Each random choice depends on (seed, row, number of the token) alone, so neither the
+size of those portions nor the other prompts of a batch change what is written.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ class Sampling:
     if self.top_k < 0:
       raise ConfigError("--top_k", self.top_k, "0 (all) or a number of tokens", "50")
     if not 0 < self.top_p <= 1:
-      raise ConfigError("--top_p", self.top_p, "a probability above 0, at most 1", "0.95")
+      raise ConfigError(
+        "--top_p", self.top_p, "a probability above 0, at most 1", "0.95"
+      )
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -65,7 +67,9 @@ def prefill(model: Transformer, tokens_BL, segment_ids_BL, cache: KVCache):
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def decode(model, logits_BV, cache, next_position_B, count, allowed_V, sampling: Sampling):
+def decode(
+  model, logits_BV, cache, next_position_B, count, allowed_V, sampling: Sampling
+):
   """Makes PORTION tokens a row; returns (tokens BP, scores of the next, cache)."""
   B = logits_BV.shape[0]
   row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
@@ -98,8 +102,8 @@ def generate(
 ) -> Iterator[np.ndarray]:
   """Yields arrays of new tokens, one row a prompt, up to `max_tokens` in all.
 
-  A text that outgrows the model's context goes on from its last half. Rows are independent;
-  the caller cuts each at its end-of-text token.
+  A text that outgrows the model's context goes on from its last half. Rows are
+  independent; the caller cuts each at its end-of-text token.
 
   Args:
     prompts: token ids, at least one each (a beginning-of-text token will do).
@@ -108,7 +112,9 @@ def generate(
   assert prompts and all(prompts), "a prompt needs at least one token"
   context = model.config.max_len
   if context < 2 * PORTION:
-    raise ConfigError("config.model.max_len", context, f"at least {2 * PORTION} to decode")
+    raise ConfigError(
+      "config.model.max_len", context, f"at least {2 * PORTION} to decode"
+    )
   texts = [list(prompt) for prompt in prompts]
   allowed_V, made, room = jnp.asarray(allowed_V), 0, 0
   while made < max_tokens:

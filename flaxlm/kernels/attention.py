@@ -1,7 +1,7 @@
 """Scaled dot-product attention: one function, several backends, one truth.
 
 `reference` defines the result (Vaswani et al. 2017, eq. 1, with masks). The others must
-equal it; one that cannot honour a mask or a type raises instead of computing something else.
+equal it; one that cannot honour a mask or a type raises and computes nothing else.
 """
 
 import jax
@@ -25,8 +25,9 @@ def attention(
   """Returns softmax(q k^T / sqrt(H)) v as BLNH, in the type of `q_BLNH`.
 
   Query l sits in key slot `q_offset + l`; it sees slot m if all of these hold:
-  m <= its own slot (causal), its own slot - m < window (window > 0), and the segment ids
-  are equal (both given). N must be a multiple of K: query head n reads k/v head n // (N/K).
+  m <= its own slot (causal), its own slot - m < window (window > 0), and the segment
+  ids are equal (both given). N must be a multiple of K: query head n reads k/v head
+  n // (N/K).
 
   Raises:
     ValueError: the backend cannot compute this, or the shapes do not fit.
@@ -34,7 +35,9 @@ def attention(
   B, L, N, H = q_BLNH.shape
   M, K = k_BMKH.shape[1:3]
   if N % K or v_BMKH.shape != k_BMKH.shape or k_BMKH.shape[::3] != (B, H):
-    raise ValueError(f"shapes do not fit: q {q_BLNH.shape} k {k_BMKH.shape} v {v_BMKH.shape}")
+    raise ValueError(
+      f"shapes do not fit: q {q_BLNH.shape} k {k_BMKH.shape} v {v_BMKH.shape}"
+    )
   if window and not causal:
     raise ValueError("a sliding window is defined for causal attention only")
   if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
@@ -43,7 +46,9 @@ def attention(
   if backend not in BACKENDS:
     raise ValueError(f"attention={backend} is not one of {BACKENDS}")
   # A mask that is causal alone need not exist as an array.
-  plain = q_segment_ids_BL is None and isinstance(q_offset, int) and q_offset == 0 and L == M
+  plain = (
+    q_segment_ids_BL is None and isinstance(q_offset, int) and q_offset == 0 and L == M
+  )
   mask_BLM = None
   if backend == "reference" or not plain:
     mask_BLM = visible(
@@ -69,7 +74,9 @@ def reference(q_BLNH, k_BMKH, v_BMKH, mask_BLM) -> jax.Array:
   B, L, N, H = q_BLNH.shape
   K = k_BMKH.shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H).astype(jnp.float32)
-  scores = jnp.einsum("BLKGH,BMKH->BKGLM", q_BLKGH, k_BMKH.astype(jnp.float32)) * H**-0.5
+  scores = (
+    jnp.einsum("BLKGH,BMKH->BKGLM", q_BLKGH, k_BMKH.astype(jnp.float32)) * H**-0.5
+  )
   weights = jax.nn.softmax(jnp.where(mask_BLM[:, None, None], scores, -1e30))
   out_BLKGH = jnp.einsum("BKGLM,BMKH->BLKGH", weights, v_BMKH.astype(jnp.float32))
   return out_BLKGH.reshape(B, L, N, H).astype(q_BLNH.dtype)

@@ -1,7 +1,7 @@
 """Cross entropy of a linear layer's logits, without keeping all logits at once.
 
-The logits of V words for T tokens are the largest array of a step. `chunk_size` tokens of
-them exist at a time; the backward pass computes each chunk again.
+The logits of V words for T tokens are the largest array of a step. `chunk_size` tokens
+of them exist at a time; the backward pass computes each chunk again.
 """
 
 import jax
@@ -16,11 +16,11 @@ def linear_cross_entropy(
   z_loss: float = 0.0,
   chunk_size: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss of each token in nats, and log(Z)^2 times `z_loss`; both float32, T.
+  """Returns each token's loss in nats, and log(Z)^2 times `z_loss`; both float32, T.
 
-  loss = log(sum_v exp(logits_v)) - logits_target, and z_loss * log(Z)^2 keeps the logits
-  from drifting (PaLM, arXiv 2204.02311, section 5). chunk_size 0 takes all tokens at once;
-  otherwise T need not be a multiple of it.
+  loss = log(sum_v exp(logits_v)) - logits_target, and z_loss * log(Z)^2 keeps the
+  logits from drifting (PaLM, arXiv 2204.02311, section 5). chunk_size 0 takes all
+  tokens at once; otherwise T need not be a multiple of it.
   """
   T = x_TD.shape[0]
 

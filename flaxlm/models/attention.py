@@ -104,7 +104,9 @@ class Attention(nnx.Module):
       window=self.window,
       backend=self.backend,
     )
-    out_TD = project(out_BLNH.reshape(B * L, *out_BLNH.shape[2:]), self.out, "TNH,NHD->TD")
+    out_TD = project(
+      out_BLNH.reshape(B * L, *out_BLNH.shape[2:]), self.out, "TNH,NHD->TD"
+    )
     if self.out_bias is not None:
       out_TD += self.out_bias[...].astype(x_TD.dtype)[None, :]
     return out_TD, cache

@@ -39,8 +39,8 @@ class TransformerConfig:
 def weight(rngs: nnx.Rngs, shape: tuple, axes: tuple, scale: float = 0.02) -> nnx.Param:
   """A float32 array, normal with deviation `scale`; `axes` names each dimension.
 
-  GPT-2's initialisation (Radford et al. 2019): 0.02, and less by sqrt(2 * layers) where a
-  matrix writes into the residual stream.
+  GPT-2's initialisation (Radford et al. 2019): 0.02, and less by sqrt(2 * layers) where
+  a matrix writes into the residual stream.
   """
   return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
 
@@ -61,7 +61,9 @@ def project(x: jax.Array, weight: nnx.Param, equation: str) -> jax.Array:
 class Norm(nnx.Module):
   """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), in float32."""
 
-  def __init__(self, size: int, config: TransformerConfig, center: bool, use_bias: bool):
+  def __init__(
+    self, size: int, config: TransformerConfig, center: bool, use_bias: bool
+  ):
     self.scale = nnx.Param(jnp.ones((size,)), axes=("norm",))
     self.bias = bias((size,), ("norm",)) if use_bias else None
     self.center = center
@@ -86,7 +88,7 @@ def make_norm(config: TransformerConfig) -> Norm:
 
 
 def rotary_angles(positions_BL: jax.Array, head_dim: int, theta: float):
-  """Returns (sin, cos) of each position's angles, BLH with H/2 angles (arXiv 2104.09864)."""
+  """Returns (sin, cos) of each position's H/2 angles, as BLH (arXiv 2104.09864)."""
   frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angles = positions_BL[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
   return jnp.sin(angles), jnp.cos(angles)
@@ -105,7 +107,9 @@ class Mlp(nnx.Module):
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, F = config.embed_dim, config.mlp_dim
     self.up = weight(rngs, (D, F), ("embed", "mlp"))
-    self.gate = weight(rngs, (D, F), ("embed", "mlp")) if config.mlp == "swiglu" else None
+    self.gate = (
+      weight(rngs, (D, F), ("embed", "mlp")) if config.mlp == "swiglu" else None
+    )
     self.down = weight(rngs, (F, D), ("mlp", "embed"), residual_scale(config))
     self.up_bias = bias((F,), ("mlp",)) if config.use_bias else None
     self.down_bias = bias((D,), ("norm",)) if config.use_bias else None

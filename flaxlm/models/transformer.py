@@ -73,8 +73,8 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     """Returns (features x_BLD after the last norm, cache).
 
-    Tokens see earlier tokens of their own segment. With a cache, the L tokens are appended
-    to it and see what it holds; positions are the caller's to continue.
+    Tokens see earlier tokens of their own segment. With a cache, the L tokens are
+    appended to it and see what it holds; positions are the caller's to continue.
     """
     config = self.config
     B, L = tokens_BL.shape

@@ -13,9 +13,10 @@ from flaxlm.errors import ConfigError
 def keep_freed_memory() -> str:
   """Tells glibc to reuse what XLA:CPU frees; returns a line that says so, or why not.
 
-  XLA:CPU frees its large temporaries after every step, glibc gives them back to the kernel,
-  and the kernel zeroes each page again: up to 1.7 times the time of a step. Call this before
-  anything large is allocated. An explicit MALLOC_ environment variable is left alone.
+  XLA:CPU frees its large temporaries after every step, glibc gives them back to the
+  kernel, and the kernel zeroes each page again: up to 1.7 times the time of a step.
+  Call this before anything large is allocated. An explicit MALLOC_ environment variable
+  is left alone.
   """
   if os.environ.get("MALLOC_MMAP_MAX_") or not sys.platform.startswith("linux"):
     return "allocator: as the environment sets it"
@@ -56,7 +57,9 @@ def join(multihost: bool) -> None:
   jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=60)
 
 
-def local_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[int, int]:
+def local_rows(
+  sharding: jax.sharding.NamedSharding, batch_size: int
+) -> tuple[int, int]:
   """The range [first, last) of a batch's rows that this host's devices hold."""
   indices = sharding.addressable_devices_indices_map((batch_size,)).values()
   slices = [index[0].indices(batch_size) for index in indices]
@@ -66,7 +69,7 @@ def local_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> tuple[i
 def to_global(
   rows: dict[str, np.ndarray], first_row: int, batch_size: int, sharding
 ) -> dict[str, jax.Array]:
-  """Assembles arrays of the whole batch from each host's rows, starting at `first_row`."""
+  """Assembles arrays of the whole batch from each host's rows, from `first_row` on."""
 
   def place(local: np.ndarray) -> jax.Array:
     shape = (batch_size, *local.shape[1:])

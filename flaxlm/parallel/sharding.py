@@ -1,4 +1,4 @@
-"""From logical dimensions to devices: one rule table, applied to weights and activations.
+"""From logical dimensions to devices: one rule table for weights and activations.
 
 Each weight names its dimensions where it is defined ("embed", "mlp"); the table in the
 config says which mesh axes split each name. XLA inserts the communication (GSPMD).
@@ -31,7 +31,9 @@ def spec(dims: tuple[str | None, ...], rules: dict[str, tuple[str, ...]]) -> P:
   """The mesh axes of an array whose dimensions are named `dims`."""
   for dim in dims:
     if dim is not None and dim not in rules:
-      raise ConfigError(f"config.mesh.rules.{dim}", "no rule", "mesh axes for it, or ()")
+      raise ConfigError(
+        f"config.mesh.rules.{dim}", "no rule", "mesh axes for it, or ()"
+      )
   axes = [tuple(rules[dim]) if dim is not None else () for dim in dims]
   # A mesh axis splits one dimension of an array: the first that asks for it.
   used, chosen = set(), []
@@ -43,7 +45,7 @@ def spec(dims: tuple[str | None, ...], rules: dict[str, tuple[str, ...]]) -> P:
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-  """Asks XLA to lay the activation `x` out by the current rules; a no-op without a mesh."""
+  """Asks XLA to lay `x` out by the current rules; a no-op without a mesh."""
   rules = _rules.get()
   if rules is None:
     return x

@@ -368,9 +368,9 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
     # nnx.Param adds an attribute "value"; a weight that is called so keeps its name.
-    if len(parts) > 1 and parts[-1] == "value":
-      if isinstance(path[-1], jax.tree_util.GetAttrKey):
-        parts.pop()
+    is_attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
+    if is_attribute and len(parts) > 1 and parts[-1] == "value":
+      parts.pop()
     name = "/".join(parts)
     assert name and name not in leaves, f"two leaves of the state are named {name!r}"
     leaves[name] = leaf

@@ -1,4 +1,4 @@
-"""Held-out loss, counted exactly: sums per row on the device, added in order on the host."""
+"""Held-out loss, exactly: sums per row on the device, added in order on the host."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ def evaluate(
   should_stop: Callable[[], bool] = lambda: False,
   on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float] | None:
-  """Returns loss (nats per token), perplexity, bits_per_byte and tokens; None if stopped.
+  """Returns loss (nats/token), perplexity, bits_per_byte and tokens; None if stopped.
 
   Rows are added up in float64 in the order of the data, so that the layout of devices
   does not change the sum.

@@ -192,7 +192,7 @@ class MetricsWriter:
     values = {name: _plain(value) for name, value in values.items()}
     if kind == "train":
       values |= self._speed(step, data_wait) | memory()
-    record = {"step": int(step), "kind": kind} | values
+    record = {"step": int(step), "kind": kind, "time": round(time.time(), 3)} | values
     line = json.dumps({k: _valid(v) for k, v in record.items()}, allow_nan=False)
     try:
       data = line.encode() + b"\n"
@@ -347,6 +347,20 @@ def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
   os.replace(draft, path)
 
 
+def is_logged(path: pathlib.Path, step: int, kind: str) -> bool:
+  """Says whether `metrics.jsonl` has a line of this step and kind."""
+  if not path.exists():
+    return False
+  for line in path.read_bytes().splitlines():
+    try:
+      record = json.loads(line)
+    except ValueError:  # torn by a kill
+      continue
+    if (record.get("step"), record.get("kind")) == (step, kind):
+      return True
+  return False
+
+
 def _live_bar(stream, first_step: int, num_steps: int):
   from rich import console, progress
 
@@ -424,7 +438,11 @@ def print_summary(
     ("workdir", f"{workdir} ({resume})"),
     ("XLA:CPU", xla),
   ]
-  rows = [(label, text) for label, text in rows if text]
+  print_card([(label, text) for label, text in rows if text], stream)
+
+
+def print_card(rows: list[tuple[str, str]], stream) -> None:
+  """Prints labelled lines, as a table on a terminal."""
   if stream.isatty():
     from rich import console, table
 

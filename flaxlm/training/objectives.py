@@ -13,7 +13,7 @@ from flaxlm.kernels.cross_entropy import linear_cross_entropy
 def token_losses(
   model, batch: dict[str, jax.Array], z_loss: float, chunk_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns (cross entropy in nats, z-loss, is predicted) of each position, float32 BL."""
+  """Returns (cross entropy in nats, z-loss, is predicted) by position, float32 BL."""
   targets_BL = batch["targets"]
   x_BLD, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
   losses = linear_cross_entropy(

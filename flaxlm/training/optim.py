@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, all from optax; what each weight gets, by name."""
+"""The optimizer and its learning rate, from optax; what each weight gets, by name."""
 
 from collections.abc import Callable
 
@@ -94,7 +94,7 @@ def make_optimizer(
       adam_b2=b2,
       adam_weight_decay=weight_decay,
       muon_weight_dimension_numbers=muon_dimensions,
-      consistent_rms=0.2,  # updates as large as Adam's: one rate serves (arXiv 2502.16982)
+      consistent_rms=0.2,  # updates as large as Adam's, for one rate: arXiv 2502.16982
     )
   if max_grad_norm:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
@@ -108,7 +108,7 @@ def leaf_name(path: tuple) -> str:
 
 
 def decays(params):
-  """True for the weights that decay. By name: stacked norm scales have two dimensions."""
+  """True for weights that decay. By name: stacked norm scales have two dimensions."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: not leaf_name(path).endswith(("scale", "bias")), params
   )

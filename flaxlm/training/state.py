@@ -1,8 +1,8 @@
 """The training state and the step that advances it.
 
-The state is one pytree: weights and optimizer moments share their structure, so one walk
-shards them, saves them and compares them. `step` counts batches consumed and is the whole
-position of the data: batches are a pure function of (seed, step).
+The state is one pytree: weights and optimizer moments share their structure, so one
+walk shards them, saves them and compares them. `step` counts batches consumed and is
+the whole position of the data: batches are a pure function of (seed, step).
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ class TrainState:
     return self.model if self.ema is None else self.ema
 
 
-def init_state(key, model_config: TransformerConfig, tx, ema_decay: float) -> TrainState:
+def init_state(
+  key, model_config: TransformerConfig, tx, ema_decay: float
+) -> TrainState:
   model = Transformer(model_config, nnx.Rngs(key))
   ema = jax.tree.map(jnp.copy, model) if ema_decay else None
   return TrainState(
@@ -44,8 +46,8 @@ def init_state(key, model_config: TransformerConfig, tx, ema_decay: float) -> Tr
 def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
   """Adds to each `ShapeDtypeStruct` of an abstract state where it is to live.
 
-  Weights say so by their `axes`; optimizer moments are weights of the same shape. What has
-  another rank (counters, factored moments) is small and is held by every device.
+  Weights say so by their `axes`; optimizer moments are weights of the same shape. What
+  has another rank (counters, factored moments) is small and is held by every device.
   """
 
   def place(path, leaf):
@@ -79,7 +81,7 @@ def make_train_step(
   accumulation_steps: int,
   ema_decay: float,
 ) -> Callable:
-  """Returns `step(state, batch) -> (state, metrics)`, to be compiled with donated state."""
+  """Returns `step(state, batch) -> (state, metrics)`; compile it with donated state."""
 
   def gradients(model, batch):
     """The mean loss over the batch and its gradient, one micro-batch at a time."""

@@ -3,9 +3,9 @@
   bash launch/bench.sh                      all sizes, about 4 minutes on 2 cores
   bash launch/bench.sh --sizes char --json=speed.json
 
-Each size is timed in turns with a plain matrix product, so that both see the same machine;
-medians are shown. FLOPs a token = 6 * matrix weights + 12 * layers * width * length: the
-full attention square, as the published figures count it.
+Each size is timed in turns with a plain matrix product, so that both see the same
+machine; medians are shown. FLOPs a token = 6 * matrix weights + 12 * layers * width *
+length: the full attention square, as the published figures count it.
 """
 
 import argparse
@@ -74,7 +74,10 @@ def measure(name: str, turns: int) -> dict:
   start = time.perf_counter()
   state, _ = jax.block_until_ready(step(state, batch))
   compile_seconds = time.perf_counter() - start
-  x, product = jnp.ones((MATRIX, MATRIX)), jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x))
+  x, product = (
+    jnp.ones((MATRIX, MATRIX)),
+    jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x)),
+  )
   matmul_gflops(product, x)
   rates, limits = [], []
   for _ in range(turns):
@@ -84,7 +87,9 @@ def measure(name: str, turns: int) -> dict:
       state, _ = step(state, batch)
     jax.block_until_ready(state)
     rates.append(steps * batch_size * length / (time.perf_counter() - start))
-  flops = 6 * (12 * layers * width**2 + vocabulary * width) + 12 * layers * width * length
+  flops = (
+    6 * (12 * layers * width**2 + vocabulary * width) + 12 * layers * width * length
+  )
   tokens, limit = statistics.median(rates), statistics.median(limits)
   return {
     "size": name,
@@ -133,7 +138,10 @@ def main():
     "allocator": ALLOCATOR,
   }
   print("  ".join(f"{key} {value}" for key, value in about.items()))
-  print(f"{'size':<12}{'tokens/s':>10}{'GFLOP/s':>10}{'matmul':>10}{'share':>8}{'first step':>12}")
+  print(
+    f"{'size':<12}{'tokens/s':>10}{'GFLOP/s':>10}"
+    f"{'matmul':>10}{'share':>8}{'first step':>12}"
+  )
   rows = []
   for name in args.sizes:
     row = measure(name, args.turns)

@@ -1,4 +1,4 @@
-"""Batches: every token once an epoch, documents apart, the same on any number of hosts."""
+"""Batches: every token once an epoch, documents apart, however many the hosts."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,10 @@ def test_rows_keep_documents_apart():
   used = batch["segment_ids"].reshape(-1) > 0
   # In order, the rows are the stream itself; what follows is padding.
   np.testing.assert_array_equal(tokens[used], stream.ids[: used.sum()])
-  assert used.sum() >= stream.num_tokens - 1 and not batch["positions"].reshape(-1)[~used].any()
+  assert (
+    used.sum() >= stream.num_tokens - 1
+    and not batch["positions"].reshape(-1)[~used].any()
+  )
   for row in range(8):
     for i in range(8):
       where, target = row * 8 + i, batch["targets"][row, i]
@@ -138,7 +141,7 @@ def test_mixtures_keep_their_shares_and_use_every_row():
   sources = np.array([source for source, _ in rows])
   for block in sources.reshape(-1, MIXTURE_BLOCK):
     assert (block == 0).sum() == 768 and (block == 1).sum() == 256
-  assert 0 < np.abs(np.diff(sources)).sum()  # interleaved, not one after the other
+  assert np.abs(np.diff(sources)).sum() > 0  # interleaved, not one after the other
   for source, size in enumerate(batches.rows_per_source):
     used = np.array([row for s, row in rows if s == source])
     counts = np.bincount(used, minlength=size)
@@ -186,7 +189,7 @@ def test_synthetic_batches_are_a_function_of_seed_and_step():
     np.testing.assert_array_equal(array[4:], part[7][name])
     np.testing.assert_array_equal(array, batches[7][name])
   assert not np.array_equal(batches[7]["tokens"], batches[8]["tokens"])
-  assert 0 <= batches[7]["tokens"].min() and batches[7]["tokens"].max() == 49
+  assert batches[7]["tokens"].min() >= 0 and batches[7]["tokens"].max() == 49
 
 
 def test_tensorflow_sees_no_accelerator():

@@ -1,4 +1,4 @@
-"""Cached sampling equals recomputing the text for every token; knobs do what they say."""
+"""Cached sampling equals recomputing the text each token; knobs do what they say."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,9 @@ def test_a_seed_decides_and_the_size_of_portions_does_not(model):
   other = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=5)
   assert not np.array_equal(rows, written(model, PROMPTS, 20, other, ALL))
   # A row does not depend on its neighbours in the batch.
-  np.testing.assert_array_equal(rows[:1], written(model, PROMPTS[:1], 20, sampling, ALL))
+  np.testing.assert_array_equal(
+    rows[:1], written(model, PROMPTS[:1], 20, sampling, ALL)
+  )
 
 
 def test_a_text_may_outgrow_the_context(model):
@@ -82,7 +84,9 @@ def test_sampling_follows_the_distribution():
   shuffled = probabilities[[2, 0, 3, 1]]
   np.testing.assert_allclose(draws(Sampling(), logits), shuffled, atol=0.03)
   squared = shuffled**2 / (shuffled**2).sum()
-  np.testing.assert_allclose(draws(Sampling(temperature=0.5), logits), squared, atol=0.03)
+  np.testing.assert_allclose(
+    draws(Sampling(temperature=0.5), logits), squared, atol=0.03
+  )
   top2 = np.array([0, 0.625, 0, 0.375])
   np.testing.assert_allclose(draws(Sampling(top_k=2), logits), top2, atol=0.03)
   # 0.5 + 0.3 do not reach 0.85, so the third stays too.
@@ -93,7 +97,8 @@ def test_sampling_follows_the_distribution():
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}]
+  "wrong",
+  [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}],
 )
 def test_impossible_sampling_is_refused(wrong):
   with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):

@@ -1,4 +1,4 @@
-"""Every backend equals the definition, and no mask leaks: in values and in gradients."""
+"""Every backend equals the definition, and no mask leaks: in values and gradients."""
 
 import itertools
 
@@ -43,14 +43,26 @@ def by_hand(q, k, v, causal, window, segments):
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize(
   ("causal", "window", "packed"),
-  [(True, 0, False), (True, 0, True), (True, 4, False), (True, 4, True), (False, 0, True)],
+  [
+    (True, 0, False),
+    (True, 0, True),
+    (True, 4, False),
+    (True, 4, True),
+    (False, 0, True),
+  ],
 )
 def test_backend_equals_the_definition(backend, num_kv_heads, causal, window, packed):
   q, k, v = inputs(num_kv_heads)
   segments = SEGMENTS if packed else None
   out = attention(
-    q, k, v, q_segment_ids_BL=segments, k_segment_ids_BM=segments,
-    causal=causal, window=window, backend=backend,
+    q,
+    k,
+    v,
+    q_segment_ids_BL=segments,
+    k_segment_ids_BM=segments,
+    causal=causal,
+    window=window,
+    backend=backend,
   )
   np.testing.assert_allclose(
     out, by_hand(q, k, v, causal, window, segments), atol=2e-6, rtol=1e-5

@@ -35,7 +35,9 @@ def test_chunks_change_neither_loss_nor_gradient(chunk_size):
 
   plain = jax.value_and_grad(total, (0, 1))(x, w, 0)
   chunked = jax.value_and_grad(total, (0, 1))(x, w, chunk_size)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), plain, chunked)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), plain, chunked
+  )
 
 
 def test_extreme_logits_stay_finite():

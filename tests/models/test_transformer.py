@@ -13,10 +13,21 @@ from flaxlm.models.attention import KVCache
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe
 
-GPT2 = {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "use_bias": True,
-        "num_kv_heads": 4}
-LLAMA = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True,
-         "tie_embeddings": False, "sliding_window": 5}
+GPT2 = {
+  "positions": "learned",
+  "norm": "layernorm",
+  "mlp": "gelu",
+  "use_bias": True,
+  "num_kv_heads": 4,
+}
+LLAMA = {
+  "positions": "rope",
+  "norm": "rmsnorm",
+  "mlp": "swiglu",
+  "qk_norm": True,
+  "tie_embeddings": False,
+  "sliding_window": 5,
+}
 
 
 @pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -28,7 +39,9 @@ def make(config, key=0):
   """A model whose norms and biases are not at their neutral initial values."""
   model = Transformer(config, nnx.Rngs(key))
   noise = iter(jax.random.split(jax.random.key(9), 99))
-  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), model)
+  return jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), model
+  )
 
 
 def row(tokens, start=0):
@@ -58,7 +71,7 @@ def test_packed_rows_equal_separate_documents(config):
 
 def test_no_position_sees_a_later_one(config):
   model = make(config)
-  tokens, positions, segments = row(TOKENS)
+  _, positions, segments = row(TOKENS)
 
   def feature(embed, position):
     changed = jax.tree.map(lambda x: x, model)
@@ -151,5 +164,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_weights(config):
 )
 def test_published_parameter_counts(file, parameters):
   config = TransformerConfig(**configs.load(f"configs/{file}.py").model)
-  model = jax.eval_shape(lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0))
+  model = jax.eval_shape(
+    lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0)
+  )
   assert sum(np.prod(shape) for _, shape, _ in describe(model)) == parameters

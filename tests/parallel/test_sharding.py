@@ -1,4 +1,4 @@
-"""Eight devices in every split compute what one does, and hold no more than their share."""
+"""Eight devices, however split, compute what one does and hold only their share."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_eight_devices_equal_one(config, one_device):
   assert len(set(expected)) == STEPS
   for split in SPLITS:
     losses, state = train(config, make_mesh(*split))
-    # Only the order of float32 sums differs: 1e-5 of the loss, 1e-3 of a weight's scale.
+    # Only the order of float32 sums differs: 1e-5 of a loss, 1e-3 of a weight's scale.
     np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(split))
     for a, b in zip(
       jax.tree.leaves(state.model), jax.tree.leaves(reference.model), strict=True
@@ -87,7 +87,9 @@ def test_weights_and_moments_are_really_split(config, name):
   rows = jax.tree_util.tree_leaves_with_path(state)
   for path, array in rows:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if any(part in name for part in ("query", "up", "down", "embed")) and array.ndim > 1:
+    if (
+      any(part in name for part in ("query", "up", "down", "embed")) and array.ndim > 1
+    ):
       if "v_row" in name or "v_col" in name or array.size < 1024:
         continue  # Adafactor's factored moments are vectors, and small
       ways = array.size // array.addressable_shards[0].data.size

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pathlib
+import time
 import types
 
 import jax
@@ -94,6 +95,7 @@ def test_floats_are_exact(tmp_path):
     2**40,
     "x",
   )
+  assert evaluation.pop("time") == pytest.approx(time.time(), rel=0, abs=60)
   assert evaluation == {"step": 1, "kind": "eval", "loss": float(jnp.bfloat16(0.1))}
 
 

@@ -1,4 +1,4 @@
-"""The step: what it optimises, what it refuses to be poisoned by, what each weight gets."""
+"""The step: what it optimises, what cannot poison it, what each weight gets."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,21 @@ from flaxlm.training.optim import (
 )
 from flaxlm.training.state import init_state, make_train_step
 
-SCHEDULE = {"peak_learning_rate": 1.0, "num_steps": 100, "warmup_steps": 10,
-            "decay_fraction": 0.2, "end_factor": 0.1}
+SCHEDULE = {
+  "peak_learning_rate": 1.0,
+  "num_steps": 100,
+  "warmup_steps": 10,
+  "decay_fraction": 0.2,
+  "end_factor": 0.1,
+}
 
 
 def build(config):
   tx, rate = make_optimizer(config.num_steps, **config.optim)
   model = TransformerConfig(**config.model)
-  state = jax.jit(
-    lambda key: init_state(key, model, tx, config.step.ema_decay)
-  )(jax.random.key(0))
+  state = jax.jit(lambda key: init_state(key, model, tx, config.step.ema_decay))(
+    jax.random.key(0)
+  )
   return state, jax.jit(make_train_step(tx, rate, **config.step))
 
 
@@ -54,10 +59,16 @@ def test_adamw_is_the_textbook_update(tiny):
   """One step by hand: clipping, moments, bias correction, decay by name."""
   tiny.optim.max_grad_norm = 0.01
   tiny.optim.warmup_steps = 0
-  tiny.model.positions, tiny.model.norm, tiny.model.use_bias = "learned", "layernorm", True
+  tiny.model.positions, tiny.model.norm, tiny.model.use_bias = (
+    "learned",
+    "layernorm",
+    True,
+  )
   state, step = build(tiny)
   rows = batch(tiny)
-  grads = jax.grad(lambda model: summed_loss(model, rows, 8.0 * 32, 0.0, 0)[0])(state.model)
+  grads = jax.grad(lambda model: summed_loss(model, rows, 8.0 * 32, 0.0, 0)[0])(
+    state.model
+  )
   norm = float(optax.tree.norm(grads))
   new, metrics = step(state, rows)
   assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5) and norm > 0.01
@@ -65,7 +76,8 @@ def test_adamw_is_the_textbook_update(tiny):
   assert rate == pytest.approx(optim.peak_learning_rate)
   seen = {True: 0, False: 0}
   for decay, g, old, updated in zip(
-    *map(jax.tree.leaves, (decays(state.model), grads, state.model, new.model)), strict=True
+    *map(jax.tree.leaves, (decays(state.model), grads, state.model, new.model)),
+    strict=True,
   ):
     g = np.asarray(g) * 0.01 / norm
     m_hat, v_hat = g, g * g  # after one step the corrections cancel the decay rates
@@ -79,7 +91,9 @@ def test_decay_spares_norms_and_biases_even_when_stacked(tiny):
   tiny.model.use_bias, tiny.model.norm, tiny.model.qk_norm = True, "layernorm", True
   state, _ = build(tiny)
   names = jax.tree_util.tree_leaves_with_path(decays(state.model))
-  spared = {jax.tree_util.keystr(p, simple=True, separator="/") for p, d in names if not d}
+  spared = {
+    jax.tree_util.keystr(p, simple=True, separator="/") for p, d in names if not d
+  }
   assert all("norm" in name or "bias" in name for name in spared) and len(spared) == 14
 
 
@@ -99,14 +113,21 @@ def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest(tiny):
 
 @pytest.mark.parametrize(
   ("schedule", "halfway", "last"),
-  [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("wsd", 1.0, 0.1), ("constant", 1.0, 1.0)],
+  [
+    ("cosine", 0.55, 0.1),
+    ("linear", 0.55, 0.1),
+    ("wsd", 1.0, 0.1),
+    ("constant", 1.0, 1.0),
+  ],
 )
 def test_schedules_reach_their_marks(schedule, halfway, last):
   rate = make_schedule(schedule=schedule, **SCHEDULE)
   assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(1.0)
   assert float(rate(54)) == pytest.approx(halfway)
   assert float(rate(99)) == pytest.approx(last)
-  assert float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
+  assert (
+    float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
+  )
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -120,7 +141,9 @@ def test_a_bad_step_changes_nothing_but_the_counters(tiny, poison):
   assert bool(metrics["bad"]) and int(after.skipped) == 1 and int(after.step) == 2
   for part in ("model", "opt_state", "ema"):
     for a, b in zip(
-      jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(sick, part)), strict=True
+      jax.tree.leaves(getattr(after, part)),
+      jax.tree.leaves(getattr(sick, part)),
+      strict=True,
     ):
       np.testing.assert_array_equal(a, b)
   good, metrics = step(state, batch(tiny, 1))
@@ -148,7 +171,7 @@ def test_positions_without_a_target_do_not_count(tiny):
   assert np.all(tokens == 16) and np.all(nats < full)
   nothing = dict(rows, targets=jnp.full_like(rows["targets"], -1))
   _, train_step = build(tiny)
-  after, metrics = train_step(state, nothing)
+  _, metrics = train_step(state, nothing)
   assert float(metrics["loss"]) == 0 and not bool(metrics["bad"])
 
 
@@ -162,5 +185,7 @@ def test_evaluation_counts_every_token_once(tiny):
   assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
   assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2) / 2.5)
-  stopped = evaluate(state.model, batches, jax.jit(make_eval_step(0)), 1.0, lambda: True)
+  stopped = evaluate(
+    state.model, batches, jax.jit(make_eval_step(0)), 1.0, lambda: True
+  )
   assert stopped is None
