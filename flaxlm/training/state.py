@@ -122,14 +122,13 @@ def make_train_step(
         lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
       )
       ema = keep(average, ema)
-    bad = ~finite
     metrics = {
       "loss": loss,
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(state.step - state.skipped),
-      "bad": bad,
+      "bad": ~finite,
     }
-    skipped = state.skipped + bad.astype(jnp.int32)
+    skipped = state.skipped + (~finite).astype(jnp.int32)
     return TrainState(state.step + 1, skipped, model, opt_state, ema), metrics
 
   return step
