@@ -18,8 +18,9 @@ from flaxlm import data, errors
 from flaxlm.data import sources
 
 
-def open_tfds(key: str, source: ConfigDict) -> sources.Corpus:
+def open_tfds(name: str, source: ConfigDict) -> sources.Corpus:
   """Opens a TFDS data set: by name, by directory, or as array_record files by glob."""
+  key = f"config.data.sources.{name}"
   splits = [split for split in (source.split, source.validation_split) if split]
   if "array_record" in os.path.basename(source.path):
     return open_array_records(key, source, splits)

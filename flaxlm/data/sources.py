@@ -66,16 +66,12 @@ Parts = Iterable[tuple[str, bool, tuple[str, ...]]]
 
 
 def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
-  """Opens the source that the config calls `name`.
+  """Opens the source that the config calls `name`; TFDS is catalogue.py's.
 
   With `tail`, the last fraction `tail` of the characters of each text file is its
   validation split, as in nanoGPT.
   """
   key = f"config.data.sources.{name}"
-  if source.kind == "tfds":
-    from flaxlm.data import catalogue
-
-    return catalogue.open_tfds(key, source)
   if source.validation_split:
     raise errors.ConfigError(
       f"{key}.validation_split", source.validation_split, "'' unless kind is tfds",

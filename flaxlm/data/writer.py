@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data import sources, store
+from flaxlm.data import catalogue, sources, store
 from flaxlm.data.progress import Progress
 from flaxlm.data.tokenizer import Tokenizer, sample, train_tokenizer
 
@@ -102,8 +102,13 @@ def check_names(config: ConfigDict) -> None:
 
 def open_corpora(config: ConfigDict) -> dict[str, sources.Corpus]:
   tail = config.data.validation_fraction if config.data.split == "tail" else 0.0
-  listed = sorted(config.data.sources.items())
-  return {name: sources.open_source(name, source, tail) for name, source in listed}
+  opened = {}
+  for name, source in sorted(config.data.sources.items()):
+    if source.kind == "tfds":
+      opened[name] = catalogue.open_tfds(name, source)
+    else:
+      opened[name] = sources.open_source(name, source, tail)
+  return opened
 
 
 def make_recipe(config: ConfigDict, corpora: dict[str, sources.Corpus]) -> dict:

@@ -10,13 +10,13 @@ import pytest
 
 from configs.base import source
 from flaxlm import errors
-from flaxlm.data import sources
+from flaxlm.data import catalogue, sources
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
 
 def read(position=(0, 0), **fields) -> list[sources.Piece]:
-  return list(sources.open_source("main", source("tfds", **fields)).read(position))
+  return list(catalogue.open_tfds("main", source("tfds", **fields)).read(position))
 
 
 def python(code: str) -> str:
@@ -50,9 +50,9 @@ def test_array_record_does_not_load_tensorflow(c4):
   code = f"""
 import sys
 from configs.base import source
-from flaxlm.data import sources
+from flaxlm.data import catalogue
 path = {c4!r} + "/c4-{{split}}.array_record*"
-print(len(list(sources.open_source("main", source("tfds", path)).read((0, 0)))))
+print(len(list(catalogue.open_tfds("main", source("tfds", path)).read((0, 0)))))
 print("tensorflow" in sys.modules)
 """
   assert python(code).split() == ["1000", "False"]
@@ -98,10 +98,10 @@ class Proverbs(tfds.core.GeneratorBasedBuilder):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   code = """
 from configs.base import source
-from flaxlm.data import sources
+from flaxlm.data import catalogue
 fields = source("tfds", "corpus_of_mine:proverbs", field="body")
 for _ in range(2):
-  pieces = list(sources.open_source("main", fields).read((0, 0)))
+  pieces = list(catalogue.open_tfds("main", fields).read((0, 0)))
   print(sorted(piece.text for piece in pieces))
 """
   output = python(code)
