@@ -29,4 +29,5 @@ def get_config():
   config.optim.warmup_steps = 50
   config.eval.every = 250
   config.checkpoint.every = 250
+  config.log.every = 25
   return config

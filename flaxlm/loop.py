@@ -217,7 +217,7 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
     },
     data=text,
     epochs=epochs,
-    tokenizer=f"{feed.tokenizer_sha256[:12]}, vocabulary {model.vocab_size}",
+    tokenizer=f"{feed.tokenizer_sha256[:12] or 'none'}, vocabulary {model.vocab_size}",
     workdir=workdir,
     resume=f"from step {first_step}" if first_step else "new run",
     xla=allocator if jax.default_backend() == "cpu" else "",
@@ -284,9 +284,9 @@ class Progress:
     self.bad_steps.update(step, values.pop("bad"), values["loss"])
     first = step == self._first_step + 1
     if first or step % self.every == 0 or step == self.num_steps:
-      self.writer.log(
-        step, values | {"skipped": self.bad_steps.total}, "train", self._waited
-      )
+      if not values["skipped"]:  # the common case needs no column
+        del values["skipped"]
+      self.writer.log(step, values, "train", self._waited)
       self._waited = 0.0
     if first:  # its time was the compiler's
       self.writer.restart_clock(step)

@@ -281,6 +281,21 @@ def test_two_processes_train_as_one_and_resume_as_one(project, tmp_path):
       assert found[key][name] == pytest.approx(value, rel=2e-4), (key, name)
 
 
+def test_training_and_decoding_need_no_tensorflow(project, tmp_path):
+  for name in ("tensorflow", "tensorflow_datasets"):
+    (tmp_path / "path" / name).mkdir(parents=True)
+    text = f"raise ImportError('{name} is not here')"
+    (tmp_path / "path" / name / "__init__.py").write_text(text)
+  without = {"PYTHONPATH": f"{tmp_path}/path:{ROOT}"}
+  workdir = f"--workdir={tmp_path}/run"
+  short = ("--config.num_steps=4", "--config.eval.every=0")
+  run("train", f"--config={project}/config.py", workdir, *short, **without)
+  run("generate", workdir, "--max_tokens=8", **without)
+  loader = "--config.data.loader=tfdata"
+  message = run("evaluate", workdir, loader, code=2, **without)
+  assert "tensorflow is not here" in message and "numpy" in message
+
+
 def test_a_directory_in_use_is_refused(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   first = start(*command)

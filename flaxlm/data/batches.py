@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from flaxlm.data.store import TokenStream
-from flaxlm.errors import DataError
+from flaxlm.errors import ConfigError, DataError
 
 MIXTURE_BLOCK = 1024  # rows in which every source has exactly its share
 _PHI = 0x9E3779B97F4A7C15
@@ -241,7 +241,15 @@ def _read_with_threads(batches, steps, num_threads, prefetch):
 def _read_with_tfdata(batches, steps, num_threads, prefetch):
   from flaxlm.data import import_tensorflow
 
-  tf = import_tensorflow()
+  try:
+    tf = import_tensorflow()
+  except ImportError as error:
+    raise ConfigError(
+      "config.data.loader",
+      f"tfdata, but {error}",
+      "tensorflow-cpu installed, or a loader without it",
+      "numpy (the same batches)",
+    ) from error
   names = ("tokens", "targets", "segment_ids", "positions")
   errors = []
 

@@ -42,7 +42,8 @@ def attention(
     raise ValueError("a sliding window is defined for causal attention only")
   if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
     raise ValueError("segment ids are needed for queries and keys, or for neither")
-  backend = choose_backend(q_BLNH.dtype) if backend == "auto" else backend
+  if backend == "auto":  # cudnn, once its masks have been tested on a GPU
+    backend = "xla"
   if backend not in BACKENDS:
     raise ValueError(f"attention={backend} is not one of {BACKENDS}")
   # A mask that is causal alone need not exist as an array.
@@ -94,12 +95,6 @@ def visible(L, M, q_segment_ids_BL, k_segment_ids_BM, q_offset, causal, window):
   if q_segment_ids_BL is not None:
     mask = mask & (q_segment_ids_BL[:, :, None] == k_segment_ids_BM[:, None, :])
   return mask
-
-
-def choose_backend(dtype) -> str:
-  """cuDNN's fused kernel where it exists (NVIDIA, 16 bits), XLA elsewhere."""
-  fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
-  return "cudnn" if fused else "xla"
 
 
 def check_cudnn(q_BLNH: jax.Array) -> None:

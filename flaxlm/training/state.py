@@ -111,27 +111,30 @@ def make_train_step(
     model = optax.apply_updates(state.model, updates)
     # One bad step would stay in Adam's moments for ever: keep the old state instead.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
-    def keep(new, old):
-      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    model, opt_state = keep((model, opt_state), (state.model, state.opt_state))
+    old = state.model, state.opt_state
+    model, opt_state = choose(finite, (model, opt_state), old)
     ema = state.ema
     if ema is not None:
       average = jax.tree.map(
         lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
       )
-      ema = keep(average, ema)
+      ema = choose(finite, average, ema)
+    skipped = state.skipped + (~finite).astype(jnp.int32)
     metrics = {
       "loss": loss,
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(state.step - state.skipped),
       "bad": ~finite,
+      "skipped": skipped,
     }
-    skipped = state.skipped + (~finite).astype(jnp.int32)
     return TrainState(state.step + 1, skipped, model, opt_state, ema), metrics
 
   return step
+
+
+def choose(condition: jax.Array, one, other):
+  """The tree `one` where `condition` holds, else `other`, on the device."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def restore_model(directory, config, mesh, rules: dict, step: int | None = None):

@@ -5,14 +5,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from flaxlm.data.batches import SyntheticBatches
 from flaxlm.errors import ConfigError
 from flaxlm.models.layers import TransformerConfig
+from flaxlm.models.transformer import Transformer
 from flaxlm.parallel import hosts
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.sharding import sharding_of, spec, use_mesh
+from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import (
   init_state,
@@ -22,6 +25,7 @@ from flaxlm.training.state import (
 )
 
 STEPS = 4
+KEY = jax.random.key(0)
 SPLITS = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2), (1, 2, 4)]
 
 
@@ -70,6 +74,31 @@ def test_eight_devices_equal_one(config, one_device):
       jax.tree.leaves(state.model), jax.tree.leaves(reference.model), strict=True
     ):
       np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(split))
+
+
+def test_evaluation_does_not_depend_on_the_mesh(config, one_device):
+  batches = SyntheticBatches(config.data.seq_len, config.data.batch_size, 0, 64)
+  model_config = TransformerConfig(**config.model)
+  rules = config.mesh.rules.to_dict()
+  results = []
+  for mesh in (one_device, make_mesh(8, 1, 1), make_mesh(1, 4, 2)):
+    with use_mesh(mesh, rules):
+      target = with_shardings(
+        jax.eval_shape(lambda key: Transformer(model_config, nnx.Rngs(key)), KEY),
+        mesh,
+        rules,
+      )
+      model = jax.jit(
+        lambda key: Transformer(model_config, nnx.Rngs(key)),
+        out_shardings=shardings_of(target),
+      )(KEY)
+      sharding = jax.sharding.NamedSharding(mesh, spec(("batch",), rules))
+      placed = [hosts.to_global(batches[i], 0, 8, sharding) for i in range(3)]
+      step = jax.jit(make_eval_step(0))
+      results.append(evaluate(model, placed, step, 2.0))
+      assert evaluate(model, placed, step, 2.0) == results[-1]
+  for result in results[1:]:
+    assert result == pytest.approx(results[0], rel=1e-6)
 
 
 def test_accumulation_equals_one_batch_on_any_mesh(config, one_device):
