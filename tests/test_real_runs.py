@@ -49,24 +49,26 @@ def test_shakespeare_by_characters_reaches_the_published_loss(corpora, tmp_path)
   assert len(text) >= 300 and "\n" in text
 
 
+POEMS = ("--config.data.sources.main.document=paragraph",)
+NOVEL = ("--config.data.split=tail",)  # one document: its last part validates
 TEXTS = {
-  "tang": ("tang_poems_zh_hant.txt", 8192, "春"),
-  "song": ("song_ci_zh_hans.txt", 8192, "秋"),
-  "japanese": ("wagahaiwa_nekodearu_ja.txt", 8000, "吾輩は"),
-  "english": ("botchan_en.txt", 2048, "I was "),
+  "tang": ("tang_poems_zh_hant.txt", POEMS, 8192, "春"),
+  "song": ("song_ci_zh_hans.txt", POEMS, 8192, "秋"),
+  "japanese": ("wagahaiwa_nekodearu_ja.txt", NOVEL, 8000, "吾輩は"),
+  "english": ("botchan_en.txt", NOVEL, 2048, "I was "),
 }
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_languages_prepare_train_and_sample(corpora, tmp_path, name):
-  file, vocab_size, prompt = TEXTS[name]
+  file, documents, vocab_size, prompt = TEXTS[name]
   path = corpora / "from_repos/corpora" / file
   common = (
     "--config=configs/quickstart.py",
     f"--config.data.store={tmp_path}/store",
     "--config.data.sources.main.kind=text",
-    "--config.data.sources.main.document=paragraph",
     f"--config.data.sources.main.path={path}",
+    *documents,
     f"--config.tokenizer.vocab_size={vocab_size}",
     "--config.num_steps=60",
     "--config.optim.warmup_steps=10",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from flaxlm import data, errors
-from flaxlm.data import sources
+from flaxlm.data import remote, sources
 
 
 def open_tfds(name: str, source: ConfigDict) -> sources.Corpus:
@@ -74,7 +74,7 @@ def find_builder(tfds, key: str, path: str):
   """The prepared TFDS builder at `path`: a directory, NAME, or MODULE:NAME."""
   directory = os.path.expanduser(path)
   try:
-    if "://" in path or os.path.isdir(directory):
+    if remote.is_remote(path) or os.path.isdir(directory):
       return tfds.builder_from_directory(directory)
     module, colon, rest = path.partition(":")
     if colon and module not in ("huggingface", "kubric", "robotics"):

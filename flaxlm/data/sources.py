@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data import tokenizer
+from flaxlm.data import remote, tokenizer
 
 READ = 1 << 20  # bytes read at a time
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -146,19 +146,18 @@ def stdlib_files() -> tuple[list[str], str]:
 
 def find_files(key: str, pattern: str) -> list[str]:
   """The files that match `pattern`, sorted; never none."""
-  if "://" in pattern:
-    from etils import epath  # gs:// and s3://, where their libraries are installed
-
+  if remote.is_remote(pattern):
     fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
     rest = pattern[len(fixed) :].strip("/")
-    root = epath.Path(fixed)
-    matches = root.glob(rest) if rest else [root]
-    files = [str(path) for path in matches if path.exists() and not path.is_dir()]
+    with remote.reaching(pattern):
+      root = remote.path(fixed)
+      matches = root.glob(rest) if rest else [root]
+      files = [str(path) for path in matches if path.exists() and not path.is_dir()]
   else:
     pattern = os.path.expanduser(pattern)
     files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
   if not files:
-    folder = "://" not in pattern and os.path.isdir(pattern)
+    folder = not remote.is_remote(pattern) and os.path.isdir(pattern)
     hint = f"{pattern.rstrip('/')}/**/*.txt" if folder else "check path and quotes"
     raise missing(key, f"{pattern} ({os.getcwd()})", "a glob that matches files", hint)
   return sorted(files)
@@ -170,19 +169,15 @@ def missing(key: str, given: str, needed: str, hint: str = "") -> errors.UserErr
 
 
 def file_size(path: str) -> int:
-  if "://" not in path:
-    return os.path.getsize(path)
-  from etils import epath
-
-  return epath.Path(path).stat().length
+  if remote.is_remote(path):
+    return remote.path(path).stat().length
+  return os.path.getsize(path)
 
 
 def open_binary(path: str) -> IO[bytes]:
-  if "://" not in path:
-    return open(path, "rb")
-  from etils import epath
-
-  return epath.Path(path).open("rb")
+  if remote.is_remote(path):
+    return remote.path(path).open("rb")
+  return open(path, "rb")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from flaxlm import errors
+from flaxlm.data import remote
 
 FORMAT = 1
 BLOCK = 65536  # bytes of ids that share a checksum
@@ -29,10 +30,11 @@ class Store:
 
   def __init__(self, path: str | os.PathLike):
     self.path = str(path)
-    self._cache = None
-    root = remote(self.path) if "://" in self.path else pathlib.Path(self.path)
-    self._root = root
-    if not (root / "manifest.json").exists():
+    is_remote = remote.is_remote(self.path)
+    root = remote.path(self.path) if is_remote else pathlib.Path(self.path)
+    self._root, self._cache = root, None
+    file = f"{self.path}/manifest.json"
+    if not (remote.exists(file) if is_remote else os.path.exists(file)):
       raise errors.MissingInputError(
         f"config.data.store={self.path} holds no finished token store\n"
         f"  given:  {root / 'manifest.json'} (missing)\n"
@@ -47,9 +49,8 @@ class Store:
     self.pad_id: int = tokenizer["pad_id"]
     self.bos_id: int = tokenizer["bos_id"]
     self.eos_id: int = tokenizer["eos_id"]
-    if "://" in self.path:
-      home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-      self._cache = pathlib.Path(home) / "flaxlm" / "stores" / self.fingerprint
+    if is_remote:
+      self._cache = remote.cache() / self.fingerprint
 
   @property
   def tokenizer(self) -> bytes:
@@ -75,14 +76,8 @@ class Store:
     if self._cache is None:
       return self._root / name
     path = self._cache / name
-    if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      part = path.with_name(f"{path.name}.{os.getpid()}.part")
-      remote(f"{self.path}/{name}").copy(part, overwrite=True)
-      if file_sha256(part) != sha256:
-        part.unlink()
-        raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
-      part.rename(path)
+    if not path.exists() and not remote.download(f"{self.path}/{name}", path, sha256):
+      raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
     return path
 
 
@@ -232,17 +227,6 @@ class ShardWriter:
       "sha256": self._sha256.hexdigest(),
       "index_sha256": hashlib.sha256(index).hexdigest(),
     }
-
-
-def remote(path: str):
-  from etils import epath  # only remote stores need it
-
-  return epath.Path(path)
-
-
-def file_sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def broken(path: object, what: str) -> errors.DataError:

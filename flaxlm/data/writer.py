@@ -22,23 +22,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data import catalogue, sources, store
+from flaxlm.data import catalogue, remote, sources, store
 from flaxlm.data.progress import Progress
+from flaxlm.data.recipe import check_recipe, make_recipe
 from flaxlm.data.tokenizer import Tokenizer, sample, train_tokenizer
 
 BATCH = 1 << 21  # characters that are tokenised together
 CHECKS = 32  # texts a batch that are decoded again and compared
 UNKNOWN = "unknown character, lost"
-# The knobs that decide what is in a store; weights do not.
-SOURCE_KEYS = (
-  "kind",
-  "field",
-  "document",
-  "split",
-  "validation_split",
-  "max_documents",
-)
-TOKENIZER_KEYS = ("kind", "vocab_size", "byte_fallback", "user_symbols", "train_bytes")
 
 
 class Report(NamedTuple):
@@ -54,35 +45,49 @@ class Report(NamedTuple):
 
 def build(config: ConfigDict, log: Callable[[str], None]) -> Report:
   """Prepares config.data.store, or reuses it if it has been prepared by this recipe."""
-  path = config.data.store
-  if "://" in path:
-    raise errors.ConfigError(
-      "config.data.store", path, "a local directory: prepare writes there",
-      "prepare locally, copy it with gcloud storage cp -r, and train from the copy",
-    )  # fmt: skip
-  root = pathlib.Path(path).expanduser()
+  address = config.data.store
   check_names(config)
   try:
     corpora = open_corpora(config)
     recipe = make_recipe(config, corpora)
+    if not remote.is_remote(address):
+      return build_in(pathlib.Path(address).expanduser(), config, corpora, recipe, log)
+    if remote.exists(f"{address}/manifest.json"):
+      return reuse(address, recipe, log)
+    root = remote.building(address)
+    report = build_in(root, config, corpora, recipe, log)
+    log(f"copying {root} to {address}")
+    remote.upload(root, address)
+    remote.keep(root, report.store.fingerprint)
+    return report._replace(store=store.Store(address))
+  except OSError as error:
+    raise cannot_write(address, error) from error
+
+
+def build_in(
+  root: pathlib.Path,
+  config: ConfigDict,
+  corpora: dict[str, sources.Corpus],
+  recipe: dict,
+  log: Callable[[str], None],
+) -> Report:
+  """Prepares the store in the directory `root`, which one process at a time may do."""
+  if (root / "manifest.json").exists():
+    return reuse(root, recipe, log)
+  with locked(root):
     if (root / "manifest.json").exists():
       return reuse(root, recipe, log)
-    with locked(root):
-      if (root / "manifest.json").exists():
-        return reuse(root, recipe, log)
-      begin(root, recipe, log)
-      tokenizer = make_tokenizer(root, config, corpora, log)
-      checks = collections.Counter()
-      units = {}
-      sizes = {name: corpus.sizes for name, corpus in corpora.items()}
-      with Progress(sizes, log) as bar:
-        for name, corpus in corpora.items():
-          units[name] = write_source(root, name, corpus, tokenizer, config, bar, checks)
-      manifest = make_manifest(recipe, tokenizer, units)
-      check_sizes(manifest, config, root)
-      store.write_atomically(root / "manifest.json", store.dump(manifest))
-  except OSError as error:
-    raise cannot_write(root, error) from error
+    begin(root, recipe, log)
+    tokenizer = make_tokenizer(root, config, corpora, log)
+    checks = collections.Counter()
+    units = {}
+    sizes = {name: corpus.sizes for name, corpus in corpora.items()}
+    with Progress(sizes, log) as bar:
+      for name, corpus in corpora.items():
+        units[name] = write_source(root, name, corpus, tokenizer, config, bar, checks)
+    manifest = make_manifest(recipe, tokenizer, units)
+    check_sizes(manifest, config, root)
+    store.write_atomically(root / "manifest.json", store.dump(manifest))
   counts = checks["checked"], checks["changed"]
   return Report(store.Store(root), tokenizer, False, *counts, bar.rate)
 
@@ -111,59 +116,11 @@ def open_corpora(config: ConfigDict) -> dict[str, sources.Corpus]:
   return opened
 
 
-def make_recipe(config: ConfigDict, corpora: dict[str, sources.Corpus]) -> dict:
-  """Everything that decides the bytes of the store, as JSON gives it back."""
-  data, tokenizer = config.data, config.tokenizer
-  if tokenizer.path:
-    recipe = {"sha256": Tokenizer.load(tokenizer.path).sha256}
-  else:
-    recipe = {key: tokenizer[key] for key in TOKENIZER_KEYS}
-  recipe = {
-    "split": data.split,
-    "validation_fraction": data.validation_fraction,
-    "shard_tokens": data.shard_tokens,
-    "tokenizer": recipe,
-    "sources": {
-      name: {key: data.sources[name][key] for key in SOURCE_KEYS}
-      | {"files": corpus.fingerprint}
-      for name, corpus in corpora.items()
-    },
-  }
-  return json.loads(json.dumps(recipe))
-
-
-def reuse(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> Report:
+def reuse(root: pathlib.Path | str, recipe: dict, log: Callable[[str], None]) -> Report:
   found = store.Store(root)
   check_recipe(root, found.manifest["recipe"], recipe)
   log(f"reusing {root}: prepared by the same recipe")
   return Report(found, Tokenizer(found.tokenizer), True, 0, 0, 0.0)
-
-
-def check_recipe(root: pathlib.Path, old: dict, new: dict) -> None:
-  """Refuses a store that another recipe made, naming what differs."""
-  old, new = flatten(old), flatten(new)
-  keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-  if not keys:
-    return
-  files = [f"other files in {key.removesuffix('.files')}" for key in keys]
-  changes = [
-    f"{key}={old.get(key)!r} (now {new.get(key)!r})"
-    for key in keys
-    if not key.endswith(".files")
-  ] or files
-  raise errors.ConfigError(
-    "config.data.store", f"{root}, prepared with {', '.join(changes[:3])}",
-    "a store that this config prepared, or a new directory",
-    f"--config.data.store={root}-2, or delete {root}",
-  )  # fmt: skip
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-  flat = {}
-  for key, value in tree.items():
-    inner = isinstance(value, dict)
-    flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-  return flat
 
 
 @contextlib.contextmanager
@@ -471,7 +428,7 @@ def check_sizes(manifest: dict, config: ConfigDict, root: pathlib.Path) -> None:
     )
 
 
-def cannot_write(root: pathlib.Path, error: OSError) -> errors.UserError:
+def cannot_write(root: str, error: OSError) -> errors.UserError:
   full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
   kind = errors.StorageError if full else errors.OutputError
   more = "; then run the same command, it continues" if full else ""

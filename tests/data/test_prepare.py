@@ -13,11 +13,12 @@ import types
 import filelock
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base
 from flaxlm import config as configs
 from flaxlm import errors, prepare
-from flaxlm.data import sources, store, writer
+from flaxlm.data import remote, sources, store, writer
 from flaxlm.data.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -186,9 +187,39 @@ def test_directories_that_cannot_be_used(text_config, tmp_path, monkeypatch):
   text_config.data.store = str(tmp_path / "texts/0.txt/store")
   with pytest.raises(errors.OutputError, match="cannot be written"):
     build(text_config)
+
+
+def test_a_store_in_a_bucket(text_config, tmp_path, monkeypatch):
+  """The bucket is a directory here; what fails is the network."""
+  write_lines(tmp_path)
+  local = files_of(build(text_config).store.path)
+  works = [0]  # how many more paths in the bucket can be reached
+
+  def path(address):
+    if "://" in str(address):
+      works[0] -= 1
+      if works[0] < 0:
+        raise RuntimeError("no route")
+    return epath.Path(str(address).replace("gs://bucket", f"{tmp_path}/bucket"))
+
+  monkeypatch.setattr(remote, "path", path)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   text_config.data.store = "gs://bucket/store"
-  with pytest.raises(errors.ConfigError, match="local directory"):
-    build(text_config)
+  for reachable in (0, 3):  # at the start; in the middle of the upload
+    works[0] = reachable
+    with pytest.raises(errors.StorageError, match=r"gs://bucket/store.*be reached"):
+      build(text_config)
+  works[0] = 1000
+  with pytest.raises(errors.MissingInputError):  # nothing half-written is ever read
+    store.Store("gs://bucket/store")
+  report = build(text_config)
+  assert report.reused  # what was built before is only copied
+  assert files_of(tmp_path / "bucket/store") == local
+  assert build(text_config).store.path == "gs://bucket/store"
+  works[0] = 1000
+  stream = store.Store("gs://bucket/store").stream("main", "train")
+  works[0] = 0  # this host built it: it has its copy
+  assert len(stream.read(0, stream.num_tokens)) == stream.num_tokens
 
 
 def test_a_full_disk_is_not_the_end(text_config, tmp_path, monkeypatch):

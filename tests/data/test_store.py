@@ -7,9 +7,10 @@ import threading
 
 import numpy as np
 import pytest
+from etils import epath
 
 from flaxlm import errors
-from flaxlm.data import store
+from flaxlm.data import remote, store
 from flaxlm.data.store import BLOCK, ShardWriter, Store
 
 
@@ -193,16 +194,14 @@ print([name for name in heavy if name in sys.modules])
 
 
 def test_remote_stores_are_copied_once_and_checked(made, tmp_path, monkeypatch):
-  from etils import epath
-
   path, documents = made
   copies = []
 
-  def remote(url):
+  def local(url):
     copies.append(url)
-    return epath.Path(url.replace("gs://bucket", str(path)))
+    return epath.Path(str(url).replace("gs://bucket", str(path)))
 
-  monkeypatch.setattr(store, "remote", remote)
+  monkeypatch.setattr(remote, "path", local)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   whole = np.concatenate(documents["train"])
   for _ in range(2):
