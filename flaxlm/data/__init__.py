@@ -9,6 +9,8 @@ import os
 import sys
 import tempfile
 
+from flaxlm.errors import UserError
+
 
 def import_tensorflow():
   """Imports TensorFlow, kept away from accelerators: JAX owns their memory."""
@@ -37,6 +39,8 @@ def quiet_stderr():
     os.dup2(held.fileno(), 2)
     try:
       yield
+    except UserError:  # says itself what was wrong
+      raise
     except BaseException:
       held.seek(0)
       os.write(saved, held.read()[-4000:])

@@ -28,17 +28,15 @@ def path(address: str | os.PathLike):
 @contextlib.contextmanager
 def reaching(address: str) -> Iterator[None]:
   """Raises StorageError for whatever the library behind the address raises."""
-  try:
-    with quiet_stderr():
+  with quiet_stderr():
+    try:
       yield
-  except errors.UserError:
-    raise
-  except Exception as error:
-    reason = " ".join(str(error).split())[:300]
-    raise errors.StorageError(
-      f"{address} cannot be reached\n  given:  {type(error).__name__}: {reason}\n"
-      "  needed: a network, permission, and its library: TensorFlow or gcsfs for gs://"
-    ) from None
+    except Exception as error:
+      reason = " ".join(str(error).split())[:300]
+      raise errors.StorageError(
+        f"{address} cannot be reached\n  given:  {type(error).__name__}: {reason}\n"
+        "  needed: a network, permission, and its library: TensorFlow or gcsfs for gs://"
+      ) from None
 
 
 def exists(address: str) -> bool:
