@@ -281,6 +281,7 @@ class Progress:
       return
     (step, metrics), self._pending = self._pending, None
     values = jax.device_get(metrics)
+    self.writer.advance(step)
     self.bad_steps.update(step, values.pop("bad"), values["loss"])
     first = step == self._first_step + 1
     if first or step % self.every == 0 or step == self.num_steps:

@@ -203,7 +203,10 @@ class MetricsWriter:
     if self._events:
       self._try_events(lambda: self._write_events(step, values, kind))
     self._print(self._line(step, values, kind))
-    if self._bar and kind == "train":
+
+  def advance(self, step: int) -> None:
+    """Moves the bar, if there is one."""
+    if self._bar:
       self._bar.update(self._bar.task_ids[0], completed=step)
 
   def _speed(self, step: int, data_wait: float) -> dict[str, float]:

@@ -230,6 +230,7 @@ def test_a_terminal_gets_a_bar_above_which_lines_stay_whole(tmp_path, monkeypatc
   out = Terminal()
   with writer(tmp_path, stream=out) as log:
     log.log(50, {"loss": 3.25, "long_name": "[bold]" + "x" * 90})
+    log.advance(50)
   assert "50/100" in out.getvalue() and "\x1b" in out.getvalue()
   assert "loss 3.2500" in out.getvalue() and "[bold]" + "x" * 90 in out.getvalue()
 
