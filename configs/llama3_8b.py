@@ -1,8 +1,10 @@
-"""Llama 3 8B (Dubey et al. 2024), for 256 TPU v5e or 64 H100: shapes and mesh.
+"""Llama 3 8B (Dubey et al. 2024): its shapes, and a mesh of 256 devices.
 
   python -m flaxlm.train --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
-Not trained here: no result is claimed. Bring a tokenizer: --config.tokenizer.path.
+Not trained here: no result is claimed, and none before TPUs have their attention
+kernel: XLA's keeps scores of 8192 x 8192 for each head. Bring a tokenizer:
+--config.tokenizer.path.
 """
 
 from configs import base

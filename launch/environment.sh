@@ -3,9 +3,11 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
-    python="$(command -v python3 || command -v python)"
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-      echo "flaxlm needs Python 3.11 or newer; $python is $("$python" --version 2>&1)" >&2
+    for python in python3 python python3.13 python3.12 python3.11 none; do
+      "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    if [ "$python" = none ]; then
+      echo "flaxlm needs Python 3.11 or newer; here is $(python3 --version 2>&1)" >&2
       exit 2
     fi
     echo "making a virtual environment in .venv"

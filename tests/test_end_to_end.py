@@ -230,7 +230,8 @@ def test_a_signal_before_the_first_step_is_not_lost(project, tmp_path):
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
-  run(*command)
+  assert "profile of steps 5 to 7" in run(*command, "--config.log.profile_step=5")
+  assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
   path = tmp_path / "run/metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   assert '"eval"' in lines[-1]

@@ -26,7 +26,12 @@ from flaxlm.training.state import (
 
 STEPS = 4
 KEY = jax.random.key(0)
-SPLITS = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2), (1, 2, 4)]
+SPLITS = [
+  (data, fsdp, 8 // data // fsdp)
+  for data in (1, 2, 4, 8)
+  for fsdp in (1, 2, 4, 8)
+  if data * fsdp <= 8
+]
 
 
 def train(config, mesh):
@@ -58,12 +63,15 @@ def train(config, mesh):
 
 @pytest.fixture
 def config(tiny):
-  tiny.model.num_kv_heads = 4  # divides over 4 devices
+  # Divide over 8 devices.
+  tiny.model.num_heads = tiny.model.num_kv_heads = 8
+  tiny.model.head_dim = 4
   tiny.optim.peak_learning_rate = 1e-2
   return tiny
 
 
-def test_eight_devices_equal_one(config, one_device):
+def test_eight_devices_in_every_split_equal_one(config, one_device):
+  assert len(SPLITS) == 10
   expected, reference = train(config, one_device)
   assert len(set(expected)) == STEPS
   for split in SPLITS:
