@@ -256,10 +256,6 @@ def relations(config: ConfigDict):
   fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
   yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
   yield len(data.sources) > 0, "data.sources", "at least one source", "main"
-  for name, source in data.sources.items():
-    needed = f"where the {source.kind} documents are"
-    found = source.kind == "stdlib" or source.path != ""
-    yield found, f"data.sources.{name}.path", needed, "corpus/**/*.txt"
   for name, axes in mesh.rules.items():
     known = set(axes) <= {"data", "fsdp", "tensor"}
     yield known, f"mesh.rules.{name}", "mesh axes", "data,fsdp or tensor or ()"

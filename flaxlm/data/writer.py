@@ -46,7 +46,7 @@ class Report(NamedTuple):
 def build(config: ConfigDict, log: Callable[[str], None]) -> Report:
   """Prepares config.data.store, or reuses it if it has been prepared by this recipe."""
   address = config.data.store
-  check_names(config)
+  check_sources(config)
   try:
     corpora = open_corpora(config)
     recipe = make_recipe(config, corpora)
@@ -92,12 +92,17 @@ def build_in(
   return Report(store.Store(root), tokenizer, False, *counts, bar.rate)
 
 
-def check_names(config: ConfigDict) -> None:
+def check_sources(config: ConfigDict) -> None:
   for name, source in config.data.sources.items():
     if not re.fullmatch(r"[\w-]+", name):
       raise errors.ConfigError(
         "config.data.sources", name, "a name of letters and digits"
       )
+    if source.kind != "stdlib" and not source.path:
+      raise errors.ConfigError(
+        f"config.data.sources.{name}.path", "''",
+        f"where the {source.kind} documents are", "'texts/**/*.txt'",
+      )  # fmt: skip
     if config.data.split == "tail" and source.kind not in ("text", "stdlib"):
       raise errors.ConfigError(
         "config.data.split", f"tail, with {name}.kind={source.kind}",

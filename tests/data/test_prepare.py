@@ -306,6 +306,13 @@ def test_tail_split_is_that_of_nanogpt(corpora, text_config):
   assert not report.store.manifest["sources"]["main"]["problems"]
 
 
+def test_only_preparing_needs_the_path_of_a_source(text_config):
+  text_config.data.sources.main.path = ""
+  configs.check(text_config)  # training reads the store
+  with pytest.raises(errors.ConfigError, match="where the text documents are"):
+    build(text_config)
+
+
 def test_tail_is_for_text_files(text_config):
   text_config.data.split = "tail"
   text_config.data.sources.main.kind = "jsonl"
