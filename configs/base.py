@@ -31,8 +31,24 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of weights and of the order of the data
   config.num_steps = 1000  # optimizer steps
+  config.data = data_knobs()
+  config.tokenizer = tokenizer_knobs()
+  # Equal to these by default, and free to be larger.
+  vocab_size = config.tokenizer.get_oneway_ref("vocab_size")
+  max_len = config.data.get_oneway_ref("seq_len")
+  config.model = model_knobs(vocab_size, max_len)
+  config.step = step_knobs()
+  config.optim = optim_knobs()
+  config.mesh = mesh_knobs()
+  config.eval = evaluation_knobs()
+  config.checkpoint = checkpoint_knobs()
+  config.log = log_knobs()
+  config.guards = guards_knobs()
+  return config.lock()
 
-  data = config.data = ConfigDict()
+
+def data_knobs() -> ConfigDict:
+  data = ConfigDict()
   data.store = "data/stdlib"  # directory of the prepared tokens
   data.loader = "tfdata"  # tfdata | numpy (no TensorFlow) | synthetic (no store)
   data.seq_len = 256  # tokens a row
@@ -43,18 +59,24 @@ def get_config() -> ConfigDict:
   data.split = "hash"  # hash of each document | tail of each text file
   data.validation_fraction = 0.01  # of the documents (hash) or characters (tail)
   data.shard_tokens = 16_777_216  # tokens a shard of the store, about
+  return data
 
-  tokenizer = config.tokenizer = ConfigDict()
+
+def tokenizer_knobs() -> ConfigDict:
+  tokenizer = ConfigDict()
   tokenizer.path = ""  # a SentencePiece .model to use; "" trains one
   tokenizer.kind = "bpe"  # bpe | unigram | char
   tokenizer.vocab_size = 4096  # pieces, special tokens included
   tokenizer.byte_fallback = True  # spell unknown characters in bytes: lossless
   tokenizer.user_symbols = ()  # extra special tokens, never found in plain text
   tokenizer.train_bytes = 10_000_000  # text to train on, a sample of the corpus
+  return tokenizer
 
-  model = config.model = ConfigDict()
-  model.vocab_size = tokenizer.get_oneway_ref("vocab_size")  # rows of the embedding
-  model.max_len = data.get_oneway_ref("seq_len")  # tokens; size of learned positions
+
+def model_knobs(vocab_size, max_len) -> ConfigDict:
+  model = ConfigDict()
+  model.vocab_size = vocab_size  # rows of the embedding
+  model.max_len = max_len  # tokens; size of learned positions
   model.num_layers = 6
   model.embed_dim = 384
   model.num_heads = 6  # query heads
@@ -74,14 +96,20 @@ def get_config() -> ConfigDict:
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   model.unroll = 1  # layers a scan iteration; num_layers is fastest on CPU
+  return model
 
-  step = config.step = ConfigDict()
+
+def step_knobs() -> ConfigDict:
+  step = ConfigDict()
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
   step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
   step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none
+  return step
 
-  optim = config.optim = ConfigDict()
+
+def optim_knobs() -> ConfigDict:
+  optim = ConfigDict()
   optim.name = "adamw"  # adamw | lion | adafactor | muon
   optim.peak_learning_rate = 1e-3
   optim.schedule = "cosine"  # cosine | linear | wsd | constant
@@ -93,8 +121,11 @@ def get_config() -> ConfigDict:
   optim.b2 = 0.95
   optim.epsilon = 1e-8
   optim.max_grad_norm = 1.0  # global norm to clip to; 0 = no clipping
+  return optim
 
-  mesh = config.mesh = ConfigDict()
+
+def mesh_knobs() -> ConfigDict:
+  mesh = ConfigDict()
   mesh.data = -1  # devices along each axis; -1 = all that remain
   mesh.fsdp = 1
   mesh.tensor = 1
@@ -108,23 +139,35 @@ def get_config() -> ConfigDict:
   rules.mlp = ("tensor",)
   rules.position = ()
   rules.norm = ()
+  return mesh
 
-  evaluation = config.eval = ConfigDict()
+
+def evaluation_knobs() -> ConfigDict:
+  evaluation = ConfigDict()
   evaluation.every = 500  # steps; 0 = only at the end
   evaluation.batches = 0  # of batch_size rows; 0 = the whole validation split
+  return evaluation
 
-  checkpoint = config.checkpoint = ConfigDict()
+
+def checkpoint_knobs() -> ConfigDict:
+  checkpoint = ConfigDict()
   checkpoint.every = 500  # steps; the last step is always saved
   checkpoint.keep_last = 2  # newest checkpoints to keep
   checkpoint.keep_every = 0  # steps; keep multiples for ever; 0 = none
+  return checkpoint
 
-  log = config.log = ConfigDict()
+
+def log_knobs() -> ConfigDict:
+  log = ConfigDict()
   log.every = 10  # steps a line
   log.tensorboard = True
   log.profile_step = 0  # first step to profile; 0 = never
   log.profile_num_steps = 3
+  return log
 
-  guards = config.guards = ConfigDict()
+
+def guards_knobs() -> ConfigDict:
+  guards = ConfigDict()
   guards.max_bad_steps = 10  # NaN or infinite steps in a row before giving up
   guards.hang_seconds = 3600  # without progress before stacks are printed; 0 = never
-  return config.lock()
+  return guards

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisations would take half of the suite's time and speed up nothing here;
+# LLVM's optimisations take as long as most tests here and speed up none of them;
 # tests that start processes (test_end_to_end.py) run what users run.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")

@@ -28,19 +28,20 @@ def path(address: str | os.PathLike):
 @contextlib.contextmanager
 def reaching(address: str) -> Iterator[None]:
   """Raises StorageError for whatever the library behind the address raises."""
-  with quiet_stderr():
-    try:
-      yield
-    except Exception as error:
-      reason = " ".join(str(error).split())[:300]
-      raise errors.StorageError(
-        f"{address} cannot be reached\n  given:  {type(error).__name__}: {reason}\n"
-        "  needed: a network, permission, and its library: TensorFlow or gcsfs for gs://"
-      ) from None
+  try:
+    yield
+  except Exception as error:
+    reason = " ".join(str(error).split())[:300]
+    raise errors.StorageError(
+      f"{address} cannot be reached\n  given:  {type(error).__name__}: {reason}\n"
+      "  needed: a network, permission, and its library: TensorFlow or gcsfs for gs://"
+    ) from None
 
 
 def exists(address: str) -> bool:
-  with reaching(address):
+  # The first contact, where libraries log most. Copies are not quiet: they are long,
+  # and run in threads, while stderr belongs to the whole process.
+  with quiet_stderr(), reaching(address):
     return path(address).exists()
 
 

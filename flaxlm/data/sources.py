@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data import remote, tokenizer
+from flaxlm.data import quiet_stderr, remote, tokenizer
 
 READ = 1 << 20  # bytes read at a time
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -149,7 +149,7 @@ def find_files(key: str, pattern: str) -> list[str]:
   if remote.is_remote(pattern):
     fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
     rest = pattern[len(fixed) :].strip("/")
-    with remote.reaching(pattern):
+    with quiet_stderr(), remote.reaching(pattern):
       root = remote.path(fixed)
       matches = root.glob(rest) if rest else [root]
       files = [str(path) for path in matches if path.exists() and not path.is_dir()]
@@ -170,13 +170,15 @@ def missing(key: str, given: str, needed: str, hint: str = "") -> errors.UserErr
 
 def file_size(path: str) -> int:
   if remote.is_remote(path):
-    return remote.path(path).stat().length
+    with remote.reaching(path):
+      return remote.path(path).stat().length
   return os.path.getsize(path)
 
 
 def open_binary(path: str) -> IO[bytes]:
   if remote.is_remote(path):
-    return remote.path(path).open("rb")
+    with remote.reaching(path):
+      return remote.path(path).open("rb")
   return open(path, "rb")
 
 

@@ -210,13 +210,13 @@ def test_a_store_in_a_bucket(text_config, tmp_path, monkeypatch):
     with pytest.raises(errors.StorageError, match=r"gs://bucket/store.*be reached"):
       build(text_config)
   works[0] = 1000
+  assert files_of(tmp_path / "bucket/store")
   with pytest.raises(errors.MissingInputError):  # nothing half-written is ever read
     store.Store("gs://bucket/store")
   report = build(text_config)
   assert report.reused  # what was built before is only copied
   assert files_of(tmp_path / "bucket/store") == local
   assert build(text_config).store.path == "gs://bucket/store"
-  works[0] = 1000
   stream = store.Store("gs://bucket/store").stream("main", "train")
   works[0] = 0  # this host built it: it has its copy
   assert len(stream.read(0, stream.num_tokens)) == stream.num_tokens
