@@ -31,12 +31,16 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of weights and of the order of the data
   config.num_steps = 1000  # optimizer steps
+  config.init_from = ""  # a run (or its checkpoints/STEP) whose weights to start from
   config.data = data_knobs()
   config.tokenizer = tokenizer_knobs()
   # Equal to these by default, and free to be larger.
   vocab_size = config.tokenizer.get_oneway_ref("vocab_size")
   max_len = config.data.get_oneway_ref("seq_len")
   config.model = model_knobs(vocab_size, max_len)
+  config.objective = objective_knobs()
+  config.task = task_knobs()
+  config.lora = lora_knobs()
   config.step = step_knobs()
   config.optim = optim_knobs()
   config.mesh = mesh_knobs()
@@ -83,20 +87,115 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.num_kv_heads = 6  # key and value heads; fewer than num_heads is grouped-query
   model.head_dim = 64
   model.mlp_dim = 1024
-  model.positions = "rope"  # rope | learned
-  model.rope_theta = 10_000.0  # base of the rotary wavelengths
+  model.causal = True  # False: every position sees the whole text, as in BERT
+  model.positions = "rope"  # rope | learned | none
   model.norm = "rmsnorm"  # rmsnorm | layernorm
   model.norm_epsilon = 1e-5
-  model.mlp = "swiglu"  # swiglu | gelu
+  model.norm_placement = "pre"  # pre | post (OLMo 2) | both (Gemma) | residual (BERT)
+  model.zero_centered_norm = False  # scales are kept as their distance from 1 (Gemma)
+  model.first_norm = True  # False: layer 1 has no norm before attention (ModernBERT)
+  model.gated_mlp = True  # activation(gate) * up, as in SwiGLU and GeGLU
+  model.activation = "silu"  # silu | gelu | gelu_tanh | relu
   model.use_bias = False  # in projections (LayerNorm follows it too)
-  model.qk_norm = False  # RMSNorm on queries and keys, per head
+  model.qkv_bias = False  # in query, key and value alone (Qwen 2)
+  model.qk_norm = "none"  # none | head (each head alone) | full (all heads together)
   model.tie_embeddings = True  # one table for input and output
-  model.sliding_window = 0  # tokens that a query sees, itself included; 0 = all
+  model.scale_embeddings = False  # input embeddings times sqrt(embed_dim) (Gemma)
+  model.embedding_norm = False  # a norm after the embeddings (BERT)
+  model.num_segment_types = 0  # of sentence embeddings: BERT has 2
+  model.sliding_window = 0  # tokens that a local layer sees, itself included; 0 = all
+  model.layer_pattern = ("local",)  # local | global, repeated over the layers
+  model.attention_scale = 0.0  # factor of the scores; 0 = head_dim ** -0.5
+  model.attention_softcap = 0.0  # c * tanh(scores / c) (Gemma 2); 0 = none
+  model.logit_softcap = 0.0
+  model.head = "lm"  # lm | mlm | sequence | token | span | choice: what is predicted
+  model.num_labels = 0  # classes of the heads sequence and token
+  model.pooling = "first"  # first | mean | last token speaks for its text
+  model.head_dense = (
+    True  # a dense layer before the classes (BERT's pooler); mlm has it
+  )
+  model.head_norm = False  # and a norm after it; mlm has it
+  model.head_activation = "gelu"  # of that dense layer: gelu | gelu_tanh | silu | tanh
+  model.pair_head = False  # also tells whether sentence B follows A (NSP, SOP)
+  model.dropout = 0.0  # of embeddings and of what each block adds, in training
+  model.rope = rope_knobs()
+  model.moe = moe_knobs()
   model.attention = "auto"  # auto (xla) | reference | xla | cudnn (NVIDIA, 16 bits)
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   model.unroll = 1  # layers a scan iteration; num_layers is fastest on CPU
   return model
+
+
+def rope_knobs() -> ConfigDict:
+  rope = ConfigDict()
+  rope.theta = 10_000.0  # base of the rotary wavelengths
+  rope.local_theta = 0.0  # the same in local layers; 0 = theta
+  rope.scaling = "none"  # none | linear | llama3 | yarn: to reach beyond training
+  rope.factor = 1.0  # of the reach
+  rope.original_max_len = 0  # tokens, before the scaling (llama3, yarn)
+  rope.low_frequency_factor = 1.0  # llama3: wavelengths above original / low are scaled
+  rope.high_frequency_factor = 4.0  # llama3: those below original / high are not
+  rope.beta_fast = 32.0  # yarn: turns within original_max_len that need no scaling
+  rope.beta_slow = 1.0  # yarn: turns that need all of it
+  rope.attention_factor = 0.0  # yarn: factor of the rotations; 0 = from rope.factor
+  return rope
+
+
+def moe_knobs() -> ConfigDict:
+  moe = ConfigDict()
+  moe.num_experts = 0  # 0 = a dense MLP
+  moe.experts_per_token = 2
+  moe.expert_dim = 0  # hidden width of one expert; 0 = mlp_dim
+  moe.shared_dim = 0  # hidden width of the expert that all tokens use; 0 = none
+  moe.shared_gate = False  # a sigmoid that weighs the shared expert (Qwen 2 MoE)
+  moe.first_dense_layers = 0  # of width mlp_dim, before those with experts (DeepSeek)
+  moe.router = "softmax"  # softmax | sigmoid of the router's scores
+  moe.renormalize = True  # weights of the chosen experts add up to 1
+  moe.routed_scale = 1.0  # factor of what the chosen experts add
+  moe.balance = "loss"  # loss | bias (DeepSeek-V3: no loss) | none
+  moe.aux_loss = 0.01  # weight of the balancing loss (Switch, eq. 4)
+  moe.z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE, eq. 5)
+  moe.bias_rate = 1e-3  # a step of the balancing bias
+  moe.capacity_factor = 0.0  # room an expert, of its fair share; 0 drops no token
+  return moe
+
+
+def objective_knobs() -> ConfigDict:
+  objective = ConfigDict()
+  objective.kind = "causal"  # causal | masked (BERT) | span (T5, UL2) | prefix | fim
+  objective.mask_rate = 0.15  # of the tokens that are predicted (masked, span)
+  objective.mask_unit = "token"  # token | word | span: what is masked together
+  objective.mean_span = 3.0  # tokens a span
+  objective.mask_token_rate = 0.8  # of the predicted: shown as [MASK]
+  objective.random_token_rate = 0.1  # of the predicted: shown as another token
+  objective.pairs = "none"  # none | nsp | sop: a second task on sentence pairs
+  objective.num_sentinels = 100  # last ids of the vocabulary that mark spans (span)
+  objective.fim_rate = 0.5  # of the documents that are rearranged (fim)
+  objective.spm_rate = 0.5  # of these: suffix first
+  return objective
+
+
+def task_knobs() -> ConfigDict:
+  task = ConfigDict()
+  task.kind = "none"  # none | classify | tag | qa | choice | chat: labelled examples
+  task.path = ""  # csv, tsv or jsonl by glob, or a TFDS name (glue/sst2)
+  task.validation_path = ""  # the same; "" holds out data.validation_fraction
+  task.split = "train"  # TFDS splits
+  task.validation_split = "validation"
+  task.text = "text"  # columns
+  task.text_pair = ""
+  task.label = "label"
+  task.labels = ()  # names of the classes, in order; () = all that occur, sorted
+  return task
+
+
+def lora_knobs() -> ConfigDict:
+  lora = ConfigDict()
+  lora.rank = 0  # of the trained additions to frozen weights; 0 trains all weights
+  lora.alpha = 16.0  # additions are scaled by alpha / rank
+  lora.targets = ("query", "value")  # names of the weights that get one
+  return lora
 
 
 def step_knobs() -> ConfigDict:
@@ -137,6 +236,7 @@ def mesh_knobs() -> ConfigDict:
   rules.embed = ("fsdp",)
   rules.heads = ("tensor",)
   rules.mlp = ("tensor",)
+  rules.expert = ()
   rules.position = ()
   rules.norm = ()
   return mesh

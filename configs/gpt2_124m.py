@@ -30,7 +30,8 @@ def get_config():
   model.mlp_dim = 3072
   model.positions = "learned"
   model.norm = "layernorm"
-  model.mlp = "gelu"
+  model.gated_mlp = False
+  model.activation = "gelu_tanh"
   model.use_bias = True
   model.dtype = "bfloat16"
 

@@ -28,7 +28,7 @@ def get_config():
   model.num_kv_heads = 8
   model.head_dim = 128
   model.mlp_dim = 14_336
-  model.rope_theta = 500_000.0
+  model.rope.theta = 500_000.0
   model.tie_embeddings = False
   model.dtype = "bfloat16"
   model.remat = "full"

@@ -37,7 +37,8 @@ def get_config():
   model.mlp_dim = 512
   model.positions = "learned"
   model.norm = "layernorm"
-  model.mlp = "gelu"
+  model.gated_mlp = False
+  model.activation = "gelu_tanh"
   model.unroll = 4
 
   optim = config.optim

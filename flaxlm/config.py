@@ -19,9 +19,21 @@ from configs import base
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 
 CHOICES = {
-  "model.positions": ("rope", "learned"),
+  "model.positions": ("rope", "learned", "none"),
   "model.norm": ("rmsnorm", "layernorm"),
-  "model.mlp": ("swiglu", "gelu"),
+  "model.norm_placement": ("pre", "post", "both", "residual"),
+  "model.activation": ("silu", "gelu", "gelu_tanh", "relu"),
+  "model.qk_norm": ("none", "head", "full"),
+  "model.head": ("lm", "mlm", "sequence", "token", "span", "choice"),
+  "model.head_activation": ("gelu", "gelu_tanh", "silu", "tanh"),
+  "model.pooling": ("first", "mean", "last"),
+  "model.rope.scaling": ("none", "linear", "llama3", "yarn"),
+  "model.moe.router": ("softmax", "sigmoid"),
+  "model.moe.balance": ("loss", "bias", "none"),
+  "objective.kind": ("causal", "masked", "span", "prefix", "fim"),
+  "objective.mask_unit": ("token", "word", "span"),
+  "objective.pairs": ("none", "nsp", "sop"),
+  "task.kind": ("none", "classify", "tag", "qa", "choice", "chat"),
   "model.attention": ("auto", "reference", "xla", "cudnn"),
   "model.dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "dots"),
@@ -45,6 +57,7 @@ AT_LEAST_ONE = (
   "model.head_dim",
   "model.mlp_dim",
   "model.unroll",
+  "model.moe.experts_per_token",
   "step.accumulation_steps",
   "mesh.fsdp",
   "mesh.tensor",
@@ -63,17 +76,26 @@ AT_LEAST_ONE = (
 )
 POSITIVE = [
   "model.norm_epsilon",
-  "model.rope_theta",
+  "model.rope.theta",
+  "model.rope.factor",
+  "objective.mean_span",
+  "lora.alpha",
   "optim.epsilon",
   "data.sources.*.weight",
 ]
 BELOW_ONE = (
+  "model.dropout",
   "optim.b1",
   "optim.b2",
   "step.ema_decay",
   "data.validation_fraction",
 )
 AT_MOST_ONE = (
+  "objective.mask_rate",
+  "objective.mask_token_rate",
+  "objective.random_token_rate",
+  "objective.fim_rate",
+  "objective.spm_rate",
   "optim.end_factor",
   "optim.decay_fraction",
 )
@@ -226,12 +248,8 @@ def relations(config: ConfigDict):
     f"a divisor of config.model.num_heads={heads}",
     divisors(heads, model.num_kv_heads),
   )
-  yield (
-    model.positions != "rope" or model.head_dim % 2 == 0,
-    "model.head_dim",
-    "an even number: rotary positions turn pairs",
-    f"{model.head_dim + 1}",
-  )
+  yield from model_relations(model)
+  yield from prediction_relations(config)
   yield (
     layers % model.unroll == 0,
     "model.unroll",
@@ -259,6 +277,90 @@ def relations(config: ConfigDict):
   for name, axes in mesh.rules.items():
     known = set(axes) <= {"data", "fsdp", "tensor"}
     yield known, f"mesh.rules.{name}", "mesh axes", "data,fsdp or tensor or ()"
+
+
+def model_relations(model: ConfigDict):
+  """The relations within `config.model`."""
+  yield (
+    model.positions != "rope" or model.head_dim % 2 == 0,
+    "model.head_dim",
+    "an even number: rotary positions turn pairs",
+    f"{model.head_dim + 1}",
+  )
+  pattern = set(model.layer_pattern)
+  names = pattern <= {"local", "global"} and len(pattern) > 0
+  yield names, "model.layer_pattern", "local and global, with commas", "local,global"
+  moe, rope = model.moe, model.rope
+  yield (
+    moe.num_experts == 0 or moe.experts_per_token <= moe.num_experts,
+    "model.moe.experts_per_token",
+    f"at most config.model.moe.num_experts={moe.num_experts}",
+    f"{moe.num_experts}",
+  )
+  yield (
+    moe.num_experts == 0 or not model.use_bias,
+    "model.use_bias",
+    "False with experts, which have no biases",
+    "False",
+  )
+  fewer = moe.num_experts == 0 or moe.first_dense_layers < model.num_layers
+  limit = f"fewer than config.model.num_layers={model.num_layers}"
+  yield fewer, "model.moe.first_dense_layers", limit, "1"
+  yield (
+    rope.scaling in ("none", "linear") or rope.original_max_len > 0,
+    "model.rope.original_max_len",
+    f"the length that {rope.scaling} scaling starts from",
+    f"{model.max_len}",
+  )
+  alone = model.first_norm or (
+    model.norm_placement in ("pre", "both") and moe.num_experts == 0
+  )
+  yield alone, "model.first_norm", "True, unless norms come before dense layers", "True"
+  plain = model.attention != "cudnn" or model.attention_softcap == 0
+  yield plain, "model.attention", "a backend that can soft-cap scores", "xla"
+
+
+# Which head the model needs for what it is asked to do.
+HEADS = {
+  "causal": "lm",
+  "span": "lm",
+  "prefix": "lm",
+  "fim": "lm",
+  "masked": "mlm",
+  "classify": "sequence",
+  "tag": "token",
+  "qa": "span",
+  "choice": "choice",
+  "chat": "lm",
+}
+
+
+def prediction_relations(config: ConfigDict):
+  """The relations between what is predicted, and the model that predicts it."""
+  model, objective, task = config.model, config.objective, config.task
+  asked = objective.kind if task.kind == "none" else task.kind
+  group = "objective" if task.kind == "none" else "task"
+  head = HEADS[asked]
+  needed = f"{head}, for config.{group}.kind={asked}"
+  yield model.head == head, "model.head", needed, head
+  needed = f"True, for config.{group}.kind={asked}"
+  yield head != "lm" or model.causal, "model.causal", needed, "True"
+  needed = "False: a masked token must be hidden from no side"
+  yield asked != "masked" or not model.causal, "model.causal", needed, "False"
+  pairs = task.kind == "none" and objective.pairs != "none"
+  needed = f"masked, for config.objective.pairs={objective.pairs}"
+  yield not pairs or asked == "masked", "objective.kind", needed, "masked"
+  needed = f"True, for config.objective.pairs={objective.pairs}"
+  yield not pairs or model.pair_head, "model.pair_head", needed, "True"
+  rates = objective.mask_token_rate + objective.random_token_rate
+  needed = "at most 1, with config.objective.mask_token_rate"
+  yield rates <= 1 + 1e-9, "objective.random_token_rate", needed, "0.1"
+  has_path = task.kind == "none" or task.path != ""
+  needed = "labelled examples: csv, tsv, jsonl, or a TFDS name"
+  yield has_path, "task.path", needed, "train.csv"
+  frozen = config.lora.rank == 0 or config.init_from != ""
+  needed = "the run whose weights config.lora.rank adds to"
+  yield frozen, "init_from", needed, "runs/base"
 
 
 def check_value(name: str, key: str, value: object) -> None:

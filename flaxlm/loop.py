@@ -22,6 +22,7 @@ from flaxlm.data import baseline
 from flaxlm.data.feed import Feed
 from flaxlm.data.store import write_atomically
 from flaxlm.errors import DataError, Preempted
+from flaxlm.models.flops import flops_per_token
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel import hosts
 from flaxlm.parallel.mesh import make_mesh
@@ -204,11 +205,11 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
   reports.print_summary(
     model=f"{model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
-    f"{model.norm}, {model.mlp}, {model.dtype}",
+    f"{model.norm}, {model.activation}, {model.dtype}",
     parameters={"layers": total - embedded, "embeddings": embedded},
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,
-    flops_per_token=reports.flops_per_token(model, data.seq_len),
+    flops_per_token=flops_per_token(model, data.seq_len),
     mesh=dict(mesh.shape),
     device_kind=jax.devices()[0].device_kind,
     bytes_per_device={
@@ -248,7 +249,7 @@ class Progress:
       first_step,
       config.num_steps,
       config.data.batch_size * config.data.seq_len,
-      reports.flops_per_token(config.model, config.data.seq_len),
+      flops_per_token(config.model, config.data.seq_len),
       reports.peak_flops(jax.devices()[0]) if bfloat16 else None,
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0

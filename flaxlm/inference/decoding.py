@@ -62,8 +62,8 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 def prefill(model: Transformer, tokens_BL, segment_ids_BL, cache: KVCache):
   """Runs the prompts; returns (scores of the token that follows, BV; cache)."""
   positions_BL = jnp.maximum(jnp.cumsum(segment_ids_BL, axis=1) - 1, 0)
-  x_BLD, cache = model(tokens_BL, positions_BL, segment_ids_BL, cache)
-  return model.logits(x_BLD[:, -1:])[:, 0], cache
+  out = model(tokens_BL, positions_BL, segment_ids_BL, cache=cache)
+  return model.logits(out.features[:, -1:])[:, 0], out.cache
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
@@ -82,10 +82,9 @@ def decode(
     logits_BV = jnp.where(allowed_V[None, :], logits_BV, -jnp.inf)
     token_B = sample(logits_BV, keys_B, sampling)
     segment_ids_BL = jnp.ones((B, 1), jnp.int32)
-    x_BLD, cache = model(
-      token_B[:, None], (next_position_B + i)[:, None], segment_ids_BL, cache
-    )
-    return (model.logits(x_BLD)[:, 0], cache), token_B
+    positions_BL = (next_position_B + i)[:, None]
+    out = model(token_B[:, None], positions_BL, segment_ids_BL, cache=cache)
+    return (model.logits(out.features)[:, 0], out.cache), token_B
 
   (logits_BV, cache), tokens_PB = jax.lax.scan(
     step, (logits_BV, cache), jnp.arange(PORTION)

@@ -13,14 +13,17 @@ def linear_cross_entropy(
   weight_DV: jax.Array,
   targets_T: jax.Array,
   *,
+  bias_V: jax.Array | None = None,
+  softcap: float = 0.0,
   z_loss: float = 0.0,
   chunk_size: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns each token's loss in nats, and log(Z)^2 times `z_loss`; both float32, T.
 
   loss = log(sum_v exp(logits_v)) - logits_target, and z_loss * log(Z)^2 keeps the
-  logits from drifting (PaLM, arXiv 2204.02311, section 5). chunk_size 0 takes all
-  tokens at once; otherwise T need not be a multiple of it.
+  logits from drifting (PaLM, arXiv 2204.02311, section 5). A softcap c bends logits to
+  c * tanh(logits / c) (Gemma 2). chunk_size 0 takes all tokens at once; otherwise T
+  need not be a multiple of it.
   """
   T = x_TD.shape[0]
 
@@ -28,6 +31,10 @@ def linear_cross_entropy(
     logits_TV = jnp.einsum(
       "TD,DV->TV", x_TD, weight_DV, preferred_element_type=jnp.float32
     )
+    if bias_V is not None:
+      logits_TV += bias_V[None, :]
+    if softcap:
+      logits_TV = softcap * jnp.tanh(logits_TV / softcap)
     log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
     # A comparison instead of a gather: its gradient is elementwise, and it needs no
     # communication when V is split over devices.

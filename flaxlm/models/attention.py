@@ -1,6 +1,7 @@
 """Multi-head attention as a module, and the cache that decoding keeps of it."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from flaxlm.kernels.attention import attention
 from flaxlm.models.layers import (
   Norm,
   TransformerConfig,
+  add_bias,
   bias,
   project,
   residual_scale,
+  rotary_angles,
   rotate,
   weight,
 )
@@ -44,6 +47,34 @@ class KVCache:
     )
 
 
+class View(NamedTuple):
+  """What decides which tokens see each other, and how far apart they are."""
+
+  segment_ids_BL: jax.Array
+  prefix_BL: jax.Array | None  # 1: all of its segment see this token (prefix LM)
+  angles: tuple | None  # rotary, of global layers
+  local_angles: tuple | None  # rotary, of local layers, where these differ
+
+  @classmethod
+  def of(cls, config: TransformerConfig, positions_BL, segment_ids_BL, prefix_BL):
+    angles = local_angles = None
+    if config.positions == "rope":
+      angles = rotary_angles(positions_BL, config.rope, config.head_dim)
+      if config.rope.local_theta and config.sliding_window:
+        local_angles = rotary_angles(positions_BL, config.rope, config.head_dim, True)
+    return cls(segment_ids_BL, prefix_BL, angles, local_angles)
+
+  def angles_of(self, window):
+    """The rotary angles of a layer that sees `window` tokens, a number or an array."""
+    if self.local_angles is None:
+      return self.angles
+    return jax.tree.map(
+      lambda own, other: jnp.where(window > 0, own, other),
+      self.local_angles,
+      self.angles,
+    )
+
+
 class Attention(nnx.Module):
   """Grouped-query attention (Ainslie et al. 2023); K = N is the ordinary kind."""
 
@@ -54,24 +85,21 @@ class Attention(nnx.Module):
     self.key = weight(rngs, (D, K, H), ("embed", "heads", None))
     self.value = weight(rngs, (D, K, H), ("embed", "heads", None))
     self.out = weight(rngs, (N, H, D), ("heads", None, "embed"), residual_scale(config))
-    use_bias = config.use_bias
-    self.query_bias = bias((N, H), ("heads", None)) if use_bias else None
-    self.key_bias = bias((K, H), ("heads", None)) if use_bias else None
-    self.value_bias = bias((K, H), ("heads", None)) if use_bias else None
-    self.out_bias = bias((D,), ("norm",)) if use_bias else None
-    self.query_norm = Norm(H, config, False, False) if config.qk_norm else None
-    self.key_norm = Norm(H, config, False, False) if config.qk_norm else None
-    self.backend = config.attention
-    self.window = config.sliding_window
+    qkv_bias = config.use_bias or config.qkv_bias
+    self.query_bias = bias((N, H), ("heads", None)) if qkv_bias else None
+    self.key_bias = bias((K, H), ("heads", None)) if qkv_bias else None
+    self.value_bias = bias((K, H), ("heads", None)) if qkv_bias else None
+    self.out_bias = bias((D,), ("norm",)) if config.use_bias else None
+    self.query_norm = head_norm(config, N)
+    self.key_norm = head_norm(config, K)
+    self.config = config
 
-  def __call__(self, x_TD, segment_ids_BL, angles, cache: KVCache | None, layer):
+  def __call__(self, x_TD, view: View, window, cache: KVCache | None, layer):
     """Returns (output TD, cache with this layer's keys and values written)."""
-    B, L = segment_ids_BL.shape
+    B, L = view.segment_ids_BL.shape
 
     def heads(weight, bias):
-      y_TNH = project(x_TD, weight, "TD,DNH->TNH")
-      if bias is not None:
-        y_TNH += bias[...].astype(x_TD.dtype)[None]
+      y_TNH = add_bias(project(x_TD, weight, "TD,DNH->TNH"), bias)
       y_BLNH = y_TNH.reshape(B, L, *y_TNH.shape[1:])
       return constrain(y_BLNH, "batch", None, "heads", None)
 
@@ -80,10 +108,11 @@ class Attention(nnx.Module):
     v_BMKH = heads(self.value, self.value_bias)
     if self.query_norm is not None:
       q_BLNH, k_BMKH = self.query_norm(q_BLNH), self.key_norm(k_BMKH)
+    angles = view.angles_of(window)
     if angles is not None:
       q_BLNH, k_BMKH = rotate(q_BLNH, angles), rotate(k_BMKH, angles)
 
-    k_segment_ids_BM, offset = segment_ids_BL, 0
+    k_segment_ids_BM, k_prefix_BM, offset = view.segment_ids_BL, view.prefix_BL, 0
     if cache is not None:
       offset, k_segment_ids_BM = cache.length, cache.segment_ids_BM
       at = (layer, 0, offset, 0, 0)
@@ -93,20 +122,32 @@ class Attention(nnx.Module):
         v_SBMKH=jax.lax.dynamic_update_slice(cache.v_SBMKH, v_BMKH[None], at),
       )
       k_BMKH, v_BMKH = cache.k_SBMKH[layer], cache.v_SBMKH[layer]
+      if k_prefix_BM is not None:  # tokens of the cache come before: seen anyway
+        none_BM = jnp.zeros_like(cache.segment_ids_BM)
+        k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, k_prefix_BM, (0, offset))
 
     out_BLNH = attention(
       q_BLNH,
       k_BMKH,
       v_BMKH,
-      q_segment_ids_BL=segment_ids_BL,
+      q_segment_ids_BL=view.segment_ids_BL,
       k_segment_ids_BM=k_segment_ids_BM,
+      k_prefix_BM=k_prefix_BM,
       q_offset=offset,
-      window=self.window,
-      backend=self.backend,
+      causal=self.config.causal,
+      window=window,
+      scale=self.config.attention_scale,
+      softcap=self.config.attention_softcap,
+      backend=self.config.attention,
     )
-    out_TD = project(
-      out_BLNH.reshape(B * L, *out_BLNH.shape[2:]), self.out, "TNH,NHD->TD"
-    )
-    if self.out_bias is not None:
-      out_TD += self.out_bias[...].astype(x_TD.dtype)[None, :]
-    return out_TD, cache
+    out_TNH = out_BLNH.reshape(B * L, *out_BLNH.shape[2:])
+    return add_bias(project(out_TNH, self.out, "TNH,NHD->TD"), self.out_bias), cache
+
+
+def head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:
+  """The RMSNorm of queries or keys: of each head, or of all heads together."""
+  if config.qk_norm == "none":
+    return None
+  if config.qk_norm == "head":
+    return Norm((config.head_dim,), config, ("norm",), rms=True)
+  return Norm((num_heads, config.head_dim), config, ("heads", None), rms=True)

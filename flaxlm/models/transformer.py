@@ -1,25 +1,30 @@
-"""The decoder: GPT-2 or Llama by the fields of its config.
+"""The transformer: GPT, Llama, Gemma, mixtures of experts and BERT by its config.
 
 Activations are flat, (B*L, D), between attentions: every projection is one 2-D matrix
 product, which XLA:CPU runs 1.3 times as fast as the same product with B and L apart.
 Layers are stacked along a leading axis and run by `jax.lax.scan`: compile time does not
-grow with depth.
+grow with depth. What differs between layers (window, rotary base) is scanned beside the
+weights; layers of another build (dense before experts) are a stack of their own.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from flaxlm.models.attention import Attention, KVCache
+from flaxlm.models.attention import Attention, KVCache, View
+from flaxlm.models.heads import Head, make_head
 from flaxlm.models.layers import (
   Mlp,
   TransformerConfig,
+  dropout,
   make_norm,
-  rotary_angles,
   weight,
 )
+from flaxlm.models.moe import MoeMlp, Routing
 from flaxlm.parallel.sharding import constrain
 
 REMAT = {
@@ -28,40 +33,97 @@ REMAT = {
 }
 
 
+class Output(NamedTuple):
+  features: jax.Array  # x_BLD after the last norm
+  cache: KVCache | None
+  routing: Routing | None  # of the layers that have experts
+
+
 class Block(nnx.Module):
-  """Pre-norm attention and MLP, each added to the residual stream."""
+  """Attention and MLP, each added to the residual stream, with norms around them.
 
-  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.attention_norm = make_norm(config)
+  norm_placement: pre, x + f(norm(x)) (GPT-2, Llama); post, x + norm(f(x)) (OLMo 2);
+  both, x + norm(f(norm(x))) (Gemma 2); residual, norm(x + f(x)) (BERT).
+  """
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    rngs: nnx.Rngs,
+    first_norm: bool = True,
+    experts: bool = False,
+  ):
+    place = config.norm_placement
+    around, after = place != "post", place in ("post", "both")
+    self.placement, self.dropout = place, config.dropout
+    self.attention_norm = make_norm(config) if around and first_norm else None
     self.attention = Attention(config, rngs)
-    self.mlp_norm = make_norm(config)
-    self.mlp = Mlp(config, rngs)
+    self.attention_post_norm = make_norm(config) if after else None
+    self.mlp_norm = make_norm(config) if around else None
+    if experts:
+      self.mlp = MoeMlp(config, rngs)
+    else:
+      self.mlp = Mlp(config, rngs, config.mlp_dim)
+    self.mlp_post_norm = make_norm(config) if after else None
 
-  def __call__(self, x_TD, segment_ids_BL, angles, cache, layer):
-    y_TD = self.attention_norm(x_TD)
-    y_TD, cache = self.attention(y_TD, segment_ids_BL, angles, cache, layer)
-    x_TD = constrain(x_TD + y_TD, "batch", None)
-    x_TD = x_TD + self.mlp(self.mlp_norm(x_TD))
-    return constrain(x_TD, "batch", None), cache
+  def __call__(self, x_TD, view: View, window, cache, layer, key):
+    keys = (None, None) if key is None else jax.random.split(key)
+    y_TD = self.before(x_TD, self.attention_norm)
+    y_TD, cache = self.attention(y_TD, view, window, cache, layer)
+    x_TD = self.add(x_TD, y_TD, self.attention_norm, self.attention_post_norm, keys[0])
+    y_TD, routing = self.before(x_TD, self.mlp_norm), None
+    if isinstance(self.mlp, MoeMlp):
+      is_token_T = (view.segment_ids_BL.reshape(-1) > 0).astype(jnp.float32)
+      y_TD, routing = self.mlp(y_TD, is_token_T)
+    else:
+      y_TD = self.mlp(y_TD)
+    x_TD = self.add(x_TD, y_TD, self.mlp_norm, self.mlp_post_norm, keys[1])
+    return x_TD, cache, routing
+
+  def before(self, x_TD, norm):
+    return x_TD if norm is None or self.placement == "residual" else norm(x_TD)
+
+  def add(self, x_TD, y_TD, norm, post_norm, key):
+    y_TD = y_TD if post_norm is None else post_norm(y_TD)
+    x_TD = x_TD + dropout(y_TD, self.dropout, key)
+    if self.placement == "residual":
+      x_TD = norm(x_TD)
+    return constrain(x_TD, "batch", None)
 
 
 class Transformer(nnx.Module):
-  """A decoder-only language model; a pytree, and a pure function of it."""
+  """A language model, decoder or encoder; a pytree, and a pure function of it."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     V, D, S = config.vocab_size, config.embed_dim, config.num_layers
+    first, experts = config.num_first_layers, config.moe.num_experts > 0
     self.config = config
     self.embed = weight(rngs, (V, D), ("vocab", "embed"))
     learned = config.positions == "learned"
     self.positions = (
       weight(rngs, (config.max_len, D), ("position", "embed")) if learned else None
     )
+    types = config.num_segment_types
+    self.segment_types = weight(rngs, (types, D), (None, "embed")) if types else None
+    self.embedding_norm = make_norm(config) if config.embedding_norm else None
     # vmap, not a leading dimension in the shapes: each layer draws its own numbers.
     keys_S = jax.random.split(rngs.params(), S)
-    self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys_S)
-    self.final_norm = make_norm(config)
+
+    def stack(keys_S, first_norm, experts):
+      return jax.vmap(lambda k: Block(config, nnx.Rngs(k), first_norm, experts))(keys_S)
+
+    self.first_blocks = (
+      stack(keys_S[:first], config.first_norm, False) if first else None
+    )
+    self.blocks = stack(keys_S[first:], True, experts) if first < S else None
+    has_norm = config.norm_placement != "residual"
+    self.final_norm = make_norm(config) if has_norm else None
     self.unembed = (
       None if config.tie_embeddings else weight(rngs, (D, V), ("embed", "vocab"))
+    )
+    self.head = make_head(config, rngs)
+    self.pair_head = (
+      Head(config, rngs, 2, True, False, "tanh") if config.pair_head else None
     )
 
   def __call__(
@@ -69,44 +131,89 @@ class Transformer(nnx.Module):
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
     segment_ids_BL: jax.Array,
+    *,
+    token_types_BL: jax.Array | None = None,
+    prefix_BL: jax.Array | None = None,
     cache: KVCache | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
-    """Returns (features x_BLD after the last norm, cache).
+    dropout_key: jax.Array | None = None,
+  ) -> Output:
+    """Returns features, and what came along.
 
-    Tokens see earlier tokens of their own segment. With a cache, the L tokens are
-    appended to it and see what it holds; positions are the caller's to continue.
+    Tokens see tokens of their own segment: earlier ones, if the model is causal, and
+    those of the prefix. With a cache, the L tokens are appended to it and see what it
+    holds; positions are the caller's to continue. Without a `dropout_key` nothing is
+    dropped.
     """
     config = self.config
     B, L = tokens_BL.shape
-    x_BLD = self.embed[...].astype(config.dtype)[tokens_BL]
-    if self.positions is not None:
-      x_BLD += self.positions[...].astype(config.dtype)[positions_BL]
-    angles = None
-    if config.positions == "rope":
-      angles = rotary_angles(positions_BL, config.head_dim, config.rope_theta)
+    x_BLD = self.embed_tokens(tokens_BL, positions_BL, token_types_BL)
+    view = View.of(config, positions_BL, segment_ids_BL, prefix_BL)
     if cache is not None:
       segment_ids_BM = jax.lax.dynamic_update_slice(
         cache.segment_ids_BM, segment_ids_BL, (0, cache.length)
       )
       cache = dataclasses.replace(cache, segment_ids_BM=segment_ids_BM)
-
-    def layer(carry, block_and_number):
-      x_TD, cache = carry
-      block, number = block_and_number
-      return block(x_TD, segment_ids_BL, angles, cache, number), None
-
-    if config.remat != "none":
-      layer = jax.checkpoint(layer, policy=REMAT[config.remat])
     x_TD = constrain(x_BLD.reshape(B * L, -1), "batch", None)
-    (x_TD, cache), _ = jax.lax.scan(
-      layer,
-      (x_TD, cache),
-      (self.blocks, jnp.arange(config.num_layers)),
-      unroll=config.unroll,
-    )
+    x_TD = dropout(x_TD, config.dropout, dropout_key)
+    first = config.num_first_layers
+    routing = None
+    for blocks, layers in (
+      (self.first_blocks, config.layers[:first]),
+      (self.blocks, config.layers[first:]),
+    ):
+      if blocks is not None:
+        x_TD, cache, routing = self.run(blocks, layers, x_TD, view, cache, dropout_key)
     if cache is not None:
       cache = dataclasses.replace(cache, length=cache.length + L)
-    return self.final_norm(x_TD).reshape(B, L, -1), cache
+    if self.final_norm is not None:
+      x_TD = self.final_norm(x_TD)
+    return Output(x_TD.reshape(B, L, -1), cache, routing)
+
+  def embed_tokens(self, tokens_BL, positions_BL, token_types_BL) -> jax.Array:
+    config = self.config
+    x_BLD = self.embed[...].astype(config.dtype)[tokens_BL]
+    if config.scale_embeddings:
+      x_BLD *= jnp.asarray(config.embed_dim**0.5, x_BLD.dtype)
+    if self.positions is not None:
+      x_BLD += self.positions[...].astype(config.dtype)[positions_BL]
+    if self.segment_types is not None:
+      types = self.segment_types[...].astype(config.dtype)
+      if token_types_BL is None:
+        x_BLD += types[0][None, None, :]
+      else:
+        x_BLD += types[token_types_BL]
+    return x_BLD if self.embedding_norm is None else self.embedding_norm(x_BLD)
+
+  def run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
+    """Runs one stack of layers; returns (x_TD, cache, Routing with a leading S)."""
+    windows = self.config.windows
+    same = len(set(windows)) == 1
+    windows_S = np.array([windows[i] for i in layers], np.int32)
+
+    def layer(carry, xs):
+      x_TD, cache = carry
+      block, number, window = xs
+      window = windows[0] if same else window  # a number, where a kernel may want one
+      key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+      x_TD, cache, routing = block(x_TD, view, window, cache, number, key)
+      return (x_TD, cache), routing
+
+    if self.config.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT[self.config.remat])
+    (x_TD, cache), routing = jax.lax.scan(
+      layer,
+      (x_TD, cache),
+      (blocks, jnp.arange(layers.start, layers.stop), windows_S),
+      unroll=min(self.config.unroll, len(layers)),
+    )
+    return x_TD, cache, routing
+
+  def for_vocabulary(self, x: jax.Array) -> jax.Array:
+    """Features as the output matrix wants them: through the mlm head, if any."""
+    return self.head.transform(x) if self.config.head == "mlm" else x
+
+  def vocab_bias(self) -> jax.Array | None:
+    return self.head.vocab_bias[...] if self.config.head == "mlm" else None
 
   def unembedding(self) -> jax.Array:
     """The output matrix, DV, in the type of the activations."""
@@ -115,10 +222,15 @@ class Transformer(nnx.Module):
     return self.unembed[...].astype(self.config.dtype)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """Scores of the next token, float32, BLV."""
-    return jnp.einsum(
-      "BLD,DV->BLV", x_BLD, self.unembedding(), preferred_element_type=jnp.float32
-    )
+    """Scores of the words, float32, BLV."""
+    logits_BLV = jnp.einsum(
+      "BLD,DV->BLV", self.for_vocabulary(x_BLD), self.unembedding(),
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    bias_V, cap = self.vocab_bias(), self.config.logit_softcap
+    if bias_V is not None:
+      logits_BLV += bias_V[None, None, :]
+    return cap * jnp.tanh(logits_BLV / cap) if cap else logits_BLV
 
 
 def describe(model: Transformer) -> list[tuple[str, tuple[int, ...], tuple]]:

@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.training.objectives import token_losses
+from flaxlm.training.objectives import losses
 
 
 def make_eval_step(chunk_size: int) -> Callable:
-  """Returns `step(model, batch)` -> (nats, predicted tokens) of each row, float32 B."""
+  """Returns `step(model, batch)` -> (nats B, predictions made B, labels chosen BR).
+
+  Labels are None where words are predicted.
+  """
 
   def step(model, batch):
-    loss_BL, _, predicted_BL = token_losses(model, batch, 0.0, chunk_size)
-    return jnp.sum(loss_BL, axis=1), jnp.sum(predicted_BL, axis=1)
+    result = losses(model, batch, 0.0, chunk_size)
+    nats_B, predicted_B = jnp.sum(result.nats, axis=1), jnp.sum(result.predicted, 1)
+    return nats_B, predicted_B, result.choices
 
   return step
 
@@ -24,9 +28,10 @@ def evaluate(
   model,
   batches: Iterable[dict[str, jax.Array]],
   eval_step: Callable,
-  bytes_per_token: float,
+  bytes_per_token: float | None,
   should_stop: Callable[[], bool] = lambda: False,
   on_batch: Callable[[], None] = lambda: None,
+  score: Callable[[np.ndarray], dict[str, float]] | None = None,
 ) -> dict[str, float] | None:
   """Returns loss (nats/token), perplexity, bits_per_byte and tokens; None if stopped.
 
@@ -34,27 +39,34 @@ def evaluate(
   does not change the sum.
 
   Args:
-    bytes_per_token: of text, per predicted token of the split.
+    bytes_per_token: of text, per predicted token of the split; None where not all of
+      the text is predicted, so that bits per byte would mean nothing.
     should_stop: asked after every batch.
+    score: turns the labels that were chosen (rows, R) into further numbers.
   """
-  nats, tokens = 0.0, 0.0
+  nats, tokens, choices = 0.0, 0.0, []
   for batch in batches:
-    row_nats, row_tokens = jax.tree.map(gather, eval_step(model, batch))
+    row_nats, row_tokens, chosen = jax.tree.map(gather, eval_step(model, batch))
     nats += float(np.sum(row_nats, dtype=np.float64))
     tokens += float(np.sum(row_tokens, dtype=np.float64))
+    choices.append(chosen)
     on_batch()
     if should_stop():
       return None
-  return summarize(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
+  result = summarize(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
+  if score is not None:
+    del result["perplexity"]  # of words; labels have none
+    result |= score(np.concatenate(choices))
+  return result
 
 
-def summarize(loss: float, tokens: int, bytes_per_token: float) -> dict[str, float]:
-  return {
-    "loss": loss,
-    "perplexity": math.exp(min(loss, 700.0)),
-    "bits_per_byte": loss / math.log(2) / bytes_per_token,
-    "tokens": tokens,
-  }
+def summarize(
+  loss: float, tokens: int, bytes_per_token: float | None
+) -> dict[str, float]:
+  result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+  if bytes_per_token is not None:
+    result["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+  return result | {"tokens": tokens}
 
 
 def gather(x: jax.Array) -> np.ndarray:

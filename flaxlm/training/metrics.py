@@ -59,31 +59,6 @@ def peak_flops(device: jax.Device) -> float | None:
   return PEAK_FLOPS.get(device.device_kind)
 
 
-def flops_per_token(model, seq_len: int) -> float:
-  """Model FLOPs to train on one token: 6 per matrix weight, and attention.
-
-  The output head counts and the embedding's gather does not. Attention counts only the
-  keys that a query may see: half of the square when causal, less with a sliding window.
-  (PaLM, appendix B, and nanoGPT count the full square.) Recomputation under remat does
-  not count.
-
-  Args:
-    model: anything with the fields of `config.model`.
-    seq_len: tokens a row, T.
-  """
-  heads = model.num_heads * model.head_dim
-  kv_heads = model.num_kv_heads * model.head_dim
-  mlp_matrices = 3 if model.mlp == "swiglu" else 2
-  layer = model.embed_dim * (2 * heads + 2 * kv_heads + mlp_matrices * model.mlp_dim)
-  weights = model.num_layers * layer + model.vocab_size * model.embed_dim
-  window = min(model.sliding_window or seq_len, seq_len)
-  # The t-th query sees min(t, window) keys; this is their mean over a row.
-  keys = window - window * (window - 1) / (2 * seq_len)
-  # Scores and values: 2 x 2 FLOPs per key and head channel forward, twice that
-  # backward.
-  return float(6 * weights + 12 * model.num_layers * heads * keys)
-
-
 def short(number: float) -> str:
   """1234567 -> "1.23M"."""
   for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -133,7 +108,7 @@ class MetricsWriter:
 
     Args:
       first_step: finished steps: 0, or the step that was restored.
-      flops_per_token: see the function; with `peak_flops` of a device, both non-zero,
+      flops_per_token: of models/flops.py; with `peak_flops` of a device, both non-zero,
         MFU is shown. Pass a peak only when the model computes in bfloat16.
       stream: where the console lines go; sys.stdout by default.
     """
@@ -200,9 +175,11 @@ class MetricsWriter:
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError as error:
       raise _cannot_write(self._file.name, error) from error
+    # Lists, such as the load of each expert, are for the file alone.
+    numbers = {k: v for k, v in values.items() if not isinstance(v, list)}
     if self._events:
-      self._try_events(lambda: self._write_events(step, values, kind))
-    self._print(self._line(step, values, kind))
+      self._try_events(lambda: self._write_events(step, numbers, kind))
+    self._print(self._line(step, numbers, kind))
 
   def advance(self, step: int) -> None:
     """Moves the bar, if there is one."""
@@ -308,10 +285,12 @@ LINE = (
 
 
 def _plain(value):
-  """A Python int, float or str; a float32 becomes the float of exactly its value."""
+  """A Python int, float, str or list; float32s become floats of their exact value."""
   if isinstance(value, str):
     return value
   array = np.asarray(value)
+  if array.ndim:
+    return [round(x, 6) for x in array.astype(float).tolist()]
   return int(array) if np.issubdtype(array.dtype, np.integer) else float(array)
 
 

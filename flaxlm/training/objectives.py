@@ -1,38 +1,140 @@
 """What the model is asked to predict, as a sum of losses over a batch.
 
 A batch marks the positions to predict: `targets_BL` holds the right token there and -1
-everywhere else. Sums, not means: micro-batches, rows and hosts then add up exactly.
+everywhere else; `labels_BR` does the same for classes. Sums, not means: micro-batches,
+rows and hosts then add up exactly.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flaxlm.kernels.cross_entropy import linear_cross_entropy
+from flaxlm.models.heads import label_scores, pool
+from flaxlm.models.moe import Routing
+from flaxlm.models.transformer import Output
+
+MAX_ANSWER = 30  # tokens of an extracted answer (Devlin et al. 2018 use the same)
 
 
-def token_losses(
-  model, batch: dict[str, jax.Array], z_loss: float, chunk_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns (cross entropy in nats, z-loss, is predicted) by position, float32 BL."""
-  targets_BL = batch["targets"]
-  x_BLD, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-  losses = linear_cross_entropy(
-    x_BLD.reshape(targets_BL.size, -1),
-    model.unembedding(),
-    targets_BL.reshape(-1),
-    z_loss=z_loss,
-    chunk_size=chunk_size,
+class Losses(NamedTuple):
+  nats: jax.Array  # cross entropy where something is predicted, else 0; float32 BR
+  penalty: jax.Array  # z-loss, the same shape
+  predicted: jax.Array  # 1 where something is predicted
+  choices: jax.Array | None  # the likeliest labels, int32 BR; None for tokens
+  pair_nats: jax.Array | None  # of the second task on sentence pairs, B
+  routing: Routing | None  # of the experts
+
+
+def forward(model, batch: dict[str, jax.Array], dropout_key=None) -> Output:
+  return model(
+    batch["tokens"],
+    batch["positions"],
+    batch["segment_ids"],
+    token_types_BL=batch.get("token_types"),
+    prefix_BL=batch.get("prefix"),
+    dropout_key=dropout_key,
   )
-  predicted_BL = (targets_BL >= 0).astype(jnp.float32)
-  loss_BL, penalty_BL = (x.reshape(targets_BL.shape) * predicted_BL for x in losses)
-  return loss_BL, penalty_BL, predicted_BL
 
 
-def summed_loss(model, batch, num_predicted, z_loss, chunk_size):
-  """The part of the mean loss that `batch` contributes: sum of losses / num_predicted.
+def losses(
+  model,
+  batch: dict[str, jax.Array],
+  z_loss: float,
+  chunk_size: int,
+  dropout_key: jax.Array | None = None,
+) -> Losses:
+  """Returns the losses of each position, or label, of a batch."""
+  out = forward(model, batch, dropout_key)
+  pair_nats_B = pair_losses(model, out.features, batch)
+  if model.config.head in ("lm", "mlm"):
+    targets_BL = batch["targets"]
+    nats, penalty = linear_cross_entropy(
+      model.for_vocabulary(out.features).reshape(targets_BL.size, -1),
+      model.unembedding(),
+      targets_BL.reshape(-1),
+      bias_V=model.vocab_bias(),
+      softcap=model.config.logit_softcap,
+      z_loss=z_loss,
+      chunk_size=chunk_size,
+    )
+    nats, penalty = nats.reshape(targets_BL.shape), penalty.reshape(targets_BL.shape)
+    predicted, choices = (targets_BL >= 0).astype(jnp.float32), None
+  else:
+    scores_BRC, labels_BR = label_scores(model, out.features, batch), batch["labels"]
+    predicted = (labels_BR >= 0).astype(jnp.float32)
+    nats = label_losses(scores_BRC, labels_BR)
+    penalty = jnp.zeros_like(nats)
+    if model.config.head == "span":
+      choices = best_spans(scores_BRC)
+    else:
+      choices = jnp.argmax(scores_BRC, axis=-1).astype(jnp.int32)
+  return Losses(
+    nats * predicted, penalty * predicted, predicted, choices, pair_nats_B, out.routing
+  )
 
-  Returns (loss to differentiate, z-loss included; cross entropy alone, in nats).
+
+def label_losses(scores_BRC: jax.Array, labels_BR: jax.Array) -> jax.Array:
+  """Cross entropy of each label, in nats; label -1 counts as class 0."""
+  log_p_BRC = jax.nn.log_softmax(scores_BRC)
+  at_BR1 = jnp.maximum(labels_BR, 0)[:, :, None]
+  return -jnp.take_along_axis(log_p_BRC, at_BR1, axis=2)[:, :, 0]
+
+
+def best_spans(scores_B2L: jax.Array) -> jax.Array:
+  """The likeliest (first, last) token of an answer, B2: in order, not too long."""
+  L = scores_B2L.shape[2]
+  total_BLM = scores_B2L[:, 0, :, None] + scores_B2L[:, 1, None, :]
+  length_LM = jnp.arange(L)[None, :] - jnp.arange(L)[:, None]
+  allowed = (length_LM >= 0) & (length_LM < MAX_ANSWER)
+  best_B = jnp.argmax(
+    jnp.where(allowed[None], total_BLM, -jnp.inf).reshape(-1, L * L), 1
+  )
+  return jnp.stack([best_B // L, best_B % L], axis=1).astype(jnp.int32)
+
+
+def pair_losses(model, x_BLD: jax.Array, batch) -> jax.Array | None:
+  """Cross entropy of "does B follow A", in nats, B; rows with label -1 have 0."""
+  if model.pair_head is None or "pair_labels" not in batch:
+    return None
+  labels_B1 = batch["pair_labels"]
+  x_BD = pool(x_BLD, batch["segment_ids"], "first")
+  scores_BC = model.pair_head.classify(model.pair_head.transform(x_BD))
+  nats_B1 = label_losses(scores_BC[:, None], labels_B1)
+  return jnp.sum(jnp.where(labels_B1 >= 0, nats_B1, 0.0), axis=1)
+
+
+def count_predicted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """How many predictions a batch asks for, to divide sums of losses by; at least 1."""
+  main = "targets" if "targets" in batch else "labels"
+  names = {"main": main, "pairs": "pair_labels"}
+  return {
+    name: jnp.maximum(jnp.sum(batch[key] >= 0), 1).astype(jnp.float32)
+    for name, key in names.items()
+    if key in batch
+  }
+
+
+def summed_loss(model, batch, counts, z_loss, chunk_size, share, dropout_key=None):
+  """The part of the mean loss that `batch` contributes.
+
+  Args:
+    counts: of `count_predicted`, for the whole of the step's batch.
+    share: of this micro-batch in the step, for what is a mean already.
+  Returns:
+    (loss to differentiate: z-loss, pair loss and routing included; metrics: "loss" is
+    cross entropy alone, in nats; all of them add up over micro-batches).
   """
-  loss_BL, penalty_BL, _ = token_losses(model, batch, z_loss, chunk_size)
-  cross_entropy = jnp.sum(loss_BL) / num_predicted
-  return cross_entropy + jnp.sum(penalty_BL) / num_predicted, cross_entropy
+  result = losses(model, batch, z_loss, chunk_size, dropout_key)
+  cross_entropy = jnp.sum(result.nats) / counts["main"]
+  total = cross_entropy + jnp.sum(result.penalty) / counts["main"]
+  metrics = {"loss": cross_entropy}
+  if result.pair_nats is not None:
+    metrics["pair_loss"] = jnp.sum(result.pair_nats) / counts["pairs"]
+    total += metrics["pair_loss"]
+  if result.routing is not None:
+    total += share * jnp.sum(result.routing.loss)
+    metrics["expert_load"] = result.routing.load_E
+    metrics["dropped"] = jnp.sum(result.routing.dropped)
+  return total, metrics

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from flaxlm.models.moe import rebalance
 from flaxlm.models.transformer import Transformer, TransformerConfig
 from flaxlm.parallel.sharding import constrain, sharding_of
 from flaxlm.training.checkpoint import restore_for_inference
-from flaxlm.training.objectives import summed_loss
+from flaxlm.training.objectives import count_predicted, summed_loss
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
     array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     if isinstance(array, optax.MaskedNode):  # no array: another optimizer's weight
       return leaf
-    stacked = "blocks" in name.split("/")
+    stacked = not {"blocks", "first_blocks"}.isdisjoint(name.split("/"))
     if axes is None or len(array.shape) != len(axes) + stacked:
       axes = (None,) * len(array.shape)
     sharding = sharding_of(name, array.shape, axes, mesh, rules)
@@ -80,37 +81,58 @@ def make_train_step(
   chunk_size: int,
   accumulation_steps: int,
   ema_decay: float,
+  seed: int = 0,
+  bias_rate: float = 0.0,
 ) -> Callable:
-  """Returns `step(state, batch) -> (state, metrics)`; compile it with donated state."""
+  """Returns `step(state, batch) -> (state, metrics)`; compile it with donated state.
 
-  def gradients(model, batch):
-    """The mean loss over the batch and its gradient, one micro-batch at a time."""
-    num_predicted = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+  Args:
+    seed: of dropout, whose masks are a function of (seed, step).
+    bias_rate: of experts' balancing bias; 0 = none.
+  """
+
+  def gradients(model, batch, key):
+    """The metrics of the batch and its gradient, one micro-batch at a time."""
+    counts = count_predicted(batch)
+    share = 1 / accumulation_steps
+    if not model.config.dropout:
+      key = None
     compute = jax.value_and_grad(summed_loss, has_aux=True)
     if accumulation_steps == 1:
-      (_, loss), grads = compute(model, batch, num_predicted, z_loss, chunk_size)
-      return loss, grads
+      (_, metrics), grads = compute(
+        model, batch, counts, z_loss, chunk_size, share, key
+      )
+      return metrics, grads
 
     def split(x):
       # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
       x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
       return constrain(x, None, "batch", None)
 
-    def add(total, micro_batch):
-      (_, loss), grads = compute(model, micro_batch, num_predicted, z_loss, chunk_size)
-      return jax.tree.map(jnp.add, total, (loss, grads)), None
+    def of_part(part, number):
+      own = None if key is None else jax.random.fold_in(key, number)
+      (_, metrics), grads = compute(model, part, counts, z_loss, chunk_size, share, own)
+      return metrics, grads
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
-    (loss, grads), _ = jax.lax.scan(add, zero, jax.tree.map(split, batch))
-    return loss, grads
+    def add(total, part_and_number):
+      return jax.tree.map(jnp.add, total, of_part(*part_and_number)), None
+
+    parts = jax.tree.map(split, batch)
+    one = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, one, 0))
+    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation_steps)))
+    return total
 
   def step(state: TrainState, batch):
-    loss, grads = gradients(state.model, batch)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    metrics, grads = gradients(state.model, batch, key)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
+    if bias_rate:
+      model = rebalance(model, metrics["expert_load"], bias_rate)
     # One bad step would stay in Adam's moments for ever: keep the old state instead.
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     old = state.model, state.opt_state
     model, opt_state = choose(finite, (model, opt_state), old)
     ema = state.ema
@@ -120,8 +142,7 @@ def make_train_step(
       )
       ema = choose(finite, average, ema)
     skipped = state.skipped + (~finite).astype(jnp.int32)
-    metrics = {
-      "loss": loss,
+    metrics = summarize_load(metrics) | {
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(state.step - state.skipped),
       "bad": ~finite,
@@ -130,6 +151,22 @@ def make_train_step(
     return TrainState(state.step + 1, skipped, model, opt_state, ema), metrics
 
   return step
+
+
+def summarize_load(metrics: dict) -> dict:
+  """Experts' loads as shares of all (token, expert) pairs, over all layers."""
+  if "expert_load" not in metrics:
+    return metrics
+  load_SE = metrics["expert_load"]
+  share_SE = load_SE / jnp.maximum(jnp.sum(load_SE, axis=1, keepdims=True), 1.0)
+  fair = 1 / load_SE.shape[1]
+  pairs = jnp.sum(load_SE)
+  return metrics | {
+    "expert_load": jnp.mean(share_SE, axis=0),
+    "load_max": jnp.max(share_SE) / fair,  # of the fullest expert of any layer
+    "load_min": jnp.min(share_SE) / fair,
+    "dropped": metrics["dropped"] / jnp.maximum(pairs, 1.0),
+  }
 
 
 def choose(condition: jax.Array, one, other):

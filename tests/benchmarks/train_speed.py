@@ -58,7 +58,8 @@ def gpt2_like(layers, heads, width, length, batch, vocabulary):
   model.embed_dim = width
   model.head_dim = width // heads
   model.mlp_dim = 4 * width
-  model.positions, model.norm, model.mlp = "learned", "layernorm", "gelu"
+  model.positions, model.norm = "learned", "layernorm"
+  model.gated_mlp, model.activation = False, "gelu_tanh"
   return config
 
 

@@ -20,53 +20,65 @@ def inputs(num_kv_heads=N, dtype=jnp.float32):
   return q, k, v
 
 
-def by_hand(q, k, v, causal, window, segments):
+PREFIX = np.array([[1, 1, 1, 0, 0] + [1, 1, 0, 0] + [0] * 3, [1] * 6 + [0] * 6])
+
+
+def sees(i, j, causal=True, window=0, segments=None, prefix=None) -> bool:
+  """Whether a query in slot i sees slot j; `segments` and `prefix` are of one row."""
+  past = not causal or j <= i or (prefix is not None and prefix[j] > 0)
+  near = not window or abs(i - j) < window
+  return past and near and (segments is None or segments[i] == segments[j])
+
+
+def by_hand(q, k, v, scale=H**-0.5, softcap=0.0, segments=None, prefix=None, **mask):
   """The definition in float64 with Python loops: no code shared with the package."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros(q.shape)
   for b, n, i in itertools.product(range(B), range(N), range(L)):
     kv = n // (N // k.shape[2])
-    seen = [
-      j
-      for j in range(L)
-      if (not causal or j <= i)
-      and (not window or i - j < window)
-      and (segments is None or segments[b, i] == segments[b, j])
-    ]
-    scores = k[b, seen, kv] @ q[b, i, n] / np.sqrt(H)
+    rows = {name: x[b] for name, x in (("segments", segments), ("prefix", prefix))
+            if x is not None}  # fmt: skip
+    seen = [j for j in range(L) if sees(i, j, **mask, **rows)]
+    scores = scale * (k[b, seen, kv] @ q[b, i, n])
+    if softcap:
+      scores = softcap * np.tanh(scores / softcap)
     weights = np.exp(scores - scores.max())
     out[b, i, n] = weights / weights.sum() @ v[b, seen, kv]
   return out
 
 
+MASKS = [
+  {"causal": True},
+  {"causal": True, "segments": SEGMENTS},
+  {"causal": True, "window": 4},
+  {"causal": True, "window": 4, "segments": SEGMENTS},
+  {"causal": False},
+  {"causal": False, "segments": SEGMENTS},
+  {"causal": False, "window": 3},
+  {"causal": False, "window": 3, "segments": SEGMENTS},
+  {"causal": True, "segments": SEGMENTS, "prefix": PREFIX},
+  {"causal": True, "softcap": 0.7, "scale": 0.9, "segments": SEGMENTS},
+]
+
+
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(
-  ("causal", "window", "packed"),
-  [
-    (True, 0, False),
-    (True, 0, True),
-    (True, 4, False),
-    (True, 4, True),
-    (False, 0, True),
-  ],
-)
-def test_backend_equals_the_definition(backend, num_kv_heads, causal, window, packed):
-  q, k, v = inputs(num_kv_heads)
-  segments = SEGMENTS if packed else None
-  out = attention(
-    q,
-    k,
-    v,
-    q_segment_ids_BL=segments,
-    k_segment_ids_BM=segments,
-    causal=causal,
-    window=window,
-    backend=backend,
-  )
-  np.testing.assert_allclose(
-    out, by_hand(q, k, v, causal, window, segments), atol=2e-6, rtol=1e-5
-  )
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "-".join(mask))
+def test_backend_equals_the_definition(backend, num_kv_heads, mask):
+  inputs_ = inputs(num_kv_heads)
+  arguments = dict(mask)
+  segments, prefix = arguments.pop("segments", None), arguments.pop("prefix", None)
+  arguments |= {"q_segment_ids_BL": segments, "k_segment_ids_BM": segments}
+  arguments |= {"k_prefix_BM": prefix, "backend": backend}
+  expected = by_hand(*inputs_, **mask)
+  out = attention(*inputs_, **arguments)
+  np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
+  if "window" not in mask:
+    arguments["window"] = 0
+  # The layers of a scan have windows that are not known when it is traced.
+  traced = jax.jit(lambda window: attention(*inputs_, **arguments | {"window": window}))
+  out = traced(jnp.int32(arguments["window"]))
+  np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
@@ -78,24 +90,27 @@ def test_an_offset_continues_a_sequence(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-@pytest.mark.parametrize("window", [0, 3])
-def test_no_query_sees_the_future_or_another_document(backend, window):
+@pytest.mark.parametrize(
+  "mask",
+  [mask for mask in MASKS if "segments" in mask],
+  ids=lambda mask: "-".join(mask),
+)
+def test_no_query_sees_the_future_or_another_document(backend, mask):
   q, k, v = inputs(2)
+  arguments = {name: x for name, x in mask.items() if name != "segments"}
+  prefix = arguments.pop("prefix", None)
+  arguments |= {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
+  rules = {name: mask[name] for name in ("causal", "window") if name in mask}
+  rules["prefix"] = None if prefix is None else prefix[0]
 
   def out_at(k, v, position):
-    segments = {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
-    out = attention(q, k, v, window=window, backend=backend, **segments)
+    out = attention(q, k, v, k_prefix_BM=prefix, backend=backend, **arguments)
     return jnp.sum(out[0, position])
 
   for position in range(L):
     grad_k, grad_v = jax.grad(out_at, (0, 1))(k, v, position)
     touched = np.abs(grad_v[0]).sum((1, 2)) > 0
-    expected = [
-      j <= position
-      and SEGMENTS[0, j] == SEGMENTS[0, position]
-      and (not window or position - j < window)
-      for j in range(L)
-    ]
+    expected = [sees(position, j, segments=SEGMENTS[0], **rules) for j in range(L)]
     np.testing.assert_array_equal(touched, expected)
     assert not np.any(grad_k[0, ~touched]) and not np.any(grad_v[1])
 
@@ -135,7 +150,7 @@ def test_what_a_backend_cannot_do_is_refused():
   with pytest.raises(ValueError, match="not one of"):
     attention(q, k, v, backend="flash")
   with pytest.raises(ValueError, match="causal attention only"):
-    attention(q, k, v, causal=False, window=3)
+    attention(q, k, v, causal=False, k_prefix_BM=PREFIX)
   with pytest.raises(ValueError, match="for neither"):
     attention(q, k, v, q_segment_ids_BL=SEGMENTS)
   with pytest.raises(ValueError, match="do not fit"):

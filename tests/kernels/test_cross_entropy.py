@@ -25,6 +25,16 @@ def test_equals_log_softmax():
   np.testing.assert_allclose(penalty, 0.5 * log_z**2, rtol=1e-5)
 
 
+def test_bias_and_softcap_come_before_the_softmax():
+  x, w, targets = inputs()
+  bias = jnp.linspace(-2, 2, 50)
+  loss, _ = linear_cross_entropy(x, w, targets, bias_V=bias, softcap=3.0)
+  logits = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(bias)
+  logits = 3 * np.tanh(logits / 3)
+  expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(30), np.asarray(targets)]
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 7, 10, 30, 64])
 def test_chunks_change_neither_loss_nor_gradient(chunk_size):
   x, w, targets = inputs()

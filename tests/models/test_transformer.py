@@ -9,22 +9,22 @@ import pytest
 from flax import nnx
 
 from flaxlm import config as configs
-from flaxlm.models.attention import KVCache
+from flaxlm.models.attention import KVCache, View
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe
 
 GPT2 = {
   "positions": "learned",
   "norm": "layernorm",
-  "mlp": "gelu",
+  "gated_mlp": False,
+  "activation": "gelu_tanh",
   "use_bias": True,
   "num_kv_heads": 4,
 }
 LLAMA = {
   "positions": "rope",
   "norm": "rmsnorm",
-  "mlp": "swiglu",
-  "qk_norm": True,
+  "qk_norm": "head",
   "tie_embeddings": False,
   "sliding_window": 5,
 }
@@ -76,7 +76,7 @@ def test_no_position_sees_a_later_one(config):
   def feature(embed, position):
     changed = jax.tree.map(lambda x: x, model)
     changed.embed = nnx.Param(embed, axes=("vocab", "embed"))
-    x_BLD, _ = changed(jnp.arange(24)[None], positions, segments)
+    x_BLD = changed(jnp.arange(24)[None], positions, segments).features
     return jnp.sum(x_BLD[0, position] ** 2)
 
   for position in (0, 7, 23):
@@ -95,7 +95,7 @@ def test_scan_remat_and_a_plain_loop_agree(config, remat, unroll):
   model = make(config)
 
   def loss(model):
-    x_BLD, _ = model(*row(TOKENS))
+    x_BLD = model(*row(TOKENS)).features
     return jnp.sum(jnp.sin(model.logits(x_BLD)))
 
   def by_loop(model):
@@ -105,14 +105,10 @@ def test_scan_remat_and_a_plain_loop_agree(config, remat, unroll):
     x_BLD = model.embed[...][tokens]
     if model.positions is not None:
       x_BLD += model.positions[...][positions]
-    from flaxlm.models.layers import rotary_angles
-
-    angles = rotary_angles(positions, one.head_dim, one.rope_theta)
-    angles = angles if one.positions == "rope" else None
-    x_TD = x_BLD[0]
+    view, x_TD = View.of(one, positions, segments, None), x_BLD[0]
     for number in range(config.num_layers):
       block = jax.tree.map(lambda stacked, n=number: stacked[n], model.blocks)
-      x_TD, _ = block(x_TD, segments, angles, None, number)
+      x_TD, _, _ = block(x_TD, view, one.windows[0], None, number, None)
     return jnp.sum(jnp.sin(model.logits(model.final_norm(x_TD)[None])))
 
   variant = Transformer(
@@ -139,11 +135,11 @@ def test_cached_decoding_equals_the_whole_sequence(config, split):
   model = make(config)
   whole = features(model, *row(TOKENS))
   cache = KVCache.empty(config, 1, 32)
-  run = jax.jit(lambda model, *inputs: model(*inputs))
-  x_BLD, cache = run(model, *row(TOKENS[:split]), cache)
+  run = jax.jit(lambda model, cache, *inputs: model(*inputs, cache=cache)[:2])
+  x_BLD, cache = run(model, cache, *row(TOKENS[:split]))
   np.testing.assert_allclose(x_BLD, whole[:, :split], atol=2e-5)
   for i in range(split, 24):
-    x_BLD, cache = run(model, *row(TOKENS[i : i + 1], start=i), cache)
+    x_BLD, cache = run(model, cache, *row(TOKENS[i : i + 1], start=i))
     np.testing.assert_allclose(x_BLD[:, 0], whole[:, i], atol=2e-5)
   assert int(cache.length) == 24
 

@@ -69,7 +69,7 @@ def test_adamw_is_the_textbook_update(tiny):
   state, step = build(tiny)
   rows = batch(tiny)
   loss = functools.partial(
-    summed_loss, num_predicted=8.0 * 32, z_loss=0.0, chunk_size=0
+    summed_loss, counts={"main": 8.0 * 32}, z_loss=0.0, chunk_size=0, share=1.0
   )
   grads, _ = jax.jit(jax.grad(loss, has_aux=True))(state.model, rows)
   norm = float(optax.tree.norm(grads))
@@ -87,17 +87,17 @@ def test_adamw_is_the_textbook_update(tiny):
     update = m_hat / (np.sqrt(v_hat) + optim.epsilon) + optim.weight_decay * decay * old
     np.testing.assert_allclose(updated, old - rate * update, atol=2e-5)
     seen[decay] += 1
-  assert seen == {True: 9, False: 12}
+  assert seen == {True: 9, False: 13}
 
 
 def test_decay_spares_norms_and_biases_even_when_stacked(tiny):
-  tiny.model.use_bias, tiny.model.norm, tiny.model.qk_norm = True, "layernorm", True
+  tiny.model.use_bias, tiny.model.norm, tiny.model.qk_norm = True, "layernorm", "head"
   state, _ = build(tiny)
   names = jax.tree_util.tree_leaves_with_path(decays(state.model))
   spared = {
     jax.tree_util.keystr(p, simple=True, separator="/") for p, d in names if not d
   }
-  assert all("norm" in name or "bias" in name for name in spared) and len(spared) == 14
+  assert all("norm" in name or "bias" in name for name in spared) and len(spared) == 15
 
 
 def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest(tiny):
@@ -169,8 +169,8 @@ def test_positions_without_a_target_do_not_count(tiny):
   rows = batch(tiny)
   half = dict(rows, targets=rows["targets"].at[:, 16:].set(-1))
   step = jax.jit(make_eval_step(0))
-  nats, tokens = step(state.model, half)
-  full, _ = step(state.model, rows)
+  nats, tokens, _ = step(state.model, half)
+  full, _, _ = step(state.model, rows)
   assert np.all(tokens == 16) and np.all(nats < full)
   nothing = dict(rows, targets=jnp.full_like(rows["targets"], -1))
   _, metrics = train_step(state, nothing)
@@ -183,7 +183,8 @@ def test_evaluation_counts_every_token_once(tiny):
   batches[2]["targets"] = batches[2]["targets"].at[4:].set(-1)
   result = evaluate(state.model, batches, jax.jit(make_eval_step(7)), 2.5)
   assert result["tokens"] == (8 + 8 + 4) * 32
-  loss = jax.jit(lambda model, rows: summed_loss(model, rows, 1.0, 0.0, 0)[1])
+  one = {"main": 1.0}
+  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 0, 1.0)[1]["loss"])
   total = sum(float(loss(state.model, rows)) for rows in batches)
   assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))

@@ -1,0 +1,177 @@
+"""Mixtures of experts: a router sends each token to a few of many small MLPs.
+
+Dropless by default: tokens are sorted by expert and multiplied group by group
+(`jax.lax.ragged_dot`, as MegaBlocks does; Gale et al. 2022), so nothing is lost however
+uneven the load. With `capacity_factor`, each expert takes its fair share times that and
+drops the rest (GShard, Lepikhin et al. 2020): fixed shapes, and tokens lost for them.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxlm.models.layers import (
+  ACTIVATIONS,
+  Mlp,
+  TransformerConfig,
+  bias,
+  project,
+  residual_scale,
+  weight,
+)
+from flaxlm.parallel.sharding import constrain
+
+
+class Routing(NamedTuple):
+  """What the routers of all layers did; leading dimension S after the scan."""
+
+  load_E: jax.Array  # tokens sent to each expert, padding not counted, float32
+  loss: jax.Array  # what balancing and the router's z-loss add to the loss
+  dropped: jax.Array  # (token, expert) pairs without room, float32
+
+
+def route(scores_TE, balance_bias_E, config: TransformerConfig):
+  """Returns (chosen experts TK, their weights TK, probabilities TE), from logits.
+
+  The balancing bias decides who is chosen and is no part of the weights, so it gets no
+  gradient (Wang et al. 2024, arXiv 2408.15664).
+  """
+  moe = config.moe
+  if moe.router == "softmax":
+    probability_TE = jax.nn.softmax(scores_TE)
+  else:
+    probability_TE = jax.nn.sigmoid(scores_TE)
+  ranked_TE = probability_TE
+  if balance_bias_E is not None:
+    ranked_TE = probability_TE + jax.lax.stop_gradient(balance_bias_E)[None, :]
+  _, chosen_TK = jax.lax.top_k(ranked_TE, moe.experts_per_token)
+  weight_TK = jnp.take_along_axis(probability_TE, chosen_TK, axis=1)
+  if moe.renormalize:
+    weight_TK = weight_TK / (jnp.sum(weight_TK, axis=1, keepdims=True) + 1e-20)
+  return chosen_TK, weight_TK * moe.routed_scale, probability_TE
+
+
+def routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, config):
+  """Returns (tokens of each expert E, loss).
+
+  Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e), whose
+  least value, k, is that of equal loads (Switch, Fedus et al. 2021, eq. 4, for top k).
+  z: mean log(Z)^2 of the router (ST-MoE, Zoph et al. 2022, eq. 5).
+  """
+  moe, E = config.moe, config.moe.num_experts
+  sent_TE = jnp.sum(jax.nn.one_hot(chosen_TK, E), axis=1) * is_token_T[:, None]
+  load_E, count = jnp.sum(sent_TE, axis=0), jnp.maximum(jnp.sum(is_token_T), 1.0)
+  loss = jnp.zeros(())
+  if moe.balance == "loss" and moe.aux_loss:
+    # Sigmoids do not add up to 1, and the loss speaks of shares.
+    share_TE = probability_TE / jnp.sum(probability_TE, axis=1, keepdims=True)
+    mean_E = jnp.sum(share_TE * is_token_T[:, None], axis=0) / count
+    loss += moe.aux_loss * E * jnp.sum(load_E / count * mean_E)
+  if moe.z_loss:
+    log_z_T = jax.nn.logsumexp(scores_TE, axis=1)
+    loss += moe.z_loss * jnp.sum(jnp.square(log_z_T) * is_token_T) / count
+  return load_E, loss
+
+
+class MoeMlp(nnx.Module):
+  """In the place of `Mlp`: returns (output TD, Routing of this layer)."""
+
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    moe, D, E = config.moe, config.embed_dim, config.moe.num_experts
+    X = moe.expert_dim or config.mlp_dim
+    into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+    self.config = config
+    self.router = weight(rngs, (D, E), ("embed", None))
+    self.expert_up = weight(rngs, (E, D, X), into)
+    self.expert_gate = weight(rngs, (E, D, X), into) if config.gated_mlp else None
+    self.expert_down = weight(rngs, (E, X, D), out, residual_scale(config))
+    self.balance_bias = bias((E,), (None,)) if moe.balance == "bias" else None
+    self.shared = Mlp(config, rngs, moe.shared_dim) if moe.shared_dim else None
+    self.shared_gate = (
+      weight(rngs, (D, 1), ("embed", None)) if moe.shared_gate else None
+    )
+
+  def __call__(self, x_TD: jax.Array, is_token_T: jax.Array):
+    scores_TE = jnp.einsum(
+      "TD,DE->TE", x_TD, self.router[...].astype(x_TD.dtype),
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    offset_E = None if self.balance_bias is None else self.balance_bias[...]
+    chosen_TK, weight_TK, probability_TE = route(scores_TE, offset_E, self.config)
+    load_E, loss = routing_loss(
+      scores_TE, probability_TE, chosen_TK, is_token_T, self.config
+    )
+    if self.config.moe.capacity_factor:
+      out_TD, dropped = self.with_capacity(x_TD, chosen_TK, weight_TK, is_token_T)
+    else:
+      out_TD, dropped = self.dropless(x_TD, chosen_TK, weight_TK), jnp.zeros(())
+    if self.shared is not None:
+      shared_TD = self.shared(x_TD)
+      if self.shared_gate is not None:
+        gate_TO = project(x_TD, self.shared_gate, "TD,DO->TO")
+        shared_TD *= jax.nn.sigmoid(gate_TO)
+      out_TD += shared_TD
+    return out_TD, Routing(load_E, loss, dropped)
+
+  def experts(self, x, multiply) -> jax.Array:
+    """The MLPs of all experts; `multiply(x, weight)` picks the right one of each."""
+    activate = ACTIVATIONS[self.config.activation]
+    hidden = multiply(x, self.expert_up[...].astype(x.dtype))
+    if self.expert_gate is None:
+      hidden = activate(hidden)
+    else:
+      hidden = activate(multiply(x, self.expert_gate[...].astype(x.dtype))) * hidden
+    return multiply(hidden, self.expert_down[...].astype(x.dtype))
+
+  def dropless(self, x_TD, chosen_TK, weight_TK) -> jax.Array:
+    T, K = chosen_TK.shape
+    expert_P = chosen_TK.reshape(-1)  # P = T*K pairs of token and expert
+    order_P = jnp.argsort(expert_P)
+    sizes_E = jnp.bincount(expert_P, length=self.config.moe.num_experts)
+    out_PD = self.experts(
+      x_TD[order_P // K], lambda x, w: jax.lax.ragged_dot(x, w, sizes_E)
+    )
+    # Back to the order of the tokens by a gather: sums in a fixed order.
+    out_TKD = out_PD[jnp.argsort(order_P)].reshape(T, K, -1)
+    return jnp.einsum("TKD,TK->TD", out_TKD, weight_TK.astype(x_TD.dtype))
+
+  def with_capacity(self, x_TD, chosen_TK, weight_TK, is_token_T):
+    """Returns (output TD, pairs dropped). First choices go before second ones."""
+    (T, K), E = chosen_TK.shape, self.config.moe.num_experts
+    C = min(math.ceil(self.config.moe.capacity_factor * T * K / E), T)
+    expert_KT = chosen_TK.T
+    wanted_KTE = jax.nn.one_hot(expert_KT, E, dtype=jnp.int32)
+    wanted_KTE *= is_token_T.astype(jnp.int32)[None, :, None]  # padding takes no room
+    turn_PE = jnp.cumsum(wanted_KTE.reshape(K * T, E), axis=0) - 1
+    turn_P = jnp.take_along_axis(turn_PE, expert_KT.reshape(-1, 1), axis=1)[:, 0]
+    real_P = jnp.tile(is_token_T > 0, K)
+    kept_P = real_P & (turn_P < C)
+    # The slot after the last takes what is dropped.
+    slot_P = jnp.where(kept_P, expert_KT.reshape(-1) * C + turn_P, E * C)
+    token_P = jnp.tile(jnp.arange(T), K)
+    slots_SD = jnp.zeros((E * C + 1, x_TD.shape[1]), x_TD.dtype)
+    slots_SD = slots_SD.at[slot_P].set(x_TD[token_P])
+    x_ECD = constrain(slots_SD[:-1].reshape(E, C, -1), "expert", None, None)
+    out_ECD = self.experts(x_ECD, lambda x, w: jnp.einsum("ECI,EIO->ECO", x, w))
+    out_SD = jnp.pad(out_ECD.reshape(E * C, -1), ((0, 1), (0, 0)))
+    out_KTD = out_SD[slot_P].reshape(K, T, -1)
+    dropped = jnp.sum((real_P & ~kept_P).astype(jnp.float32))
+    return jnp.einsum("KTD,TK->TD", out_KTD, weight_TK.astype(x_TD.dtype)), dropped
+
+
+def rebalance(model, load_SE: jax.Array, rate: float):
+  """Returns the model with its balancing biases moved one step against the loads.
+
+  b += rate * sign(mean load - load), after each step and without a gradient (Wang et
+  al. 2024, algorithm 1).
+  """
+  change_SE = rate * jnp.sign(jnp.mean(load_SE, axis=1, keepdims=True) - load_SE)
+
+  def move(path, leaf):
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return leaf + change_SE if "balance_bias" in names else leaf
+
+  return jax.tree_util.tree_map_with_path(move, model)

@@ -1,0 +1,243 @@
+"""Mixtures of experts: nothing is lost, loads even out, devices do not matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flaxlm.data.batches import SyntheticBatches
+from flaxlm.models.layers import ACTIVATIONS, TransformerConfig
+from flaxlm.models.moe import MoeMlp, rebalance, route
+from flaxlm.parallel import hosts
+from flaxlm.parallel.mesh import make_mesh
+from flaxlm.parallel.sharding import spec, use_mesh
+from flaxlm.training.optim import make_optimizer
+from flaxlm.training.state import (
+  init_state,
+  make_train_step,
+  shardings_of,
+  with_shardings,
+)
+
+T, E = 40, 6
+
+
+@pytest.fixture
+def config(tiny):
+  tiny.model.moe.num_experts = E
+  tiny.model.moe.expert_dim = 48
+  return tiny
+
+
+def layer(config, **moe):
+  for name, value in moe.items():
+    config.model.moe[name] = value
+  model_config = TransformerConfig(**config.model)
+  mlp = MoeMlp(model_config, nnx.Rngs(0))
+  # A router as it is after training: far from uniform.
+  mlp.router[...] = jax.random.normal(jax.random.key(1), mlp.router[...].shape)
+  x_TD = jax.random.normal(jax.random.key(2), (T, model_config.embed_dim))
+  return mlp, x_TD, jnp.ones(T)
+
+
+def every_expert(mlp, x_TD):
+  """The dense reference: each expert computes each token; the chosen ones are added."""
+  moe = mlp.config.moe
+  scores_TE = np.asarray(x_TD @ mlp.router[...], np.float64)
+  if moe.router == "softmax":
+    weight_TE = np.exp(scores_TE) / np.exp(scores_TE).sum(1, keepdims=True)
+  else:
+    weight_TE = 1 / (1 + np.exp(-scores_TE))
+  out_TD = np.zeros(x_TD.shape)
+  for t in range(T):
+    chosen = np.argsort(-weight_TE[t], kind="stable")[: moe.experts_per_token]
+    total = weight_TE[t, chosen].sum() if moe.renormalize else 1.0
+    for e in chosen:
+      up, down = mlp.expert_up[...][e], mlp.expert_down[...][e]
+      gate = ACTIVATIONS["silu"](x_TD[t] @ mlp.expert_gate[...][e])
+      expert_D = (gate * (x_TD[t] @ up)) @ down
+      out_TD[t] += moe.routed_scale * weight_TE[t, e] / total * np.asarray(expert_D)
+  return out_TD
+
+
+@pytest.mark.parametrize(
+  "moe",
+  [
+    {"renormalize": True},
+    {"renormalize": False, "routed_scale": 2.5},
+    {"router": "sigmoid", "experts_per_token": 3},
+  ],
+)
+@pytest.mark.parametrize("capacity_factor", [0.0, float(E)], ids=["dropless", "room"])
+def test_equals_a_dense_reference(config, moe, capacity_factor):
+  mlp, x_TD, is_token_T = layer(config, capacity_factor=capacity_factor, **moe)
+  out_TD, routing = jax.jit(lambda m, x: m(x, is_token_T))(mlp, x_TD)
+  np.testing.assert_allclose(out_TD, every_expert(mlp, x_TD), atol=2e-6)
+  assert routing.load_E.sum() == T * mlp.config.moe.experts_per_token
+  assert routing.load_E.max() > 1.5 * routing.load_E.min(), (
+    "the test needs uneven loads"
+  )
+  assert routing.dropped == 0
+
+
+def test_gradients_equal_those_of_the_dense_reference(config):
+  mlp, x_TD, is_token_T = layer(config)
+
+  def dense(mlp, x_TD):
+    scores_TE = jnp.einsum("TD,DE->TE", x_TD, mlp.router[...])
+    chosen_TK, weight_TK, _ = route(scores_TE, None, mlp.config)
+    one_hot_TKE = jax.nn.one_hot(chosen_TK, E)
+    weight_TE = jnp.einsum("TKE,TK->TE", one_hot_TKE, weight_TK)
+    hidden = jnp.einsum("TD,EDX->TEX", x_TD, mlp.expert_up[...])
+    gate = jnp.einsum("TD,EDX->TEX", x_TD, mlp.expert_gate[...])
+    out = jnp.einsum("TEX,EXD->TED", jax.nn.silu(gate) * hidden, mlp.expert_down[...])
+    return jnp.einsum("TED,TE->TD", out, weight_TE)
+
+  def total(forward):
+    return lambda mlp, x_TD: jnp.sum(jnp.sin(3 * forward(mlp, x_TD)))
+
+  sparse = total(lambda mlp, x_TD: mlp(x_TD, is_token_T)[0])
+  expected = jax.jit(jax.grad(total(dense), (0, 1)))(mlp, x_TD)
+  got = jax.jit(jax.grad(sparse, (0, 1)))(mlp, x_TD)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), got, expected
+  )
+
+
+def test_without_room_the_last_and_second_choices_go(config):
+  mlp, x_TD, is_token_T = layer(config, capacity_factor=0.5, experts_per_token=1)
+  out_TD, routing = mlp(x_TD, is_token_T)
+  room = int(np.ceil(0.5 * T / E))
+  scores_TE = x_TD @ mlp.router[...]
+  chosen_T, expected = np.argmax(scores_TE, 1), every_expert(mlp, x_TD)
+  seen, dropped = np.zeros(E, int), 0
+  for t, e in enumerate(chosen_T):
+    if seen[e] >= room:
+      dropped, expected[t] = dropped + 1, 0
+    seen[e] += 1
+  np.testing.assert_allclose(out_TD, expected, atol=2e-6)
+  assert routing.dropped == dropped > 0
+
+
+def test_padding_is_not_counted_and_takes_no_room(config):
+  mlp, x_TD, _ = layer(config, capacity_factor=0.5, experts_per_token=1)
+  is_token_T = jnp.where(jnp.arange(T) < T // 2, 0.0, 1.0)
+  out_TD, routing = mlp(x_TD, is_token_T)
+  assert routing.load_E.sum() == T // 2
+  alone_TD, alone = mlp(x_TD[T // 2 :], jnp.ones(T // 2))
+  np.testing.assert_array_equal(routing.load_E, alone.load_E)
+  np.testing.assert_allclose(routing.loss, alone.loss, rtol=1e-6)
+  served = np.abs(alone_TD).sum(1) > 0
+  np.testing.assert_allclose(out_TD[T // 2 :][served], alone_TD[served], atol=2e-6)
+
+
+def test_losses_of_the_router(config):
+  mlp, x_TD, is_token_T = layer(config, aux_loss=0.25, z_loss=0.5)
+  _, routing = mlp(x_TD, is_token_T)
+  scores_TE = np.asarray(x_TD @ mlp.router[...], np.float64)
+  p_TE = np.exp(scores_TE) / np.exp(scores_TE).sum(1, keepdims=True)
+  balance = E * np.sum(np.asarray(routing.load_E) / T * p_TE.mean(0))
+  z = np.mean(np.log(np.exp(scores_TE).sum(1)) ** 2)
+  assert float(routing.loss) == pytest.approx(0.25 * balance + 0.5 * z, rel=1e-5)
+  even = layer(config, aux_loss=1.0, z_loss=0.0)[0]
+  even.router[...] = jnp.zeros_like(even.router[...])
+  assert float(even(x_TD, is_token_T)[1].loss) == pytest.approx(2.0)  # k, its least
+
+
+def test_the_bias_moves_choices_and_no_gradient(config):
+  mlp, x_TD, is_token_T = layer(config, balance="bias")
+  mlp_at = jax.jit(lambda mlp: mlp(x_TD, is_token_T)[1])
+  before = mlp_at(mlp)
+  assert before.loss == 0
+  grads = jax.grad(lambda m: jnp.sum(m(x_TD, is_token_T)[0] ** 2))(mlp)
+  assert not np.any(grads.balance_bias[...]) and np.any(grads.router[...])
+  loads = []
+  for _ in range(300):
+    routing = mlp_at(mlp)
+    loads.append(routing.load_E)
+    stacked = jax.tree.map(lambda x: x[None], mlp)
+    mlp = jax.tree.map(lambda x: x[0], rebalance(stacked, routing.load_E[None], 0.004))
+  # Single steps swing around it: few tokens, each worth a fortieth of the load.
+  after_E = np.mean(loads[150:], axis=0)
+  assert np.ptp(after_E) < 0.2 * np.ptp(before.load_E)
+
+
+def words(config, step) -> dict[str, np.ndarray]:
+  """Random tokens of which few are frequent, as in text: left alone, experts starve."""
+  data = config.data
+  batch = SyntheticBatches(data.seq_len, data.batch_size, 0, 64)[step]
+  for name in ("tokens", "targets"):
+    batch[name] = (64 * (batch[name] / 64) ** 2).astype(np.int32)
+  return batch
+
+
+def run(config, mesh, steps, skew=1.0):
+  """Trains on `mesh`; returns (losses, last metrics). `skew` magnifies the router."""
+  rules, model_config = config.mesh.rules.to_dict(), TransformerConfig(**config.model)
+  tx, rate = make_optimizer(config.num_steps, **config.optim)
+  batches = [words(config, step) for step in range(2)]
+  moe = config.model.moe
+  bias_rate = moe.bias_rate if moe.balance == "bias" else 0.0
+  with use_mesh(mesh, rules):
+
+    def init(key):
+      state = init_state(key, model_config, tx, 0.0)
+      state.model.blocks.mlp.router[...] *= skew
+      return state
+
+    target = with_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, rules)
+    state = jax.jit(init, out_shardings=shardings_of(target))(jax.random.key(0))
+    step = make_train_step(tx, rate, bias_rate=bias_rate, **config.step)
+    step = jax.jit(step, out_shardings=(shardings_of(target), None))
+    sharding = jax.sharding.NamedSharding(mesh, spec(("batch",), rules))
+    losses = []
+    for i in range(steps):
+      rows = hosts.to_global(batches[i % 2], 0, config.data.batch_size, sharding)
+      state, metrics = step(state, rows)
+      losses.append(float(metrics["loss"]))
+  return losses, metrics
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 2.0])
+@pytest.mark.parametrize("split", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(config, one_device, split, capacity_factor):
+  config.model.moe.capacity_factor = capacity_factor
+  config.model.moe.first_dense_layers = 1
+  config.model.moe.shared_dim = 16
+  config.step.accumulation_steps = 1
+  expected, _ = run(config, one_device, 3)
+  got, metrics = run(config, make_mesh(*split), 3)
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  assert metrics["expert_load"].shape == (E,)
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_a_toy_learns_with_balanced_experts(config, one_device, balance):
+  config.model.moe.balance = balance
+  config.model.moe.bias_rate = 0.02
+  config.optim.peak_learning_rate = 1e-2
+  config.num_steps = 100
+  config.step.accumulation_steps = 2
+  losses, metrics = run(config, one_device, 100, skew=8.0)
+  assert losses[-1] < losses[0] - 1
+  assert metrics["load_max"] < 1.42 and metrics["load_min"] > 0.5
+  assert sum(metrics["expert_load"]) == pytest.approx(1)
+  config.model.moe.balance = "none"
+  _, uneven = run(config, one_device, 100, skew=8.0)
+  assert uneven["load_max"] > metrics["load_max"] + 0.08
+
+
+def test_dense_layers_come_first(config):
+  config.model.moe.first_dense_layers = 1
+  from flaxlm.models.transformer import Transformer, describe
+
+  model_config = TransformerConfig(**config.model)
+  shapes = {
+    path: shape for path, shape, _ in describe(Transformer(model_config, nnx.Rngs(0)))
+  }
+  assert shapes["first_blocks/mlp/up"] == (1, 32, 64)
+  assert shapes["blocks/mlp/expert_up"] == (1, E, 32, 48)
+  assert dataclasses.replace(model_config, num_layers=3).num_first_layers == 1
