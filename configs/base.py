@@ -68,7 +68,8 @@ def data_knobs() -> ConfigDict:
 
 def tokenizer_knobs() -> ConfigDict:
   tokenizer = ConfigDict()
-  tokenizer.path = ""  # a SentencePiece .model to use; "" trains one
+  # A SentencePiece .model, a tokenizer.json, vocab.json or vocab.txt; "" trains one.
+  tokenizer.path = ""
   tokenizer.kind = "bpe"  # bpe | unigram | char
   tokenizer.vocab_size = 4096  # pieces, special tokens included
   tokenizer.byte_fallback = True  # spell unknown characters in bytes: lossless
@@ -180,13 +181,21 @@ def task_knobs() -> ConfigDict:
   task = ConfigDict()
   task.kind = "none"  # none | classify | tag | qa | choice | chat: labelled examples
   task.path = ""  # csv, tsv or jsonl by glob, or a TFDS name (glue/sst2)
-  task.validation_path = ""  # the same; "" holds out data.validation_fraction
+  task.validation_path = ""  # the same; "" holds out data.validation_fraction by hash
+  task.format = "auto"  # auto (by the name) | csv | tsv | jsonl | squad | conll | tfds
+  task.columns = ()  # names of the columns of a file without a header
   task.split = "train"  # TFDS splits
-  task.validation_split = "validation"
-  task.text = "text"  # columns
-  task.text_pair = ""
-  task.label = "label"
+  task.validation_split = ""
+  # Columns. text: "" = text (classify) tokens (tag) question (qa) query (choice)
+  # messages (chat). label: "" = label, tags, answers, gold.
+  task.text = ""
+  task.text_pair = ""  # "" = none (classify), context (qa)
+  task.label = ""
+  task.choices = ()  # the column that lists the options, or one each; () = choices
   task.labels = ()  # names of the classes, in order; () = all that occur, sorted
+  task.doc_stride = 128  # tokens between windows of a long context (qa)
+  task.pack = True  # several conversations a row (chat)
+  task.chat_template = ""  # a Jinja2 file; "" = the tokenizer's, or ChatML
   return task
 
 

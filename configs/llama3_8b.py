@@ -14,7 +14,7 @@ def get_config():
   config = base.get_config()
   config.num_steps = 500_000
   config.tokenizer.vocab_size = 128_256
-  config.data.store = "data/c4"
+  config.data.store = "data/c4_llama3"
   config.data.sources = base.sources(
     main=base.source("tfds", "c4/en", validation_split="validation")
   )
@@ -35,7 +35,7 @@ def get_config():
 
   config.optim.peak_learning_rate = 3e-4
   config.optim.warmup_steps = 2000
-  config.step.chunk_size = 8192
+  config.step.chunk_size = 262_144
   config.mesh.data = 1
   config.mesh.fsdp = 256
   return config

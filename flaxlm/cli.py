@@ -6,14 +6,10 @@ No JAX here: `--help` and a refused config answer before anything slow is import
 import argparse
 import contextlib
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
-
-from flaxlm import config as configs
 from flaxlm import errors
 
 
@@ -37,17 +33,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
       known = " ".join(s for a in parser._actions for s in a.option_strings)
       raise errors.ConfigError(text, "an unknown argument", known, prefix + "KEY=VALUE")
   return args, [text.removeprefix(prefix) for text in rest]
-
-
-def load_run(workdir: str, overrides: list[str] = ()) -> ConfigDict:
-  """The config that the run in `workdir` stored, with overrides applied."""
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.is_file():
-    raise errors.MissingInputError(
-      f"--workdir={workdir} holds no run\n  given:  {path.absolute()} (missing)\n"
-      "  needed: a directory that `python -m flaxlm.train --workdir=...` wrote"
-    )
-  return configs.from_json(path.read_text(), overrides)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -39,6 +39,7 @@ CHOICES = {
   "model.remat": ("none", "full", "dots"),
   "optim.name": ("adamw", "lion", "adafactor", "muon"),
   "optim.schedule": ("cosine", "linear", "wsd", "constant"),
+  "task.format": ("auto", "csv", "tsv", "jsonl", "squad", "conll", "tfds"),
   "data.loader": ("tfdata", "numpy", "synthetic"),
   "data.split": ("hash", "tail"),
   "data.sources.*.kind": ("stdlib", "text", "jsonl", "parquet", "tfds"),
@@ -68,6 +69,7 @@ AT_LEAST_ONE = (
   "data.shard_tokens",
   "tokenizer.vocab_size",
   "tokenizer.train_bytes",
+  "task.doc_stride",
   "checkpoint.every",
   "checkpoint.keep_last",
   "log.every",
@@ -113,14 +115,19 @@ def flatten(config: ConfigDict) -> dict[str, object]:
 
 
 def load(path: str, overrides: list[str] = ()) -> ConfigDict:
-  """Runs `get_config()` of the file at `path`, applies `key=value` texts, checks."""
+  """Runs `get_config()` of the file at `path`, applies `key=value` texts, checks.
+
+  The config.json of a run will do as well: to change a few knobs of what was done.
+  """
   file = pathlib.Path(path)
   if not file.is_file():
     near = sorted(str(f) for f in file.parent.glob("*.py") if f.stem != "__init__")
     raise MissingInputError(
       f"--config={path} does not exist\n  given:  {file.absolute()}\n"
-      f"  needed: a Python file with get_config(), such as {' '.join(near[:6])}"
+      f"  needed: a file with get_config(), or of a run, as {' '.join(near[:6])}"
     )
+  if file.suffix == ".json":
+    return from_json(file.read_text(), overrides)
   spec = importlib.util.spec_from_file_location("flaxlm_run_config", file)
   module = importlib.util.module_from_spec(spec)
   try:
@@ -358,9 +365,32 @@ def prediction_relations(config: ConfigDict):
   has_path = task.kind == "none" or task.path != ""
   needed = "labelled examples: csv, tsv, jsonl, or a TFDS name"
   yield has_path, "task.path", needed, "train.csv"
+  needed = "False: a causal model has read nothing where an option begins"
+  yield asked != "choice" or not model.causal, "model.causal", needed, "False"
+  yield from objective_relations(config, asked, pairs)
   frozen = config.lora.rank == 0 or config.init_from != ""
   needed = "the run whose weights config.lora.rank adds to"
   yield frozen, "init_from", needed, "runs/base"
+
+
+def objective_relations(config: ConfigDict, asked: str, pairs: bool):
+  """What the knobs of `config.objective` need, where they are used."""
+  objective, model, length = config.objective, config.model, config.data.seq_len
+  given = asked not in ("masked", "span") or objective.mask_rate > 0
+  yield given, "objective.mask_rate", f"above 0 for kind={asked}", "0.15"
+  yield objective.mean_span >= 1, "objective.mean_span", "1 token or more", "3.0"
+  yield not pairs or length >= 16, "data.seq_len", "room for two sentences", "128"
+  types = not pairs or model.num_segment_types >= 2
+  needed = f"2, for config.objective.pairs={objective.pairs}"
+  yield types, "model.num_segment_types", needed, "2"
+  if asked != "span":
+    return
+  some = objective.mask_rate < 1
+  needed = "below 1: some of the text must be given"
+  yield some, "objective.mask_rate", needed, "0.15"
+  spans = math.ceil(length * objective.mask_rate / objective.mean_span) + 2
+  needed = f"at least {spans}: one for each span of a row, and the end"
+  yield objective.num_sentinels >= spans, "objective.num_sentinels", needed, f"{spans}"
 
 
 def check_value(name: str, key: str, value: object) -> None:
@@ -416,3 +446,14 @@ def from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
       raise unknown_key(key, known)
     set_value(config, key, tuple(value) if isinstance(known[key], tuple) else value)
   return override(config, overrides)
+
+
+def load_run(workdir: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDict:
+  """The config that the run in `workdir` stored, with overrides applied."""
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise MissingInputError(
+      f"--workdir={workdir} holds no run\n  given:  {path.absolute()} (missing)\n"
+      "  needed: a directory that `python -m flaxlm.train --workdir=...` wrote"
+    )
+  return from_json(path.read_text(), overrides)

@@ -11,6 +11,7 @@ import json
 import pathlib
 
 from flaxlm import cli
+from flaxlm import config as configs
 from flaxlm.errors import DataError
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   args, overrides = cli.parse(parser, argv)
-  config = cli.load_run(args.workdir, overrides)
+  config = configs.load_run(args.workdir, overrides)
   # JAX is imported only now: --help and a wrong key have been answered.
   from flaxlm.parallel import hosts
 
@@ -29,51 +30,80 @@ def main(argv: list[str] | None = None) -> None:
   if args.json:
     print(json.dumps(result))
     return
-  print(
-    f"step {result['step']}: loss {result['loss']:.4f} nats/token, "
-    f"perplexity {result['perplexity']:.2f}, on {result['tokens']:,} tokens\n"
-    f"bits per byte {result['bits_per_byte']:.4f} "
-    f"(word frequencies alone: {result['unigram_bits_per_byte']:.4f})"
-  )
+  print(describe(result))
+
+
+def describe(result: dict) -> str:
+  """The numbers in two lines: the loss, and what it is worth."""
+  unit = "nats/token" if "perplexity" in result else "nats/label"
+  line = f"step {result['step']}: loss {result['loss']:.4f} {unit}, "
+  if "perplexity" in result:
+    line += f"perplexity {result['perplexity']:.2f}, "
+  line += f"on {result['tokens']:,} of them\n"
+  if "bits_per_byte" in result:
+    line += (
+      f"bits per byte {result['bits_per_byte']:.4f} "
+      f"(word frequencies alone: {result['unigram_bits_per_byte']:.4f})"
+    )
+  elif "unigram_loss" in result:
+    line += f"word frequencies alone: {result['unigram_loss']:.4f} nats/token"
+  else:
+    known = ("step", "loss", "tokens", "perplexity")
+    scores = {name: value for name, value in result.items() if name not in known}
+    line += "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+  return line.rstrip()
 
 
 def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, float]:
   """Returns the metrics of one checkpoint on config.data.store."""
   import jax
 
+  from flaxlm import weights
   from flaxlm.data import baseline
   from flaxlm.data.feed import Feed
+  from flaxlm.data.tokenizer_files import find_tokenizer
+  from flaxlm.loop import scorer
   from flaxlm.parallel.mesh import make_mesh
   from flaxlm.parallel.sharding import use_mesh
   from flaxlm.training.evaluation import evaluate, make_eval_step
-  from flaxlm.training.state import restore_model
 
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   rules = config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
-    feed = Feed(config, mesh, rules)
+    tokenizer, template = find_tokenizer(workdir) or "", workdir / "chat_template.jinja"
+    if template.exists():
+      config.task.chat_template = str(template)
+    feed = Feed(config, mesh, rules, tokenizer, training=False)
     if feed.validation is None:
       raise DataError(
         "there is no held-out text to evaluate on\n"
         f"  given:  {config.data.store} (loader {config.data.loader})\n"
         "  needed: a store prepared with config.data.validation_fraction above 0"
       )
-    model, meta = restore_model(workdir / "checkpoints", config, mesh, rules, step)
+    model, meta = weights.restore_model(workdir, config, mesh, rules, step)
     if meta["tokenizer_sha256"] != feed.tokenizer_sha256:
       raise DataError(
         "the token store was made with another tokenizer than the model's\n"
         f"  given:  {config.data.store}, {feed.tokenizer_sha256[:12]}\n"
         f"  needed: {meta['tokenizer_sha256'][:12]}\n"
-        f"  try:    prepare it with --config.tokenizer.path={workdir}/tokenizer.model"
+        f"  try:    prepare it with --config.tokenizer.path={tokenizer}"
       )
     result = evaluate(
       model,
       feed.read_validation(),
       jax.jit(make_eval_step(config.step.chunk_size)),
-      baseline.bytes_per_token(feed.validation),
+      feed.bytes_per_token(),
+      score=scorer(feed),
     )
-  unigram = baseline.unigram_bits_per_byte(feed.train, feed.validation)
-  return {"step": meta["step"], **result, "unigram_bits_per_byte": unigram}
+  result = {"step": meta["step"], **result}
+  if feed.examples is not None:
+    return result
+  if "bits_per_byte" in result:
+    unigram = baseline.unigram_bits_per_byte(feed.train, feed.validation)
+    return result | {"unigram_bits_per_byte": unigram}
+  batches = feed.num_eval_batches
+  unigram = baseline.unigram_nats(feed.train, feed.validation, batches)
+  return result | {"unigram_loss": unigram}
 
 
 if __name__ == "__main__":

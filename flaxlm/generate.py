@@ -9,6 +9,7 @@ together. Without --prompt the model begins a document of its own.
 import pathlib
 
 from flaxlm import cli
+from flaxlm import config as configs
 from flaxlm.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
   for name in ("num_samples", "max_tokens"):
     if getattr(args, name) < 1:
       raise ConfigError(f"--{name}", getattr(args, name), "a whole number from 1 up")
-  config = cli.load_run(args.workdir, overrides)
+  config = configs.load_run(args.workdir, overrides)
   from flaxlm.parallel import hosts
 
   hosts.keep_freed_memory()
@@ -39,13 +40,14 @@ def write(config, args) -> None:
   import jax
   import numpy as np
 
-  from flaxlm.data.tokenizer import Decoder, Tokenizer
+  from flaxlm import weights
+  from flaxlm.data.tokenizer import Decoder
+  from flaxlm.data.tokenizer_files import load_tokenizer
   from flaxlm.inference.decoding import Sampling, generate
-  from flaxlm.training.state import restore_model
 
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   workdir = pathlib.Path(args.workdir)
-  tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+  tokenizer = load_tokenizer(workdir)
   prompts = [text for text in args.prompt or [""] for _ in range(args.num_samples)]
   begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
   ids = [begin + tokenizer.encode(text) for text in prompts]
@@ -56,8 +58,8 @@ def write(config, args) -> None:
   mesh = jax.sharding.Mesh(
     np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
   )
-  model, _ = restore_model(
-    workdir / "checkpoints", config, mesh, config.mesh.rules.to_dict(), args.step
+  model, _ = weights.restore_model(
+    workdir, config, mesh, config.mesh.rules.to_dict(), args.step
   )
   # Ids that stand for text, and the end of it; the embedding may have rows to spare.
   allowed = np.zeros(config.model.vocab_size, bool)

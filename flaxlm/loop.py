@@ -6,6 +6,7 @@ could fail.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -14,24 +15,28 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxlm import config as configs
-from flaxlm.data import baseline
+from flaxlm import weights
 from flaxlm.data.feed import Feed
 from flaxlm.data.store import write_atomically
+from flaxlm.data.tokenizer_files import file_name
 from flaxlm.errors import DataError, Preempted
 from flaxlm.models.flops import flops_per_token
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel import hosts
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.sharding import use_mesh
+from flaxlm.training import lora
 from flaxlm.training import metrics as reports
 from flaxlm.training.checkpoint import Checkpointer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.guards import BadSteps, RunLock, StopSignal, Watchdog
 from flaxlm.training.optim import make_optimizer
+from flaxlm.training.scores import score
 from flaxlm.training.state import (
   init_state,
   make_train_step,
@@ -51,14 +56,11 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   hosts.join(config.mesh.multihost)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   rules = config.mesh.rules.to_dict()
-  feed = Feed(config, mesh, rules)
+  feed = Feed(config, mesh, rules, weights.tokenizer_path(config))
+  if feed.examples:  # kept with the run, so that classes keep their numbers
+    config.task.labels = feed.examples.label_names
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
-  init = functools.partial(
-    init_state,
-    model_config=TransformerConfig(**config.model),
-    tx=tx,
-    ema_decay=config.step.ema_decay,
-  )
+  init = make_init(config, tx)
   with contextlib.ExitStack() as stack:
     stack.enter_context(use_mesh(mesh, rules))
     if jax.process_index() == 0:
@@ -70,8 +72,12 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     key = jax.random.key(config.seed)
     target = with_shardings(jax.eval_shape(init, key), mesh, rules)
     state = restore(checkpoints, target, feed, config)
-    if state is None:
+    fresh = state is None
+    if fresh:
       state = jax.jit(init, out_shardings=shardings_of(target))(key)
+    base = None
+    if config.init_from and (fresh or config.lora.rank):
+      state, base = start_from(config, state, target, feed, mesh, fresh)
     first_step = int(state.step)
     store_run(workdir, config, feed)
     summarize(config, workdir, target, feed, mesh, first_step, allocator)
@@ -83,25 +89,30 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
+    assemble = weights.assembler(config)
     train_step = jax.jit(
-      make_train_step(tx, learning_rate, **config.step),
+      make_train_step(
+        tx, learning_rate, **config.step, seed=config.seed,
+        bias_rate=balancing_rate(config.model.moe), assemble=assemble,
+      ),
       donate_argnums=0,
       out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
-    )
+    )  # fmt: skip
     eval_step = jax.jit(make_eval_step(config.step.chunk_size))
     progress = stack.enter_context(Progress(config, workdir, first_step))
     profiler = stack.enter_context(Profiler(config.log, workdir))
+    evaluated = jax.jit(assemble)
     assess = functools.partial(
       evaluate_and_log, feed, eval_step, progress, stop, watchdog
     )
     if owed:
-      assess(first_step, state)
+      assess(first_step, evaluated(state.eval_model, base))
 
     say("compiling the training step ...")
     batches = progress.waiting_for(feed.read_train(first_step))
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
-      state, metrics = train_step(state, batch)
+      state, metrics = train_step(state, batch, base)
       progress.add(step, metrics)
       checkpoints.poll()
       watchdog.beat()
@@ -110,7 +121,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
         progress.flush()
         checkpoints.save(step, state, describe(config, feed, step))
       if not stopping and evaluation_is_due(config, feed, step):
-        stopping = not assess(step, state)
+        stopping = not assess(step, evaluated(state.eval_model, base))
         if stopping:  # a signal came during evaluation
           checkpoints.save(step, state, describe(config, feed, step))
       if stopping:
@@ -122,21 +133,34 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   say(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
 
 
-def evaluate_and_log(feed, eval_step, progress, stop, watchdog, step, state) -> bool:
-  """Evaluates the state after `step`; False if a signal came before it was done."""
+def evaluate_and_log(feed, eval_step, progress, stop, watchdog, step, model) -> bool:
+  """Evaluates the model after `step`; False if a signal came before it was done."""
   with progress.paused(step):
-    bytes_per_token = baseline.bytes_per_token(feed.validation)
     result = evaluate(
-      state.eval_model,
+      model,
       feed.read_validation(),
       eval_step,
-      bytes_per_token,
+      feed.bytes_per_token(),
       stop.should_stop,
       watchdog.beat,
+      scorer(feed),
     )
   if result is not None:
     progress.writer.log(step, result, kind="eval")
   return result is not None
+
+
+def scorer(feed: Feed):
+  """What turns predicted labels into metrics, or None where words are predicted."""
+  if feed.examples is None or feed.examples.kind == "chat":
+    return None
+  examples = feed.validation.examples
+
+  def score_all(chosen, scores):
+    predictions, references = examples.scored(chosen, scores)
+    return score(examples.kind, predictions, references, examples.label_names)
+
+  return score_all
 
 
 def evaluation_is_due(config, feed: Feed, step: int) -> bool:
@@ -160,6 +184,50 @@ def describe(config, feed: Feed, step: int) -> dict:
     "tokenizer_sha256": feed.tokenizer_sha256,
     "config": json.loads(configs.to_json(config)),
   }
+
+
+def make_init(config, tx):
+  """The function that makes the state of a new run from a random key."""
+  adapt = {}
+  if config.lora.rank:
+    adapt["adapt"] = functools.partial(lora.init, **config.lora, seed=config.seed)
+  return functools.partial(
+    init_state,
+    model_config=TransformerConfig(**config.model),
+    tx=tx,
+    ema_decay=config.step.ema_decay,
+    **adapt,
+  )
+
+
+def balancing_rate(moe) -> float:
+  return moe.bias_rate if moe.num_experts and moe.balance == "bias" else 0.0
+
+
+def start_from(config, state, target, feed: Feed, mesh, fresh: bool):
+  """Puts the weights of config.init_from into a fresh state: (state, frozen base)."""
+  rules = config.mesh.rules.to_dict()
+  model, meta = weights.initial_model(config, mesh, rules)
+  hashes = {meta["tokenizer_sha256"], feed.tokenizer_sha256} - {""}
+  if len(hashes) > 1:
+    raise DataError(
+      "the data was made with another tokenizer than the model's\n"
+      f"  given:  {feed.tokenizer_sha256[:12]}\n"
+      f"  needed: {meta['tokenizer_sha256'][:12]}, of {config.init_from}\n"
+      f"  try:    --config.tokenizer.path={config.init_from} when you prepare the data"
+    )
+  for what in ("new", "left"):
+    if meta[what] and fresh:
+      words = {"new": "initialised, not in", "left": "not needed from"}[what]
+      say(f"{words} {config.init_from}: {' '.join(meta[what])}")
+  base = None
+  if config.lora.rank:
+    base, adapt = model, functools.partial(lora.init, **config.lora, seed=config.seed)
+    model = jax.jit(adapt, out_shardings=shardings_of(target.model))(base)
+  if not fresh:
+    return state, base
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
+  return dataclasses.replace(state, model=model, ema=ema), base
 
 
 def restore(checkpoints: Checkpointer, target, feed: Feed, config):
@@ -186,8 +254,11 @@ def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
   """Keeps the config and the tokenizer with the run: later doors need nothing else."""
   if jax.process_index() == 0:
     write_atomically(workdir / "config.json", configs.to_json(config).encode())
-    if feed.store:
-      write_atomically(workdir / "tokenizer.model", feed.store.tokenizer)
+    if feed.chat_template:
+      template = feed.chat_template.source.encode()
+      write_atomically(workdir / "chat_template.jinja", template)
+    if feed.tokenizer:
+      write_atomically(workdir / file_name(feed.tokenizer), feed.tokenizer)
 
 
 def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) -> None:
@@ -195,17 +266,15 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
   if jax.process_index():
     return
   model, data = config.model, config.data
-  text, epochs = "synthetic tokens", None
-  if feed.store:
-    tokens = sum(stream.num_tokens for stream in feed.train.streams.values())
-    text = f"{data.store}: {' + '.join(data.sources)}, {tokens:,} training tokens"
-    epochs = config.num_steps * data.batch_size / sum(feed.train.rows_per_source)
-  embedding = [target.model.embed, target.model.positions, target.model.unembed]
-  total, embedded = count(target.model), count(embedding)
+  text, epochs = feed.describe()
+  whole = weights.abstract_model(config)
+  tables = (whole.embed, whole.positions, whole.segment_types, whole.unembed)
+  total, embedded = count(whole), count(tables)
+  trained = f"; trained: {count(target.model):,} weights" if config.lora.rank else ""
   reports.print_summary(
     model=f"{model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
-    f"{model.norm}, {model.activation}, {model.dtype}",
+    f"{model.norm}, {model.activation}, {model.dtype}{trained}",
     parameters={"layers": total - embedded, "embeddings": embedded},
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,

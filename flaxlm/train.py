@@ -1,6 +1,7 @@
 """Train a model from a prepared token store.
 
   python -m flaxlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m flaxlm.train --config=configs/gpt3_175b.py --describe
 
 The same command continues a run that was stopped or killed; without --config it uses
 the config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input,
@@ -12,6 +13,7 @@ import pathlib
 
 from flaxlm import cli
 from flaxlm import config as configs
+from flaxlm.errors import ConfigError
 from flaxlm.training.guards import StopSignal
 
 
@@ -20,12 +22,23 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--config", help="a config file; default: the one stored in --workdir"
   )
-  parser.add_argument("--workdir", required=True, help="directory of the run")
+  parser.add_argument("--workdir", help="directory of the run")
+  parser.add_argument(
+    "--describe", action="store_true", help="print the table of weights and stop"
+  )
   args, overrides = cli.parse(parser, argv)
+  if not args.workdir and not (args.describe and args.config):
+    needed = "a directory, new or of a run (with --describe: or --config)"
+    raise ConfigError("--workdir", "nothing", needed, "runs/a")
   if args.config:
     config = configs.load(args.config, overrides)
   else:
-    config = cli.load_run(args.workdir, overrides)
+    config = configs.load_run(args.workdir, overrides)
+  if args.describe:
+    from flaxlm.describe import table
+
+    print(table(config))
+    return
   with StopSignal() as stop:  # from here on a signal is never lost
     from flaxlm.loop import train  # JAX and its friends take seconds to import
 

@@ -37,6 +37,16 @@ def corpora() -> pathlib.Path:
 
 @pytest.fixture
 def tiny():
+  return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+  """For fixtures that live longer than a test."""
+  return tiny_config
+
+
+def tiny_config():
   """A config whose model compiles in a second: 2 layers, grouped-query attention."""
   config = base.get_config()
   config.num_steps = 20

@@ -1,12 +1,14 @@
 """Token store → batches. Batch t is a function of (seed, t) alone, however many hosts.
 
 The position of a run in its data is therefore one integer, and resuming is exact and
-instant. A row is `seq_len` consecutive tokens of the store; a permutation that needs no
-memory orders the rows of each epoch. tf.data or threads only read ahead, in order.
+instant. A row is made of consecutive tokens of the store, `seq_len` of them or as many
+as leave room for what the objective adds; a permutation that needs no memory orders the
+rows of each epoch. tf.data or threads only read ahead, in order.
 
-A batch holds int32 arrays BL: tokens; targets (the next token, -1 where none is
-predicted); segment_ids (documents of a row count from 1, 0 is padding); positions
-(from 0 in each segment).
+A batch holds int32 arrays BL: tokens; targets (the right token where one is predicted,
+else -1); segment_ids (documents of a row count from 1, 0 is padding); positions (from 0
+in each segment). Some objectives add prefix or token_types BL and pair_labels B1
+(flaxlm/data/masking.py).
 """
 
 import collections
@@ -16,11 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from flaxlm.data import masking
+from flaxlm.data.masking import CAUSAL, Objective, Vocabulary
 from flaxlm.data.store import TokenStream
 from flaxlm.errors import ConfigError, DataError
 
 MIXTURE_BLOCK = 1024  # rows in which every source has exactly its share
+TRIES = 8  # rows that are looked at for a text of another document
 _PHI = 0x9E3779B97F4A7C15
+# Parts of `derive_key` that no number of a source reaches.
+_MIXTURE, _MASKING, _EVALUATION = 2**32, 2**32 + 1, 2**32 + 2
 
 
 def mix(value: np.ndarray, key: int) -> np.ndarray:
@@ -58,6 +65,12 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
   return value.astype(np.int64)
 
 
+def row_generators(numbers: np.ndarray, key: int) -> list[np.random.Generator]:
+  """A source of random numbers for each row, told by its number and `key` alone."""
+  keys = mix(numbers, key).tolist()
+  return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
+
+
 def shares(weights: list[float]) -> np.ndarray:
   """How many of MIXTURE_BLOCK rows each weight gets: exact in sum, one at least."""
   exact = np.array(weights) / sum(weights) * MIXTURE_BLOCK
@@ -74,7 +87,13 @@ class Batches:
   """`batches[t]` is batch t of training; `first_row` and `num_rows` cut out one host's.
 
   With `in_order`, batch t holds rows t*B.. of the sources one after another, each once,
-  and the last batch is filled with padding: that is how models are evaluated.
+  and the last batch is filled with padding: that is how models are evaluated. What is
+  masked in a row is then always the same, whatever the seed, step and batch size.
+
+  Every token is in one row of each epoch; predicted are those that the objective asks
+  for. Only pairs pass tokens over: a row then takes one of its documents, the longer
+  the likelier, so that over the epochs all are seen. `vocabulary` (None for causal) is
+  what `masking.make_vocabulary` returns.
   """
 
   streams: dict[str, TokenStream]
@@ -87,8 +106,11 @@ class Batches:
   in_order: bool = False
   first_row: int = 0
   num_rows: int = 0
+  objective: Objective = CAUSAL
+  vocabulary: Vocabulary | None = None
 
   def __post_init__(self):
+    assert self.vocabulary is not None or self.objective.kind == "causal"
     self.num_rows = self.num_rows or self.batch_size
     self._streams = list(self.streams.values())
     for name, stream in self.streams.items():
@@ -98,20 +120,43 @@ class Batches:
           f"  given:  {stream.num_tokens}\n  needed: 2 or more in this split\n"
           "  try:    more text, or a larger config.data.validation_fraction"
         )
-    # The last token of a stream is only ever a target.
+      if self.objective.pairs == "nsp" and stream.num_documents < 2:
+        raise DataError(
+          f"source '{name}' has no second document to draw sentences from\n"
+          f"  given:  config.objective.pairs=nsp, {stream.num_documents} document\n"
+          "  needed: 2 or more in this split\n  try:    --config.objective.pairs=sop"
+        )
+    self.strides = [
+      masking.stride(
+        self.objective,
+        self.vocabulary,
+        self.seq_len,
+        stream.num_tokens / max(stream.num_documents, 1),
+      )
+      for stream in self._streams
+    ]
+    # The last token of a stream is only ever a target, of the next-token kind.
+    last = 1 if self.objective.kind in ("causal", "prefix") else 0
     self.rows_per_source = [
-      -(-(s.num_tokens - 1) // self.seq_len) for s in self._streams
+      -(-(stream.num_tokens - last) // stride)
+      for stream, stride in zip(self._streams, self.strides, strict=True)
     ]
     self._shares = shares(self.weights)
+    parts = (_EVALUATION,) if self.in_order else (self.seed, _MASKING)
+    self._masking_key = derive_key(*parts)
 
   def __len__(self) -> int:
     """Batches that hold every row once."""
     return -(-sum(self.rows_per_source) // self.batch_size)
 
+  def _numbers(self, step: int) -> np.ndarray:
+    """The numbers of this host's rows of batch `step`, among all that are ever read."""
+    first = step * self.batch_size + self.first_row
+    return np.arange(first, first + self.num_rows)
+
   def rows(self, step: int) -> list[tuple[int, int]]:
     """The (source, row of it) that this host reads for batch `step`; -1 is padding."""
-    first = step * self.batch_size + self.first_row
-    number = np.arange(first, first + self.num_rows)
+    number = self._numbers(step)
     if self.in_order:
       ends = np.cumsum(self.rows_per_source)
       source = np.searchsorted(ends, number, side="right")
@@ -134,7 +179,7 @@ class Batches:
     for block in np.unique(number // MIXTURE_BLOCK):
       here = number // MIXTURE_BLOCK == block
       place = number[here] % MIXTURE_BLOCK
-      key = derive_key(self.seed, 2**32, int(block))
+      key = derive_key(self.seed, _MIXTURE, int(block))
       slots = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, key)
       chosen = np.searchsorted(np.cumsum(self._shares), slots, side="right")
       source[here] = chosen[place]
@@ -144,6 +189,81 @@ class Batches:
     return source, count
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    if self.objective.kind == "causal":
+      return self._causal(step)
+    rows = []
+    generators = row_generators(self._numbers(step), self._masking_key)
+    for (source, row), generator in zip(self.rows(step), generators, strict=True):
+      if source < 0:
+        rows.append({})
+      elif self.objective.pairs != "none":
+        rows.append(self._pair(source, row, generator))
+      else:
+        documents, following = self._documents(source, row)
+        rows.append(
+          masking.make_row(
+            self.objective,
+            self.vocabulary,
+            self.seq_len,
+            documents,
+            following,
+            generator,
+          )
+        )
+    return masking.stack(rows, self.objective, self.seq_len, self.pad_id)
+
+  def _documents(self, source: int, row: int) -> tuple[list[np.ndarray], int]:
+    """What lies in a row of each document, int32; what follows in the last one, or -1.
+
+    A row that is cut in the middle of a document ends, or begins, with a piece of it.
+    """
+    stream, size = self._streams[source], self.strides[source]
+    start = row * size
+    stop = min(start + size + 1, stream.num_tokens)
+    ids = stream.read(start, stop).astype(np.int32)
+    self._check_ids(ids, source, start)
+    starts = stream.document_starts(start, stop) - start
+    goes_on = len(ids) > size and size not in starts
+    inside = starts[(starts > 0) & (starts < size)]
+    return np.split(ids[:size], inside), int(ids[size]) if goes_on else -1
+
+  def _pair(self, source: int, row: int, generator) -> dict[str, np.ndarray]:
+    text, start = self._draw_text(source, row, generator)
+
+    def elsewhere():
+      for _ in range(TRIES):
+        other_row = int(generator.integers(self.rows_per_source[source]))
+        other, other_start = self._draw_text(source, other_row, generator)
+        if len(other) and self._are_apart(source, start, other_start):
+          return other
+      return None
+
+    return masking.make_pair_row(
+      self.objective, self.vocabulary, text, elsewhere, generator
+    )
+
+  def _draw_text(self, source: int, row: int, generator) -> tuple[np.ndarray, int]:
+    """The text of one document in a row, and where in the stream that piece begins."""
+    documents, _ = self._documents(source, row)
+    ends = np.cumsum([len(document) for document in documents])
+    number = np.searchsorted(ends, generator.integers(ends[-1]), side="right")
+    document = documents[number]
+    text = document[self.vocabulary.is_text[document]]
+    start = row * self.strides[source] + int(ends[number]) - len(document)
+    return text, start
+
+  def _are_apart(self, source: int, a: int, b: int) -> bool:
+    """Whether positions `a` and `b` of a source lie in different documents."""
+    a, b = min(a, b), max(a, b)
+    reach = self.seq_len  # doubled, so that few starts are listed of the many between
+    while a < b:
+      stop = min(a + reach, b)
+      if len(self._streams[source].document_starts(a + 1, stop + 1)):
+        return True
+      a, reach = stop, 2 * reach
+    return False
+
+  def _causal(self, step: int) -> dict[str, np.ndarray]:
     shape = (self.num_rows, self.seq_len)
     tokens = np.full(shape, max(self.pad_id, 0), np.int32)
     targets = np.full(shape, -1, np.int32)
@@ -188,7 +308,10 @@ class Batches:
 
 @dataclasses.dataclass
 class SyntheticBatches:
-  """Random tokens, a function of (seed, step): for benchmarks, with no store at all."""
+  """Random tokens, a function of (seed, step): for benchmarks, with no store at all.
+
+  Other objectives than causal need a `vocabulary` (`masking.synthetic_vocabulary`).
+  """
 
   seq_len: int
   batch_size: int
@@ -196,8 +319,12 @@ class SyntheticBatches:
   vocab_size: int
   first_row: int = 0
   num_rows: int = 0
+  objective: Objective = CAUSAL
+  vocabulary: Vocabulary | None = None
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    if self.objective.kind != "causal":
+      return self._make(step)
     shape = (self.batch_size, self.seq_len + 1)
     generator = np.random.Generator(np.random.Philox(derive_key(self.seed, step)))
     ids = generator.integers(0, self.vocab_size, shape, np.int32)
@@ -210,14 +337,37 @@ class SyntheticBatches:
       "positions": np.broadcast_to(row, ids[:, 1:].shape),
     }
 
+  def _make(self, step: int) -> dict[str, np.ndarray]:
+    """Each row is one document without bos and eos."""
+    objective, vocabulary = self.objective, self.vocabulary
+    size = masking.stride(objective, vocabulary, self.seq_len, self.seq_len)
+    first = step * self.batch_size + self.first_row
+    numbers = np.arange(first, first + (self.num_rows or self.batch_size))
+    rows = []
+    for generator in row_generators(numbers, derive_key(self.seed, _MASKING)):
+
+      def draw(generator=generator):
+        ids = vocabulary.text_ids
+        return ids[generator.integers(0, len(ids), size)]
+
+      if objective.pairs != "none":
+        row = masking.make_pair_row(objective, vocabulary, draw(), draw, generator)
+      else:
+        row = masking.make_row(
+          objective, vocabulary, self.seq_len, [draw()], -1, generator
+        )
+      rows.append(row)
+    return masking.stack(rows, objective, self.seq_len, 0)
+
 
 def read_ahead(
   batches, steps: range, loader: str, num_threads: int, prefetch: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches[t] for t in `steps`, several prepared at once, in order.
 
-  loader "tfdata" uses tf.data; "numpy" uses threads and needs no TensorFlow. Both yield
-  the same bits.
+  A batch is any dict of int32 arrays, with "tokens" among them and the same keys each
+  time. loader "tfdata" uses tf.data; "numpy" uses threads and needs no TensorFlow. Both
+  yield the same bits.
   """
   if loader == "tfdata":
     return _read_with_tfdata(batches, steps, num_threads, prefetch)
@@ -250,8 +400,10 @@ def _read_with_tfdata(batches, steps, num_threads, prefetch):
       "tensorflow-cpu installed, or a loader without it",
       "numpy (the same batches)",
     ) from error
-  names = ("tokens", "targets", "segment_ids", "positions")
-  errors = []
+  if not len(steps):
+    return
+  first = batches[steps.start]  # says which arrays there are
+  names, errors = list(first), []
 
   def read(step):
     try:
@@ -262,15 +414,17 @@ def _read_with_tfdata(batches, steps, num_threads, prefetch):
     return [batch[name] for name in names]
 
   def load(step):
-    arrays = tf.numpy_function(read, [step], [tf.int32] * 4, stateful=False)
+    types = [tf.int32] * len(names)
+    arrays = tf.numpy_function(read, [step], types, stateful=False)
     return dict(zip(names, arrays, strict=True))
 
-  dataset = tf.data.Dataset.range(steps.start, steps.stop)
+  dataset = tf.data.Dataset.range(steps.start + 1, steps.stop)
   dataset = dataset.map(load, num_parallel_calls=num_threads, deterministic=True)
   options = tf.data.Options()
   options.autotune.enabled = False
   options.threading.private_threadpool_size = num_threads
   dataset = dataset.prefetch(prefetch).with_options(options)
+  yield first
   for batch in dataset.as_numpy_iterator():
     if not batch["tokens"].size:
       raise errors[0]

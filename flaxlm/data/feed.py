@@ -1,12 +1,20 @@
-"""From `config.data` to arrays on the devices: a run's batches, ready to compute on."""
+"""From a config to arrays on the devices: a run's batches, ready to compute on.
 
+A run reads rows of a token store, labelled examples (config.task), or random tokens.
+"""
+
+import os
 from collections.abc import Iterator
 
 import jax
 from jax.sharding import NamedSharding
 
+from flaxlm.data import baseline, masking
 from flaxlm.data.batches import Batches, SyntheticBatches, read_ahead
+from flaxlm.data.chat import open_template
+from flaxlm.data.examples import ExampleBatches, load_examples
 from flaxlm.data.store import Store
+from flaxlm.data.tokenizer_files import load_tokenizer
 from flaxlm.errors import ConfigError
 from flaxlm.parallel import hosts
 from flaxlm.parallel.sharding import spec
@@ -20,7 +28,20 @@ class Feed:
     MissingInputError, DataError: the token store is not there, or is damaged.
   """
 
-  def __init__(self, config, mesh: jax.sharding.Mesh, rules: dict):
+  def __init__(
+    self,
+    config,
+    mesh: jax.sharding.Mesh,
+    rules: dict,
+    tokenizer_path: str | os.PathLike = "",
+    training: bool = True,
+  ):
+    """Opens what config.data and config.task name.
+
+    Args:
+      tokenizer_path: of the run, for labelled examples; a store has its own.
+      training: False opens labelled examples for validation alone.
+    """
     self.config = config
     data, vocab_size = config.data, config.model.vocab_size
     self.sharding = NamedSharding(mesh, spec(("batch",), rules))
@@ -33,29 +54,47 @@ class Feed:
         f"{-(-data.batch_size // ways) * ways}",
       )
     self.first_row, stop = hosts.local_rows(self.sharding, data.batch_size)
-    part = {"first_row": self.first_row, "num_rows": stop - self.first_row}
-    self.store, self.validation = None, None
-    self.fingerprint, self.tokenizer_sha256 = "synthetic", ""
-    if data.loader == "synthetic":
+    self.part = {"first_row": self.first_row, "num_rows": stop - self.first_row}
+    self.store = self.validation = self.examples = self.chat_template = None
+    self.fingerprint, self.tokenizer, self.tokenizer_sha256 = "synthetic", b"", ""
+    self.objective = masking.Objective(**config.objective)
+    if config.task.kind != "none":
+      self._open_examples(tokenizer_path, training)
+    elif data.loader == "synthetic":
+      vocabulary = None
+      if self.objective != masking.CAUSAL:
+        vocabulary = masking.synthetic_vocabulary(self.objective, vocab_size)
       self.train = SyntheticBatches(
-        data.seq_len, data.batch_size, config.seed, vocab_size, **part
-      )
-      return
-    self.store = Store(data.store)
-    self.fingerprint = self.store.fingerprint
-    self.tokenizer_sha256 = self.store.tokenizer_sha256
-    if self.store.vocab_size > vocab_size:
-      needed = self.store.vocab_size
+        data.seq_len, data.batch_size, config.seed, vocab_size, **self.part,
+        objective=self.objective, vocabulary=vocabulary,
+      )  # fmt: skip
+    else:
+      self._open_store()
+
+  def _open_store(self) -> None:
+    self.store = store = Store(self.config.data.store)
+    self.fingerprint = store.fingerprint
+    self.tokenizer, self.tokenizer_sha256 = store.tokenizer, store.tokenizer_sha256
+    self._check_vocabulary(store.vocab_size, f"the tokenizer in {store.path}")
+    self.vocabulary = None
+    if self.objective.kind != "causal":
+      special, controls = masking.special_ids(store)
+      self.vocabulary = masking.make_vocabulary(
+        self.objective, self.config.model.vocab_size, store.vocab_size,
+        special, controls, store.continues_word,
+      )  # fmt: skip
+    self.train, self.validation = self._rows("train"), self._rows("validation")
+
+  def _check_vocabulary(self, needed: int, of: str) -> None:
+    if needed > self.config.model.vocab_size:
       raise ConfigError(
         "config.model.vocab_size",
-        vocab_size,
-        f"at least the {needed} of the tokenizer in {data.store}",
+        self.config.model.vocab_size,
+        f"at least the {needed} of {of}",
         f"{-(-needed // 64) * 64}",
       )
-    self.train = self._open("train", part)
-    self.validation = self._open("validation", part)
 
-  def _open(self, split: str, part: dict) -> Batches | None:
+  def _rows(self, split: str) -> Batches | None:
     """Validation is read in order, each row once; None if there is no such text."""
     data, in_order = self.config.data, split == "validation"
     streams = {name: self.store.stream(name, split) for name in data.sources}
@@ -72,8 +111,76 @@ class Feed:
       self.config.model.vocab_size,
       self.store.pad_id,
       in_order,
-      **part,
+      **self.part,
+      objective=self.objective,
+      vocabulary=self.vocabulary,
     )
+
+  def _open_examples(self, tokenizer_path, training: bool) -> None:
+    config, data = self.config, self.config.data
+    if not tokenizer_path:
+      raise ConfigError(
+        "config.tokenizer.path", "''", "the tokenizer of the model that is fine-tuned",
+        "config.init_from=RUN, which brings its own",
+      )  # fmt: skip
+    tokenizer = load_tokenizer(tokenizer_path)
+    self.tokenizer, self.tokenizer_sha256 = tokenizer.model, tokenizer.sha256
+    self._check_vocabulary(tokenizer.vocab_size, f"the tokenizer {tokenizer_path}")
+    if config.task.kind == "chat":
+      self.chat_template = open_template(config.task.chat_template, tokenizer)
+    splits = load_examples(
+      config.task,
+      tokenizer,
+      data.seq_len,
+      causal=config.model.causal,
+      validation_fraction=data.validation_fraction,
+      num_threads=data.num_threads,
+      chat_template=self.chat_template,
+      training=training,
+    )
+    self.examples = splits[0] or splits[1]
+    self.fingerprint = self.examples.fingerprint
+    labels = len(self.examples.label_names)
+    if config.task.kind in ("classify", "tag") and labels != config.model.num_labels:
+      raise ConfigError(
+        "config.model.num_labels",
+        config.model.num_labels,
+        f"{labels}, the classes of config.task.path={config.task.path}",
+        f"{labels}",
+      )
+    pad_id = max(tokenizer.pad_id, 0)
+    self.train, self.validation = (
+      examples
+      and ExampleBatches(
+        examples, data.seq_len, data.batch_size, config.seed,
+        config.model.vocab_size, pad_id, in_order, **self.part,
+      )
+      for examples, in_order in zip(splits, (False, True), strict=True)
+    )  # fmt: skip
+
+  def describe(self) -> tuple[str, float | None]:
+    """What is trained on in words, and the passes over it that the run makes."""
+    config, data = self.config, self.config.data
+    rows = config.num_steps * data.batch_size
+    if self.examples is not None:
+      count = len(self.examples)
+      text = f"{config.task.path}: {count:,} rows to {config.task.kind}"
+      if names := self.examples.label_names:
+        text += f", {len(names)} classes"
+      for problem, times in self.examples.problems.items():
+        text += f"; {times:,} {problem}"
+      return text, rows / count
+    if self.store is None:
+      return "synthetic tokens", None
+    tokens = sum(stream.num_tokens for stream in self.train.streams.values())
+    text = f"{data.store}: {' + '.join(data.sources)}, {tokens:,} training tokens"
+    return text, rows / sum(self.train.rows_per_source)
+
+  def bytes_per_token(self) -> float | None:
+    """Of the validation text; None where not all of it is predicted."""
+    if self.examples is not None:
+      return None
+    return baseline.bytes_per_token(self.validation)
 
   @property
   def num_eval_batches(self) -> int:

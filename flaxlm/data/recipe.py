@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from flaxlm import errors
 from flaxlm.data.sources import Corpus
-from flaxlm.data.tokenizer import Tokenizer
+from flaxlm.data.tokenizer_files import load_tokenizer
 
 # The knobs that decide what is in a store; weights do not.
 SOURCE_KEYS = (
@@ -28,7 +28,7 @@ def make_recipe(config: ConfigDict, corpora: dict[str, Corpus]) -> dict:
   """Everything that decides the bytes of the store, as JSON gives it back."""
   data, tokenizer = config.data, config.tokenizer
   if tokenizer.path:
-    recipe = {"sha256": Tokenizer.load(tokenizer.path).sha256}
+    recipe = {"sha256": load_tokenizer(tokenizer.path).sha256}
   else:
     recipe = {key: tokenizer[key] for key in TOKENIZER_KEYS}
   recipe = {

@@ -23,6 +23,7 @@ from flaxlm.data import remote
 FORMAT = 1
 BLOCK = 65536  # bytes of ids that share a checksum
 SPLITS = ("train", "validation")
+WORDS = "words.u1"  # a byte an id: 1 if it continues a word
 
 
 class Store:
@@ -42,24 +43,38 @@ class Store:
         "  try:    python -m flaxlm.prepare --config=CONFIG.py  (the config you train)"
       )
     self.manifest = read_manifest(root / "manifest.json")
-    tokenizer = self.manifest["tokenizer"]
+    # Stores of before do not name the file, nor the tokens that encoders need.
+    tokenizer = {"file": "tokenizer.model", "words_sha256": ""}
+    tokenizer |= {"unk_id": -1, "mask_id": -1, "cls_id": -1, "sep_id": -1}
+    tokenizer |= {"special_tokens": {}}
+    tokenizer |= self.manifest["tokenizer"]
+    self._tokenizer_file: str = tokenizer["file"]
+    self._words_sha256: str = tokenizer["words_sha256"]
     self.fingerprint: str = self.manifest["fingerprint"]
     self.tokenizer_sha256: str = tokenizer["sha256"]
     self.vocab_size: int = tokenizer["vocab_size"]
     self.pad_id: int = tokenizer["pad_id"]
     self.bos_id: int = tokenizer["bos_id"]
     self.eos_id: int = tokenizer["eos_id"]
+    self.unk_id: int = tokenizer["unk_id"]
+    self.mask_id: int = tokenizer["mask_id"]
+    self.cls_id: int = tokenizer["cls_id"]
+    self.sep_id: int = tokenizer["sep_id"]
+    self.special_tokens: dict[str, int] = tokenizer["special_tokens"]
     if is_remote:
       self._cache = remote.cache() / self.fingerprint
 
   @property
   def tokenizer(self) -> bytes:
-    """The SentencePiece model that the ids belong to."""
-    path = self._local("tokenizer.model", self.tokenizer_sha256)
-    model = path.read_bytes()
-    if hashlib.sha256(model).hexdigest() != self.tokenizer_sha256:
-      raise broken(path, "its sha256 is not the one in manifest.json")
-    return model
+    """The bytes of the tokenizer that the ids belong to."""
+    return self._read(self._tokenizer_file, self.tokenizer_sha256)
+
+  @property
+  def continues_word(self) -> np.ndarray | None:
+    """Of each id, whether it continues a word, bool V; None in stores of before."""
+    if not self._words_sha256:
+      return None
+    return np.frombuffer(self._read(WORDS, self._words_sha256), np.uint8).astype(bool)
 
   def stream(self, source: str, split: str) -> "TokenStream":
     known = self.manifest["sources"]
@@ -70,6 +85,15 @@ class Store:
         f"  needed: one of {has}\n  try:    prepare the config that you train"
       )
     return TokenStream(self, known[source][split])
+
+  def _read(self, name: str, sha256: str) -> bytes:
+    path = self._local(name, sha256)
+    if not path.exists():
+      raise broken(path, "it is missing")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+      raise broken(path, "its sha256 is not the one in manifest.json")
+    return content
 
   def _local(self, name: str, sha256: str) -> pathlib.Path:
     """Where file `name` lies here; a remote one is copied and checked once."""

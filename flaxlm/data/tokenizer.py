@@ -1,4 +1,4 @@
-"""Text to ids and back: train, load and run a SentencePiece model.
+"""Text to ids and back: train and run a SentencePiece model.
 
 A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. That
 takes no normalisation, no dummy prefix, byte fallback, and one thing that SentencePiece
@@ -10,10 +10,9 @@ import codecs
 import hashlib
 import io
 import itertools
-import os
-import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -52,6 +51,10 @@ class Tokenizer:
     self.bos_id: int = sp.bos_id()
     self.eos_id: int = sp.eos_id()
     self.unk_id: int = sp.unk_id()
+    # Their names in the text of a template; text proper cannot name them.
+    self.special_tokens: dict[str, int] = {
+      sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)
+    }
     self.mask_id: int = self.control_id("<mask>", "[MASK]")
     self.cls_id: int = self.control_id("<cls>", "[CLS]")
     self.sep_id: int = self.control_id("<sep>", "[SEP]")
@@ -61,41 +64,30 @@ class Tokenizer:
     mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
     self.byte_fallback = all(map(sp.is_byte, mark))
     self._mark = mark if self.byte_fallback else [self.unk_id]
+    self.splits_words, self.chat_template = False, ""  # as other tokenizers have
     # Why decode(encode(text)) is not always text; "" if it is.
-    self.loss: str = next(
-      (why for text, why in PROBES.items() if self.alters(text)), ""
-    )
+    self.loss: str = find_loss(self)
     self.is_lossless = not self.loss
-
-  @classmethod
-  def load(cls, path: str | os.PathLike) -> "Tokenizer":
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-      raise errors.MissingInputError(
-        f"config.tokenizer.path={path} does not exist\n  given:  {file.absolute()}\n"
-        "  needed: a SentencePiece .model file\n"
-        "  try:    --config.tokenizer.path=  (an empty path trains a tokenizer)"
-      )
-    try:
-      return cls(file.read_bytes())
-    except RuntimeError as error:
-      raise errors.DataError(
-        f"config.tokenizer.path={path} is not a SentencePiece model\n"
-        f"  given:  {file.absolute()}, {file.stat().st_size} bytes\n"
-        "  needed: a .model file of SentencePiece (not a .json or .vocab)"
-      ) from error
-
-  def alters(self, text: str) -> bool:
-    return self.decode(self.encode(text)) != text
 
   def control_id(self, *names: str) -> int:
     """The id of the first of these control symbols that the model has, or -1."""
-    ids = [self._sp.piece_to_id(name) for name in names]
-    return next((i for i in ids if i != self.unk_id and self._sp.is_control(i)), -1)
+    found = [self.special_tokens[name] for name in names if name in self.special_tokens]
+    return found[0] if found else -1
 
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without bos and eos."""
-    return self.encode_batch([text])[0].tolist()
+  def encode(self, text: str, specials: bool = False) -> list[int]:
+    """Returns the ids of `text`, without bos and eos.
+
+    With `specials`, the name of a control symbol in it is that symbol, which is for
+    templates alone: in text, names are spelt like all else.
+    """
+    if not specials:
+      return self.encode_batch([text])[0].tolist()
+    ids, done = [], 0
+    for start, end in [*find_names(text, self.special_tokens), (len(text),) * 2]:
+      ids += self.encode(text[done:start]) if done < start else []
+      ids += [self.special_tokens[text[start:end]]] if start < end else []
+      done = end
+    return ids
 
   def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, computed by `num_threads` threads."""
@@ -123,6 +115,10 @@ class Tokenizer:
     """Returns the text of `ids`; control symbols have none, bad UTF-8 is U+FFFD."""
     return Decoder(self)(ids, final=True)
 
+  def piece(self, i: int) -> str:
+    """The piece of an id as the model writes it."""
+    return self._sp.id_to_piece(i)
+
   def pieces(self) -> list[bytes]:
     """The UTF-8 text of each id."""
     if not self._pieces:
@@ -143,7 +139,7 @@ class Tokenizer:
 class Decoder:
   """Turns ids that arrive a few at a time into text, never half a character."""
 
-  def __init__(self, tokenizer: Tokenizer):
+  def __init__(self, tokenizer):
     self._pieces = tokenizer.pieces()
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     self._strip = tokenizer.adds_prefix
@@ -162,16 +158,57 @@ class Decoder:
     return text
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
+def find_loss(tokenizer, probes: dict[str, str] = PROBES) -> str:
+  """Why some text does not survive this tokenizer; "" if all of it does."""
+  for text, why in probes.items():
+    if tokenizer.decode(tokenizer.encode(text)) != text:
+      return why
+  return ""
+
+
+def find_names(text: str, names: Collection[str]) -> list[tuple[int, int]]:
+  """(start, end) of each of `names` in `text`; the longest counts."""
+  if not names:
+    return []
+  pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+  return [match.span() for match in re.finditer(pattern, text)]
+
+
+def continues_word(tokenizer) -> np.ndarray:
+  """Of each id, whether it continues the word before it, bool V: for whole-word masks.
+
+  WordPiece says so itself (##). Elsewhere it is a piece that begins with a letter or
+  digit, not a space. Ideographs and kana have no words: each piece is its own.
+  """
+  goes_on = np.zeros(tokenizer.vocab_size, bool)
+  for i, piece in enumerate(tokenizer.pieces()):
+    if not piece or i == tokenizer.unk_id:
+      continue
+    if tokenizer.splits_words:
+      goes_on[i] = piece[:1] != b" "
+      continue
+    first = piece.decode(errors="replace")[0]
+    if first == "\ufffd":  # part of a character: of an alphabet, if not that of one
+      goes_on[i] = piece[0] < 0xE2
+    else:
+      is_letter = unicodedata.category(first)[0] in "LMN"
+      goes_on[i] = is_letter and not "\u2e80" <= first <= "\ua4cf" and first < "\uf900"
+  return goes_on
+
+
+def cut(text: str, limit: int, whole_lines: bool = False) -> Iterator[str]:
   """Yields `text` in pieces of at most `limit` characters, at least one.
 
-  Cuts fall after a newline or before a word, where no trained piece can lie across, so
-  the ids stay those of the whole text. A run of `limit` characters with neither is cut
-  hard: other ids, the same text.
+  Cuts fall before a word that one space parts from the word before it (not with
+  `whole_lines`), else after a newline, else before spaces: where no trained piece can
+  lie across, so the ids stay those of the whole text. Byte-level tokenizers join blank
+  lines and indents: for them only the first is safe. A run of `limit` characters with
+  none of these is cut hard. Elsewhere too the text stays the same, but ids may differ.
   """
   start = 0
   while len(text) - start > limit:
-    end = text.rfind("\n", start, start + limit) + 1
+    end = 0 if whole_lines else last_word(text, start, start + limit)
+    end = end or text.rfind("\n", start, start + limit) + 1
     if not end:
       space = text.rfind(" ", start, start + limit)
       end = start + len(text[start : max(space, start)].rstrip(" "))
@@ -181,6 +218,16 @@ def cut(text: str, limit: int) -> Iterator[str]:
   yield text[start:]
 
 
+def last_word(text: str, start: int, stop: int) -> int:
+  """Where the last " word" of text[start:stop] begins; 0 if there is none."""
+  while (at := text.rfind(" ", start + 1, stop)) > 0:
+    around = text[at - 1 : at + 2]
+    if len(around) == 3 and not (around[0].isspace() or around[2].isspace()):
+      return at
+    stop = at
+  return 0
+
+
 def sample(texts: Iterable[str], num_bytes: int) -> list[str]:
   """Returns about `num_bytes` of `texts` as lines, spread evenly over all of it.
 
@@ -188,7 +235,7 @@ def sample(texts: Iterable[str], num_bytes: int) -> list[str]:
   """
   kept, total, stride, number = [], 0, 1, 0
   for text in texts:
-    for snippet in cut(text, LINE):
+    for snippet in cut(text, LINE, whole_lines=True):
       if number % stride == 0:
         kept.append(snippet)
         total += len(snippet.encode())

@@ -25,7 +25,21 @@ from flaxlm import errors
 from flaxlm.data import catalogue, remote, sources, store
 from flaxlm.data.progress import Progress
 from flaxlm.data.recipe import check_recipe, make_recipe
-from flaxlm.data.tokenizer import Tokenizer, sample, train_tokenizer
+from flaxlm.data.tokenizer import (
+  Tokenizer,
+  continues_word,
+  sample,
+  train_tokenizer,
+)
+from flaxlm.data.tokenizer_files import (
+  JSON,
+  MODEL,
+  AnyTokenizer,
+  file_name,
+  find_tokenizer,
+  load_tokenizer,
+  open_tokenizer,
+)
 
 BATCH = 1 << 21  # characters that are tokenised together
 CHECKS = 32  # texts a batch that are decoded again and compared
@@ -36,7 +50,7 @@ class Report(NamedTuple):
   """What `build` did."""
 
   store: store.Store
-  tokenizer: Tokenizer
+  tokenizer: AnyTokenizer
   reused: bool
   checked: int  # texts that were decoded again
   changed: int  # of those, the ones that came back different
@@ -85,8 +99,10 @@ def build_in(
     with Progress(sizes, log) as bar:
       for name, corpus in corpora.items():
         units[name] = write_source(root, name, corpus, tokenizer, config, bar, checks)
-    manifest = make_manifest(recipe, tokenizer, units)
+    words = continues_word(tokenizer).tobytes()
+    manifest = make_manifest(recipe, tokenizer, words, units)
     check_sizes(manifest, config, root)
+    store.write_atomically(root / store.WORDS, words)
     store.write_atomically(root / "manifest.json", store.dump(manifest))
   counts = checks["checked"], checks["changed"]
   return Report(store.Store(root), tokenizer, False, *counts, bar.rate)
@@ -125,7 +141,7 @@ def reuse(root: pathlib.Path | str, recipe: dict, log: Callable[[str], None]) ->
   found = store.Store(root)
   check_recipe(root, found.manifest["recipe"], recipe)
   log(f"reusing {root}: prepared by the same recipe")
-  return Report(found, Tokenizer(found.tokenizer), True, 0, 0, 0.0)
+  return Report(found, open_tokenizer(found.tokenizer), True, 0, 0, 0.0)
 
 
 @contextlib.contextmanager
@@ -146,12 +162,12 @@ def locked(root: pathlib.Path) -> Iterator[None]:
 def begin(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> None:
   """Claims the directory for this recipe, or goes on with what it began."""
   path = root / "recipe.json"
-  if path.exists() and (root / "tokenizer.model").exists():
+  if path.exists() and find_tokenizer(root):
     check_recipe(root, json.loads(path.read_text()), recipe)
     log(f"continuing {root}")
     return
   # Before the tokenizer there is nothing to keep: a corrected recipe replaces the old.
-  ours = (".lock", "recipe.json", "recipe.json.tmp", "tokenizer.model.tmp")
+  ours = (".lock", "recipe.json", "recipe.json.tmp", f"{MODEL}.tmp", f"{JSON}.tmp")
   strange = [file.name for file in root.iterdir() if file.name not in ours]
   if strange:
     raise errors.OutputError(
@@ -166,13 +182,13 @@ def make_tokenizer(
   config: ConfigDict,
   corpora: dict[str, sources.Corpus],
   log: Callable[[str], None],
-) -> Tokenizer:
+) -> AnyTokenizer:
   """The tokenizer of the store: found there, brought along, or trained now."""
-  path, knobs = root / "tokenizer.model", config.tokenizer
-  if path.exists():
-    return Tokenizer(path.read_bytes())
+  knobs = config.tokenizer
+  if path := find_tokenizer(root):
+    return open_tokenizer(path.read_bytes())
   if knobs.path:
-    tokenizer = Tokenizer.load(knobs.path)
+    tokenizer = load_tokenizer(knobs.path)
   else:
     log(f"training a {knobs.kind} tokenizer of {knobs.vocab_size} pieces")
     texts = sample_texts(config, corpora)
@@ -189,7 +205,7 @@ def make_tokenizer(
     raise errors.ConfigError(
       "config.tokenizer.path", knobs.path, "a model with a bos or eos to part documents"
     )
-  store.write_atomically(path, tokenizer.model)
+  store.write_atomically(root / file_name(tokenizer.model), tokenizer.model)
   return tokenizer
 
 
@@ -219,7 +235,7 @@ def write_source(
   root: pathlib.Path,
   name: str,
   corpus: sources.Corpus,
-  tokenizer: Tokenizer,
+  tokenizer: AnyTokenizer,
   config: ConfigDict,
   progress: Progress,
   checks: collections.Counter,
@@ -261,7 +277,7 @@ def first_documents(pieces: Iterable, count: int) -> Iterator[sources.Piece]:
 
 def encoded(
   pieces: Iterable[sources.Piece],
-  tokenizer: Tokenizer,
+  tokenizer: AnyTokenizer,
   progress: Progress,
   checks: collections.Counter,
 ) -> Iterator[tuple[sources.Piece, np.ndarray]]:
@@ -311,7 +327,7 @@ def write_unit(
   stream: Iterator[tuple[sources.Piece, np.ndarray]],
   stem: str,
   root: pathlib.Path,
-  tokenizer: Tokenizer,
+  tokenizer: AnyTokenizer,
   fraction: float,
   shard_tokens: int,
 ) -> dict | None:
@@ -329,7 +345,7 @@ def write_unit(
 def fill_shards(
   stream: Iterator[tuple[sources.Piece, np.ndarray]],
   shards: dict[str, store.ShardWriter],
-  tokenizer: Tokenizer,
+  tokenizer: AnyTokenizer,
   fraction: float,
   shard_tokens: int,
 ) -> dict | None:
@@ -369,7 +385,7 @@ def fill_shards(
   }
 
 
-def dtype_of(tokenizer: Tokenizer) -> str:
+def dtype_of(tokenizer: AnyTokenizer) -> str:
   return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
@@ -379,7 +395,12 @@ def split_of(text: bytes, fraction: float) -> str:
   return "validation" if number < fraction * 2**64 else "train"
 
 
-def make_manifest(recipe: dict, tokenizer: Tokenizer, units: dict[str, list]) -> dict:
+def make_manifest(
+  recipe: dict,
+  tokenizer: AnyTokenizer,
+  words: bytes,
+  units: dict[str, list],
+) -> dict:
   entries = {}
   for name, unit_list in units.items():
     problems = collections.Counter()
@@ -395,13 +416,19 @@ def make_manifest(recipe: dict, tokenizer: Tokenizer, units: dict[str, list]) ->
     "format": store.FORMAT,
     "recipe": recipe,
     "tokenizer": {
+      "file": file_name(tokenizer.model),
       "sha256": tokenizer.sha256,
+      "words_sha256": hashlib.sha256(words).hexdigest(),
       "vocab_size": tokenizer.vocab_size,
       "is_lossless": tokenizer.is_lossless,
       "pad_id": tokenizer.pad_id,
       "bos_id": tokenizer.bos_id,
       "eos_id": tokenizer.eos_id,
       "unk_id": tokenizer.unk_id,
+      "mask_id": tokenizer.mask_id,
+      "cls_id": tokenizer.cls_id,
+      "sep_id": tokenizer.sep_id,
+      "special_tokens": tokenizer.special_tokens,
     },
     "dtype": dtype_of(tokenizer),
     "sources": entries,
@@ -420,7 +447,7 @@ def check_sizes(manifest: dict, config: ConfigDict, root: pathlib.Path) -> None:
     empty = "validation" if train["tokens"] else "train"
     for source in manifest["sources"]:
       shutil.rmtree(root / source)
-    (root / "tokenizer.model").unlink()
+    find_tokenizer(root).unlink()
     (root / "recipe.json").unlink()
     found = ", ".join(f"{count} {what}" for what, count in entry["problems"].items())
     raise errors.DataError(

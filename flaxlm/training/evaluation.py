@@ -11,9 +11,9 @@ from flaxlm.training.objectives import losses
 
 
 def make_eval_step(chunk_size: int) -> Callable:
-  """Returns `step(model, batch)` -> (nats B, predictions made B, labels chosen BR).
+  """Returns `step(model, batch)` -> (nats B, predictions made B, labels chosen).
 
-  Labels are None where words are predicted.
+  The last is `Losses.choices`: None where words are predicted.
   """
 
   def step(model, batch):
@@ -31,7 +31,7 @@ def evaluate(
   bytes_per_token: float | None,
   should_stop: Callable[[], bool] = lambda: False,
   on_batch: Callable[[], None] = lambda: None,
-  score: Callable[[np.ndarray], dict[str, float]] | None = None,
+  score: Callable[..., dict[str, float]] | None = None,
 ) -> dict[str, float] | None:
   """Returns loss (nats/token), perplexity, bits_per_byte and tokens; None if stopped.
 
@@ -42,7 +42,8 @@ def evaluate(
     bytes_per_token: of text, per predicted token of the split; None where not all of
       the text is predicted, so that bits per byte would mean nothing.
     should_stop: asked after every batch.
-    score: turns the labels that were chosen (rows, R) into further numbers.
+    score: turns the labels that were chosen, NR, and scores of spans, N2, into further
+      numbers.
   """
   nats, tokens, choices = 0.0, 0.0, []
   for batch in batches:
@@ -56,7 +57,7 @@ def evaluate(
   result = summarize(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
   if score is not None:
     del result["perplexity"]  # of words; labels have none
-    result |= score(np.concatenate(choices))
+    result |= score(*jax.tree.map(lambda *parts: np.concatenate(parts), *choices))
   return result
 
 

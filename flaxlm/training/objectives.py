@@ -14,15 +14,16 @@ from flaxlm.kernels.cross_entropy import linear_cross_entropy
 from flaxlm.models.heads import label_scores, pool
 from flaxlm.models.moe import Routing
 from flaxlm.models.transformer import Output
-
-MAX_ANSWER = 30  # tokens of an extracted answer (Devlin et al. 2018 use the same)
+from flaxlm.training.scores import best_spans
 
 
 class Losses(NamedTuple):
   nats: jax.Array  # cross entropy where something is predicted, else 0; float32 BR
   penalty: jax.Array  # z-loss, the same shape
   predicted: jax.Array  # 1 where something is predicted
-  choices: jax.Array | None  # the likeliest labels, int32 BR; None for tokens
+  choices: (
+    tuple | None
+  )  # (likeliest labels BR, scores of spans B2 or None); words: None
   pair_nats: jax.Array | None  # of the second task on sentence pairs, B
   routing: Routing | None  # of the experts
 
@@ -67,9 +68,9 @@ def losses(
     nats = label_losses(scores_BRC, labels_BR)
     penalty = jnp.zeros_like(nats)
     if model.config.head == "span":
-      choices = best_spans(scores_BRC)
+      choices = best_spans(scores_BRC, batch["token_types"])
     else:
-      choices = jnp.argmax(scores_BRC, axis=-1).astype(jnp.int32)
+      choices = jnp.argmax(scores_BRC, axis=-1).astype(jnp.int32), None
   return Losses(
     nats * predicted, penalty * predicted, predicted, choices, pair_nats_B, out.routing
   )
@@ -80,18 +81,6 @@ def label_losses(scores_BRC: jax.Array, labels_BR: jax.Array) -> jax.Array:
   log_p_BRC = jax.nn.log_softmax(scores_BRC)
   at_BR1 = jnp.maximum(labels_BR, 0)[:, :, None]
   return -jnp.take_along_axis(log_p_BRC, at_BR1, axis=2)[:, :, 0]
-
-
-def best_spans(scores_B2L: jax.Array) -> jax.Array:
-  """The likeliest (first, last) token of an answer, B2: in order, not too long."""
-  L = scores_B2L.shape[2]
-  total_BLM = scores_B2L[:, 0, :, None] + scores_B2L[:, 1, None, :]
-  length_LM = jnp.arange(L)[None, :] - jnp.arange(L)[:, None]
-  allowed = (length_LM >= 0) & (length_LM < MAX_ANSWER)
-  best_B = jnp.argmax(
-    jnp.where(allowed[None], total_BLM, -jnp.inf).reshape(-1, L * L), 1
-  )
-  return jnp.stack([best_B // L, best_B % L], axis=1).astype(jnp.int32)
 
 
 def pair_losses(model, x_BLD: jax.Array, batch) -> jax.Array | None:

@@ -16,7 +16,6 @@ from flax import nnx
 from flaxlm.models.moe import rebalance
 from flaxlm.models.transformer import Transformer, TransformerConfig
 from flaxlm.parallel.sharding import constrain, sharding_of
-from flaxlm.training.checkpoint import restore_for_inference
 from flaxlm.training.objectives import count_predicted, summed_loss
 
 
@@ -25,7 +24,7 @@ from flaxlm.training.objectives import count_predicted, summed_loss
 class TrainState:
   step: jax.Array  # batches consumed
   skipped: jax.Array  # of them, those whose update was not finite
-  model: Transformer
+  model: Transformer  # or adapters of it, where only these are trained
   opt_state: optax.OptState
   ema: Transformer | None  # average of the weights over updates
 
@@ -35,9 +34,14 @@ class TrainState:
 
 
 def init_state(
-  key, model_config: TransformerConfig, tx, ema_decay: float
+  key,
+  model_config: TransformerConfig,
+  tx,
+  ema_decay: float,
+  adapt: Callable = lambda model: model,
 ) -> TrainState:
-  model = Transformer(model_config, nnx.Rngs(key))
+  """A state at step 0. `adapt` turns the model into what is trained of it (LoRA)."""
+  model = adapt(Transformer(model_config, nnx.Rngs(key)))
   ema = jax.tree.map(jnp.copy, model) if ema_decay else None
   return TrainState(
     jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), model, tx.init(model), ema
@@ -83,49 +87,25 @@ def make_train_step(
   ema_decay: float,
   seed: int = 0,
   bias_rate: float = 0.0,
+  assemble: Callable = lambda trained, base: trained,
 ) -> Callable:
-  """Returns `step(state, batch) -> (state, metrics)`; compile it with donated state.
+  """Returns `step(state, batch, base=None) -> (state, metrics)`; donate the state.
 
   Args:
     seed: of dropout, whose masks are a function of (seed, step).
     bias_rate: of experts' balancing bias; 0 = none.
+    assemble: makes the model of what is trained and of frozen weights, `base`.
   """
 
-  def gradients(model, batch, key):
-    """The metrics of the batch and its gradient, one micro-batch at a time."""
-    counts = count_predicted(batch)
-    share = 1 / accumulation_steps
-    if not model.config.dropout:
-      key = None
-    compute = jax.value_and_grad(summed_loss, has_aux=True)
-    if accumulation_steps == 1:
-      (_, metrics), grads = compute(
-        model, batch, counts, z_loss, chunk_size, share, key
-      )
-      return metrics, grads
-
-    def split(x):
-      # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
-      x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
-      return constrain(x, None, "batch", None)
-
-    def of_part(part, number):
-      own = None if key is None else jax.random.fold_in(key, number)
-      (_, metrics), grads = compute(model, part, counts, z_loss, chunk_size, share, own)
-      return metrics, grads
-
-    def add(total, part_and_number):
-      return jax.tree.map(jnp.add, total, of_part(*part_and_number)), None
-
-    parts = jax.tree.map(split, batch)
-    one = jax.tree.map(lambda x: x[0], parts)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, one, 0))
-    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation_steps)))
-    return total
-
-  def step(state: TrainState, batch):
+  def step(state: TrainState, batch, base=None):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    metrics, grads = gradients(state.model, batch, key)
+    counts = count_predicted(batch)
+
+    def loss(trained, part, share, key):
+      model = assemble(trained, base)
+      return summed_loss(model, part, counts, z_loss, chunk_size, share, key)
+
+    metrics, grads = gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
@@ -153,6 +133,38 @@ def make_train_step(
   return step
 
 
+def gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
+  """Returns (metrics, gradient) of a batch, one micro-batch at a time.
+
+  Args:
+    loss: of (trained, rows, share of the batch, key): its part of the batch's loss, and
+      metrics that add up.
+  """
+  compute = jax.value_and_grad(loss, has_aux=True)
+  share = 1 / accumulation_steps
+  if accumulation_steps == 1:
+    (_, metrics), grads = compute(trained, batch, share, key)
+    return metrics, grads
+
+  def split(x):
+    # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
+    x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
+    return constrain(x, None, "batch", None)
+
+  def of_part(part, number):
+    (_, metrics), grads = compute(trained, part, share, jax.random.fold_in(key, number))
+    return metrics, grads
+
+  def add(total, part_and_number):
+    return jax.tree.map(jnp.add, total, of_part(*part_and_number)), None
+
+  parts = jax.tree.map(split, batch)
+  one = jax.tree.map(lambda x: x[0], parts)
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, one, 0))
+  total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation_steps)))
+  return total
+
+
 def summarize_load(metrics: dict) -> dict:
   """Experts' loads as shares of all (token, expert) pairs, over all layers."""
   if "expert_load" not in metrics:
@@ -172,18 +184,3 @@ def summarize_load(metrics: dict) -> dict:
 def choose(condition: jax.Array, one, other):
   """The tree `one` where `condition` holds, else `other`, on the device."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
-
-
-def restore_model(directory, config, mesh, rules: dict, step: int | None = None):
-  """Restores the weights that evaluation and decoding use: (model, meta of checkpoint).
-
-  The average of the weights (config.step.ema_decay) where the run kept one.
-  """
-  model_config = TransformerConfig(**config.model)
-  model = jax.eval_shape(
-    lambda key: Transformer(model_config, nnx.Rngs(key)), jax.random.key(0)
-  )
-  name = "ema" if config.step.ema_decay else "model"
-  target = {name: with_shardings(model, mesh, rules)}
-  restored, meta = restore_for_inference(directory, target, step)
-  return restored[name], meta

@@ -71,6 +71,12 @@ def test_every_range_reads_back(made):
         stream.read(start, stop)
 
 
+def test_a_store_of_before_lacks_what_encoders_need(made):
+  found = Store(made[0])
+  assert (found.bos_id, found.mask_id, found.cls_id, found.sep_id) == (1, -1, -1, -1)
+  assert found.continues_word is None
+
+
 def test_document_starts_come_from_the_index(made):
   path, documents = made
   sizes = [len(document) for document in documents["train"]]

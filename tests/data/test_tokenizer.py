@@ -7,6 +7,7 @@ import sentencepiece
 from flaxlm import errors
 from flaxlm.data import tokenizer
 from flaxlm.data.tokenizer import Decoder, Tokenizer, train_tokenizer
+from flaxlm.data.tokenizer_files import load_tokenizer
 
 ODD = [
   "",
@@ -63,14 +64,20 @@ def test_real_languages_survive(name, corpora, bpe):
 
 def test_special_tokens_cannot_be_forged(english):
   lines = tokenizer.sample([english], 100_000) + ["<mask> <user> <pad>"] * 500
-  tok = Tokenizer(train_tokenizer(lines, "bpe", 600, user_symbols=("<user>",)))
+  symbols = ("<user>", "<user>+")
+  tok = Tokenizer(train_tokenizer(lines, "bpe", 600, user_symbols=symbols))
   ids = [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id]
   ids += [tok.mask_id, tok.cls_id, tok.sep_id, tok.control_id("<user>")]
-  assert ids == list(range(8))
-  text = "<pad><bos><eos><unk><mask><cls><sep><user>"
-  assert min(tok.encode(text)) >= 8
+  ids.append(tok.control_id("<none>", "<user>+"))
+  assert ids == list(range(9))
+  text = "<pad><bos><eos><unk><mask><cls><sep><user>+"
+  assert min(tok.encode(text)) >= 9
   assert tok.decode(tok.encode(text)) == text
   assert tok.decode([1, *tok.encode("a b"), 4, 7, 2, 0]) == "a b"
+  # A template may: the longest name counts, and what is between is plain text.
+  assert tok.special_tokens["<user>"] == 7 and "<unk>" not in tok.special_tokens
+  whole = tok.encode("<bos>a <user><user>+<eos", specials=True)
+  assert whole == [1, *tok.encode("a "), 7, 8, *tok.encode("<eos")]
 
 
 def test_ids_do_not_depend_on_where_a_text_is_cut(bpe, english):
@@ -90,6 +97,14 @@ def test_cut_keeps_the_text_and_the_limit():
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 16
     assert text == "" or all(parts)
+
+
+def test_cut_prefers_single_spaces():
+  cut = tokenizer.cut
+  assert list(cut("aa bb\n\ncc", 8)) == ["aa", " bb\n\ncc"]
+  assert list(cut("aa  bb\n\ncc", 9)) == ["aa  bb\n\n", "cc"]
+  assert list(cut("aa  bbcc", 6)) == ["aa", "  bbcc"]
+  assert list(cut("a b\ncd ef", 8, whole_lines=True)) == ["a b\n", "cd ef"]
 
 
 def test_streamed_text_never_holds_half_a_character(bpe):
@@ -145,7 +160,7 @@ def test_characters_without_bytes(english):
   ],
 )
 def test_models_of_others(name, loss, corpora):
-  tok = Tokenizer.load(corpora / "from_repos/tokenizers" / f"{name}.model")
+  tok = load_tokenizer(corpora / "from_repos/tokenizers" / f"{name}.model")
   reference = sentencepiece.SentencePieceProcessor(model_proto=tok.model)
   assert not tok.is_lossless and loss in tok.loss
   for text in ["", "Hello  world", " a\nb", "naïve 😀 x", "def f(x):\n    return 1"]:
@@ -157,12 +172,12 @@ def test_models_of_others(name, loss, corpora):
 
 def test_wrong_model_files(tmp_path, bpe):
   with pytest.raises(errors.MissingInputError, match=r"config\.tokenizer\.path"):
-    Tokenizer.load(tmp_path / "none.model")
+    load_tokenizer(tmp_path / "none.model")
   (tmp_path / "x.model").write_bytes(bpe.model[: len(bpe.model) // 2])
   with pytest.raises(errors.DataError, match="not a SentencePiece model"):
-    Tokenizer.load(tmp_path / "x.model")
+    load_tokenizer(tmp_path / "x.model")
   (tmp_path / "x.model").write_bytes(bpe.model)
-  assert Tokenizer.load(tmp_path / "x.model").sha256 == bpe.sha256
+  assert load_tokenizer(tmp_path / "x.model").sha256 == bpe.sha256
 
 
 @pytest.mark.parametrize("symbols", [("<pad>",), ("<a>", "<a>"), (" ",), ("\n",)])

@@ -1,0 +1,39 @@
+"""DeepSeekMoE 16B (Dai et al. 2024): 6 of 64 experts and 2 shared ones, for 64 devices.
+
+  python -m flaxlm.train --config=configs/deepseek_moe_16b.py \
+    --workdir=runs/deepseek_moe_16b
+
+Not trained here: no result is claimed. 16.4B parameters, 2.8B of them for a token; the
+first layer is dense. Its published settings: 2T tokens, a rate that stays until 80%
+(then it fell in two steps, ours in a line).
+"""
+
+from configs import llama2_7b
+
+
+def get_config():
+  config = llama2_7b.get_config()
+  config.num_steps = 106_449
+  config.tokenizer.vocab_size = 100_000
+  config.data.store = "data/c4_deepseek"
+  config.data.batch_size = 4608
+  model = config.model
+  model.vocab_size = 102_400
+  model.num_layers = 28
+  model.embed_dim = 2048
+  model.num_heads = 16
+  model.num_kv_heads = 16
+  model.mlp_dim = 10_944
+  model.norm_epsilon = 1e-6
+  model.moe.num_experts = 64
+  model.moe.experts_per_token = 6
+  model.moe.expert_dim = 1408
+  model.moe.shared_dim = 2 * 1408
+  model.moe.first_dense_layers = 1
+  model.moe.renormalize = False
+  model.moe.aux_loss = 0.001 / 6  # theirs is a mean over choices, ours a sum
+  config.optim.peak_learning_rate = 4.2e-4
+  config.optim.schedule = "wsd"
+  config.optim.epsilon = 1e-8
+  config.step.accumulation_steps = 36
+  return config

@@ -1,0 +1,23 @@
+"""GPT-3 small (Brown et al. 2020, table 2.1): 125M parameters, for one GPU.
+
+  python -m flaxlm.train --config=configs/gpt3_125m.py --workdir=runs/gpt3_125m
+
+Not trained here: no result is claimed. GPT-2's build, rows of 2048 tokens, and every
+second layer sees only the tokens near by, as in the Sparse Transformer (Child et al.
+2019). How near was not published: 256 tokens is GPT-Neo's choice, and ours. Batches do
+not grow at the start, as theirs did. 300B tokens; on n devices divide
+accumulation_steps by n.
+"""
+
+from configs import gpt2_124m
+
+
+def get_config():
+  config = gpt2_124m.get_config()
+  config.num_steps = 572_000
+  config.data.seq_len = 2048
+  config.data.batch_size = 256  # 0.5M tokens
+  config.model.sliding_window = 256
+  config.model.layer_pattern = ("global", "local")
+  config.optim.warmup_steps = 715  # 375M tokens
+  return config

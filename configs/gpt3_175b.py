@@ -1,0 +1,31 @@
+"""GPT-3 175B (Brown et al. 2020), for 512 devices.
+
+  python -m flaxlm.train --config=configs/gpt3_175b.py --workdir=runs/gpt3_175b
+
+Not trained here: no result is claimed. 50,257 words divide by no number of devices:
+their table stays whole along the tensor axis.
+"""
+
+from configs import gpt3_125m
+
+
+def get_config():
+  config = gpt3_125m.get_config()
+  config.num_steps = 91_600
+  config.data.batch_size = 1600  # 3.2M tokens
+  model = config.model
+  model.num_layers = 96
+  model.embed_dim = 12_288
+  model.num_heads = 96
+  model.num_kv_heads = 96
+  model.head_dim = 128
+  model.mlp_dim = 49_152
+  model.remat = "full"
+  config.optim.peak_learning_rate = 6e-5
+  config.optim.warmup_steps = 114
+  config.mesh.fsdp = 64
+  config.mesh.tensor = 8
+  config.mesh.rules.vocab = ()
+  config.step.chunk_size = 65_536
+  config.step.accumulation_steps = 25
+  return config

@@ -1,0 +1,21 @@
+"""Llama 3.1 8B (Dubey et al. 2024): Llama 3 for texts of 131,072 tokens.
+
+  python -m flaxlm.train --config=configs/llama3_1_8b.py --workdir=runs/llama3_1_8b
+
+Not trained here: no result is claimed. Rows of 8192 tokens, as in most of its training;
+the last stage had --config.data.seq_len=131072, which needs an attention kernel.
+"""
+
+from configs import llama3_8b
+
+
+def get_config():
+  config = llama3_8b.get_config()
+  model = config.model
+  model.max_len = 131_072
+  model.rope.scaling = "llama3"
+  model.rope.factor = 8.0
+  model.rope.original_max_len = 8192
+  model.rope.low_frequency_factor = 1.0
+  model.rope.high_frequency_factor = 4.0
+  return config

@@ -1,0 +1,23 @@
+"""Mixtral 8x7B (Jiang et al. 2024): 2 of 8 experts a token, for 128 devices.
+
+  python -m flaxlm.train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral_8x7b
+
+Not trained here: no result is claimed. 46.7B parameters, 12.9B of them for a token.
+Nothing of its training was published: the settings are Llama 2's, and Switch's weight
+of the balancing loss.
+"""
+
+from configs import mistral_7b
+
+
+def get_config():
+  config = mistral_7b.get_config()
+  model = config.model
+  model.sliding_window = 0
+  model.rope.theta = 1_000_000.0
+  model.moe.num_experts = 8
+  model.moe.experts_per_token = 2
+  config.mesh.fsdp = 128
+  config.step.accumulation_steps = 4
+  config.step.chunk_size = 131_072
+  return config

@@ -1,0 +1,27 @@
+"""ModernBERT large (Warner et al. 2024), first stage, for one GPU of 80 GB.
+
+  python -m flaxlm.train --config=configs/modernbert_large.py \
+    --workdir=runs/modernbert_large
+
+Not trained here: no result is claimed. After 900B tokens its rate was lowered to 5e-5.
+On n devices divide accumulation_steps by n.
+"""
+
+from configs import modernbert_base
+
+
+def get_config():
+  config = modernbert_base.get_config()
+  config.num_steps = 337_000
+  config.data.batch_size = 4928
+  model = config.model
+  model.num_layers = 28
+  model.embed_dim = 1024
+  model.num_heads = 16
+  model.num_kv_heads = 16
+  model.mlp_dim = 2624
+  config.optim.peak_learning_rate = 5e-4
+  config.optim.warmup_steps = 396  # 2B tokens
+  config.optim.weight_decay = 1e-5 / 5e-4
+  config.step.accumulation_steps = 308
+  return config

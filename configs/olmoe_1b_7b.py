@@ -1,0 +1,35 @@
+"""OLMoE 1B-7B (Muennighoff et al. 2024): 8 of 64 experts a token, for 64 devices.
+
+  python -m flaxlm.train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe_1b_7b
+
+Not trained here: no result is claimed. 6.9B parameters, 1.3B of them for a token. Its
+published settings; weights of the chosen experts do not add up to 1.
+"""
+
+from configs import olmo2_1b
+
+
+def get_config():
+  config = olmo2_1b.get_config()
+  config.num_steps = 1_192_000
+  config.tokenizer.vocab_size = 50_280
+  config.data.store = "data/c4_olmoe"
+  config.data.batch_size = 1024
+  model = config.model
+  model.vocab_size = 50_304
+  model.norm_epsilon = 1e-5
+  model.norm_placement = "pre"
+  model.rope.theta = 10_000.0
+  model.mlp_dim = 1024
+  model.moe.num_experts = 64
+  model.moe.experts_per_token = 8
+  model.moe.renormalize = False
+  # Theirs are means over 16 layers and 8 choices, ours are sums.
+  model.moe.aux_loss = 0.01 / (16 * 8)
+  model.moe.z_loss = 0.001 / (16 * 8)
+  config.optim.warmup_steps = 2500
+  config.mesh.fsdp = 64
+  config.step.z_loss = 0.0
+  config.step.accumulation_steps = 8
+  config.step.chunk_size = 65_536
+  return config

@@ -1,0 +1,24 @@
+"""Qwen 3 30B-A3B (Yang et al. 2025): 8 of 128 experts a token, for 128 devices.
+
+  python -m flaxlm.train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3_30b_a3b
+
+Not trained here: no result is claimed. 30.5B parameters, 3.3B of them for a token.
+"""
+
+from configs import qwen3_8b
+
+
+def get_config():
+  config = qwen3_8b.get_config()
+  model = config.model
+  model.num_layers = 48
+  model.embed_dim = 2048
+  model.num_kv_heads = 4
+  model.mlp_dim = 6144  # of no layer: all have experts
+  model.moe.num_experts = 128
+  model.moe.experts_per_token = 8
+  model.moe.expert_dim = 768
+  model.moe.aux_loss = 1e-3 / 48  # theirs is a mean over layers, ours a sum
+  config.mesh.fsdp = 128
+  config.step.chunk_size = 131_072
+  return config

@@ -1,0 +1,44 @@
+"""SmolLM2 135M (Ben Allal et al. 2025), for one GPU.
+
+  python -m flaxlm.train --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
+
+Not trained here: no result is claimed. Its published settings: 2T tokens in rows of
+2048. It was trained with a rotary base of 10,000 and stretched to 8192 tokens at the
+end; the base is that of the end. On n devices divide accumulation_steps by n.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.num_steps = 2_000_000
+  config.tokenizer.vocab_size = 49_152
+  config.tokenizer.train_bytes = 1_000_000_000
+  config.data.store = "data/c4_smollm2"
+  config.data.sources = base.sources(
+    main=base.source("tfds", "c4/en", validation_split="validation")
+  )
+  config.data.seq_len = 2048
+  config.data.batch_size = 512
+
+  model = config.model
+  model.max_len = 8192
+  model.num_layers = 30
+  model.embed_dim = 576
+  model.num_heads = 9
+  model.num_kv_heads = 3
+  model.mlp_dim = 1536
+  model.rope.theta = 100_000.0
+  model.dtype = "bfloat16"
+  model.remat = "dots"
+
+  config.optim.peak_learning_rate = 3e-3
+  config.optim.schedule = "wsd"
+  config.optim.warmup_steps = 2000
+  config.optim.decay_fraction = 0.2
+  config.optim.end_factor = 0.0
+  config.optim.weight_decay = 0.01
+  config.step.accumulation_steps = 64
+  config.step.chunk_size = 8192
+  return config

@@ -1,0 +1,374 @@
+"""PyTorch checkpoints (`pytorch_model.bin`, `*.pt`), read without unpickling them.
+
+A pickle is a program: loading one runs what its author wrote. Here its instructions
+are listed (`pickletools.genops`) and a small machine follows those that build plain
+values and tensors. It imports and calls nothing: a name that it does not know becomes a
+`Placeholder`, and a tensor made of one is refused.
+
+Both layouts are read: the zip archive of PyTorch 1.6 and later, and the run of pickles
+before it. Numbers stay in the file until they are asked for.
+"""
+
+import dataclasses
+import os
+import pathlib
+import pickletools
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from flaxlm.interop.tensors import Tensor, c_strides, damaged, extent
+
+STORAGES = {
+  "torch.DoubleStorage": np.dtype(np.float64),
+  "torch.FloatStorage": np.dtype(np.float32),
+  "torch.HalfStorage": np.dtype(np.float16),
+  "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+  "torch.LongStorage": np.dtype(np.int64),
+  "torch.IntStorage": np.dtype(np.int32),
+  "torch.ShortStorage": np.dtype(np.int16),
+  "torch.CharStorage": np.dtype(np.int8),
+  "torch.ByteStorage": np.dtype(np.uint8),
+  "torch.BoolStorage": np.dtype(np.bool_),
+}
+DICTS = ("collections.OrderedDict", "builtins.dict", "__builtin__.dict")
+# Where training scripts keep the weights among other things.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+FAILURES = (
+  ValueError,
+  TypeError,
+  KeyError,
+  IndexError,
+  AttributeError,
+  OverflowError,
+  RecursionError,
+  MemoryError,
+  EOFError,
+  struct.error,
+  zipfile.BadZipFile,
+  NotImplementedError,  # an unknown compression
+)
+
+
+@dataclasses.dataclass
+class Placeholder:
+  """Something that the file names and we do not know; inert."""
+
+  name: str
+
+  # Hashable by identity: such a thing may be a key of a dictionary.
+  __hash__ = object.__hash__
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """A run of numbers in the file, by its key."""
+
+  key: str
+  dtype: np.dtype
+  size: int  # elements
+  start: int = 0  # elements into the storage `key`: old files know views of storages
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A tensor as a pickle describes it."""
+
+  storage: Storage
+  offset: int  # elements
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+MARK = object()
+
+
+class Machine:
+  """Follows the instructions of one pickle; `run` returns the value that it builds.
+
+  The names of instructions are those of `pickletools`, which documents each.
+  """
+
+  def __init__(self):
+    self.stack, self.memo = [], {}
+
+  def run(self, instructions):
+    for opcode, argument, _ in instructions:
+      if opcode.name == "STOP":
+        return self.stack.pop()
+      self.step(opcode.name, argument)
+    raise ValueError("a pickle without an end")
+
+  def step(self, name: str, argument) -> None:
+    push, pop = self.stack.append, self.stack.pop
+    match name:
+      case "PROTO" | "FRAME":
+        pass
+      case "MARK":
+        push(MARK)
+      case "NONE":
+        push(None)
+      case "NEWTRUE" | "NEWFALSE":
+        push(name == "NEWTRUE")
+      case "POP":
+        pop()
+      case "DUP":
+        push(self.stack[-1])
+      case "PUT" | "BINPUT" | "LONG_BINPUT":
+        self.memo[int(argument)] = self.stack[-1]
+      case "MEMOIZE":
+        self.memo[len(self.memo)] = self.stack[-1]
+      case "GET" | "BINGET" | "LONG_BINGET":
+        push(self.memo[int(argument)])
+      case "GLOBAL":
+        push(Placeholder(argument.replace(" ", ".", 1)))
+      case "STACK_GLOBAL":
+        attribute, module = pop(), pop()
+        push(Placeholder(f"{module}.{attribute}"))
+      case "BINPERSID":
+        push(make_storage(pop()))
+      case "REDUCE" | "NEWOBJ":
+        arguments, function = pop(), pop()
+        push(build(function, arguments))
+      case "NEWOBJ_EX":
+        _, arguments, function = pop(), pop(), pop()
+        push(build(function, arguments))
+      case "BUILD":
+        pop()  # attributes of an object: no weights are among them
+      case _ if name in CONSTANTS:
+        push(argument)
+      case _:
+        self.collect(name)
+
+  def collect(self, name: str) -> None:
+    """The instructions that make or fill a container."""
+    push, pop = self.stack.append, self.stack.pop
+    match name:
+      case "EMPTY_DICT":
+        push({})
+      case "EMPTY_LIST":
+        push([])
+      case "EMPTY_SET":
+        push(set())
+      case "EMPTY_TUPLE":
+        push(())
+      case "TUPLE1" | "TUPLE2" | "TUPLE3":
+        items = [pop() for _ in range(int(name[-1]))]
+        push(tuple(reversed(items)))
+      case "TUPLE":
+        push(tuple(self.pop_marked()))
+      case "LIST":
+        push(self.pop_marked())
+      case "FROZENSET":
+        push(frozenset(self.pop_marked()))
+      case "DICT":
+        push(pairs(self.pop_marked()))
+      case "APPEND":
+        self.fill([pop()])
+      case "APPENDS" | "ADDITEMS":
+        self.fill(self.pop_marked())
+      case "SETITEM":
+        value, key = pop(), pop()
+        self.fill([key, value])
+      case "SETITEMS":
+        self.fill(self.pop_marked())
+      case "POP_MARK":
+        self.pop_marked()
+      case _:
+        raise ValueError(f"the instruction {name}")
+
+  def pop_marked(self) -> list:
+    """Everything above the last mark, and the mark."""
+    items = []
+    while (item := self.stack.pop()) is not MARK:
+      items.append(item)
+    return items[::-1]
+
+  def fill(self, items: list) -> None:
+    target = self.stack[-1]
+    if isinstance(target, dict):
+      target.update(pairs(items))
+    elif isinstance(target, list):
+      target.extend(items)
+    elif isinstance(target, set):
+      target.update(items)
+    elif not isinstance(target, Placeholder):
+      raise TypeError(f"items for a {type(target).__name__}")
+
+
+# Instructions that carry the value that they push.
+CONSTANTS = {
+  *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
+  *("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+  *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+  *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+def pairs(items: list) -> dict:
+  return dict(zip(items[::2], items[1::2], strict=True))
+
+
+def make_storage(persistent_id: tuple) -> Storage:
+  """("storage", type, key, device, size), and in old files the view or None."""
+  kind, storage_type, key, _, size, *view = persistent_id
+  if kind != "storage" or storage_type.name not in STORAGES:
+    raise ValueError(f"a storage of type {storage_type}")
+  start = 0
+  if view and view[0] is not None:
+    _, start, size = view[0]
+  return Storage(str(key), STORAGES[storage_type.name], size, start)
+
+
+def build(function, arguments: tuple):
+  """What calling `function` would give, for the few that are known."""
+  name = function.name if isinstance(function, Placeholder) else ""
+  if name in DICTS:
+    return pairs([x for pair in arguments[0] for x in pair]) if arguments else {}
+  if name == "torch.Size":
+    return tuple(arguments[0])
+  if name in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"):
+    return arguments[0]
+  if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+    return make_recipe(*arguments[:4])
+  return Placeholder(name or "an object")
+
+
+def make_recipe(storage, offset, shape, strides) -> Recipe:
+  numbers = (offset, *shape, *strides)
+  if not isinstance(storage, Storage):
+    raise ValueError(f"a tensor made of {storage}")
+  if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
+    raise ValueError(f"a tensor of shape {shape} with strides {strides} at {offset}")
+  if offset + extent(shape, strides) > storage.size:
+    raise ValueError(f"a tensor of shape {shape} in {storage.size} numbers")
+  return Recipe(storage, offset, tuple(shape), tuple(strides))
+
+
+def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
+  """Returns the tensors of a PyTorch checkpoint, by name; reads no numbers yet.
+
+  The weights may be the whole file or lie in it under "model", "state_dict",
+  "model_state_dict" or "module".
+
+  Raises:
+    DataError: the file is damaged, compressed, big-endian or holds no such weights.
+  """
+  path = pathlib.Path(path)
+  with path.open("rb") as file:
+    try:
+      if zipfile.is_zipfile(file):
+        value, starts = read_archive(file)
+      else:
+        file.seek(0)
+        value, starts = read_legacy(file)
+      recipes = find_weights(value)
+      size = path.stat().st_size
+      return {name: place(path, size, r, starts) for name, r in recipes.items()}
+    except FAILURES as error:
+      reason = " ".join(f"{type(error).__name__}: {error}".split())
+      raise damaged(path, reason[:300]) from error
+
+
+def read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
+  """Returns (value, {storage key: (first byte, bytes)}) of the zip layout."""
+  with zipfile.ZipFile(file) as archive:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    (main,) = [name for name in entries if name.split("/")[1:] == ["data.pkl"]]
+    root = main.removesuffix("data.pkl")
+    if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+      raise ValueError("numbers in big-endian order")
+    value = Machine().run(pickletools.genops(archive.read(main)))
+  starts = {}
+  for name, entry in entries.items():
+    if not name.startswith(f"{root}data/"):
+      continue
+    if entry.compress_type != zipfile.ZIP_STORED:
+      raise ValueError(f"{name} is compressed")
+    # The local header repeats the name, with padding of its own: only it is exact.
+    file.seek(entry.header_offset + 26)
+    name_length, padding = struct.unpack("<HH", file.read(4))
+    start = entry.header_offset + 30 + name_length + padding
+    starts[name.removeprefix(f"{root}data/")] = (start, entry.file_size)
+  return value, starts
+
+
+def read_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
+  """The same of the layout before PyTorch 1.6: five pickles, then the storages."""
+  magic = file.read(64)
+  if b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little") not in magic:
+    raise ValueError("not a PyTorch checkpoint")
+  file.seek(0)
+  _, protocol, system, value, keys = [
+    Machine().run(pickletools.genops(file)) for _ in range(5)
+  ]
+  if protocol != 1001 or not system["little_endian"]:
+    raise ValueError(f"protocol {protocol} with {system}")
+  sizes = {}
+  gather_storages(value, sizes, set())
+  starts = {}
+  for key in keys:
+    (size,) = struct.unpack("<q", file.read(8))
+    start = file.tell()
+    # A storage of no tensor has no known width; those that follow could not be found.
+    width = sizes[key]
+    starts[key] = (start, size * width)
+    file.seek(start + size * width)
+  return value, starts
+
+
+def gather_storages(value, sizes: dict[str, int], seen: set[int]) -> None:
+  """Notes the bytes per number of each storage that is used anywhere in `value`."""
+  waiting = [value]
+  while waiting:
+    value = waiting.pop()
+    if id(value) in seen:
+      continue
+    seen.add(id(value))
+    if isinstance(value, Recipe):
+      sizes[value.storage.key] = value.storage.dtype.itemsize
+    elif isinstance(value, dict):
+      waiting += [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+      waiting += value
+
+
+def find_weights(value) -> dict[str, Recipe]:
+  """The dictionary of tensors in what the file holds.
+
+  Raises:
+    ValueError: there is none, or it holds what is not a tensor.
+  """
+  if not isinstance(value, dict):
+    raise ValueError(f"holds a {type(value).__name__}, not a dictionary of tensors")
+  inner = [key for key in WRAPPERS if isinstance(value.get(key), dict)]
+  if inner and not any(isinstance(item, Recipe) for item in value.values()):
+    value = value[inner[0]]
+  others = {k: v for k, v in value.items() if not isinstance(v, Recipe)}
+  if others or not value:
+    shown = [
+      f"{k!r}: {v.name if isinstance(v, Placeholder) else type(v).__name__}"
+      for k, v in list(others.items())[:4]
+    ]
+    raise ValueError(
+      f"not a dictionary of tensors alone: {', '.join(shown) or 'nothing'}"
+      + (f", ... {len(others)} in all" if len(others) > 4 else "")
+    )
+  if not all(isinstance(name, str) for name in value):
+    raise ValueError("tensors without names")
+  return value
+
+
+def place(path, file_size: int, recipe: Recipe, starts: dict) -> Tensor:
+  """Turns a recipe into bytes of the file."""
+  storage, width = recipe.storage, recipe.storage.dtype.itemsize
+  start, length = starts[storage.key]
+  first = storage.start + recipe.offset
+  if (storage.start + storage.size) * width > length or start + length > file_size:
+    raise ValueError(f"storage {storage.key} of {storage.size} numbers is cut")
+  contiguous = recipe.strides == c_strides(recipe.shape)
+  strides = None if contiguous else recipe.strides
+  return Tensor(path, start + first * width, storage.dtype, recipe.shape, strides)

@@ -1,0 +1,97 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) as functions of trees.
+
+The base model stays as it is; what is trained is a tree of its own: for each adapted
+weight W a pair A, B, and a head that the task brought along. The model that computes is
+`merge(base, adapters)`, W + (alpha / rank) A B, made anew in each step: so there is one
+forward pass, and merged and unmerged are the same by construction.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxlm.errors import ConfigError
+from flaxlm.models.transformer import Transformer
+from flaxlm.training.checkpoint import named_leaves
+
+# Weight -> (dimensions before the matrix: layer, expert; dimensions that are summed).
+MATRICES = {
+  "query": (1, 1),
+  "key": (1, 1),
+  "value": (1, 1),
+  "out": (1, 2),
+  "up": (1, 1),
+  "gate": (1, 1),
+  "down": (1, 1),
+  "expert_up": (2, 1),
+  "expert_gate": (2, 1),
+  "expert_down": (2, 1),
+}
+HEADS = ("lm", "mlm")  # these come with the base; other heads are the task's
+
+
+def init(
+  model: Transformer, rank: int, alpha: float, targets: tuple[str, ...], seed: int = 0
+) -> dict:
+  """Returns adapters for the weights named in `targets`, in all layers.
+
+  B is zero: `merge(model, adapters)` equals the model to the last bit.
+
+  Raises:
+    ConfigError: a target is not a matrix of the layers of this model.
+  """
+  assert rank > 0 and alpha > 0
+  adapters, found, key = {}, set(), jax.random.key(seed)
+  for number, (name, weight) in enumerate(named_leaves(model).items()):
+    last = name.split("/")[-1]
+    if last not in targets or last not in MATRICES or "blocks/" not in name:
+      continue
+    found.add(last)
+    lead, size_in, size_out = split_shape(last, weight.shape)
+    a = jax.random.normal(jax.random.fold_in(key, number), (*lead, size_in, rank))
+    # As large as the weights of a dense layer: the product starts at zero anyway.
+    adapters[name.replace("/", ".")] = {
+      "a": nnx.Param(a / math.sqrt(size_in), axes=(None,) * a.ndim),
+      "b": nnx.Param(jnp.zeros((*lead, rank, size_out)), axes=(None,) * a.ndim),
+    }
+  if unknown := sorted(set(targets) - found):
+    has = {name.split("/")[-1] for name in named_leaves(model) if "blocks/" in name}
+    raise ConfigError(
+      "config.lora.targets",
+      " ".join(unknown),
+      "matrices of the layers: " + " ".join(sorted(has & MATRICES.keys())),
+      "query,value",
+    )
+  trained = {"adapters": adapters}
+  if model.config.head not in HEADS:
+    trained["head"] = model.head
+  return trained
+
+
+def split_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple, int, int]:
+  """Returns (leading dimensions, rows, columns) of the matrix that a weight is."""
+  before, summed = MATRICES[name]
+  rows = shape[before : before + summed]
+  return shape[:before], math.prod(rows), math.prod(shape[before + summed :])
+
+
+def merge(model: Transformer, trained: dict, alpha: float) -> Transformer:
+  """Returns the model with the adapters added to its weights, and their head."""
+  adapters = trained["adapters"]
+
+  def add(path, weight):
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    names = names[:-1] if names[-1] == "value" else names
+    adapter = adapters.get(".".join(names))
+    if adapter is None:
+      return weight
+    a, b = adapter["a"][...], adapter["b"][...]
+    change = (alpha / a.shape[-1]) * jnp.einsum("...IR,...RO->...IO", a, b)
+    return weight + change.reshape(weight.shape)
+
+  merged = jax.tree_util.tree_map_with_path(add, model)
+  if "head" in trained:
+    merged.head = trained["head"]
+  return merged

@@ -1,0 +1,248 @@
+"""PyTorch files are read as torch reads them, and nothing in them is ever run."""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from flaxlm.errors import DataError
+from flaxlm.interop.tensors import read_index
+from flaxlm.interop.torch_files import (
+  Placeholder,
+  make_recipe,
+  make_storage,
+  place,
+  read_torch,
+)
+
+torch = pytest.importorskip("torch", reason="makes the files to read")
+KINDS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8",
+         "uint8", "bool")  # fmt: skip
+LAYOUTS = [True, False]  # the zip archive, and what was before it
+
+
+def values() -> dict:
+  torch.manual_seed(0)
+  base = torch.randn(6, 8)
+  tensors = {kind: (9 * base).to(getattr(torch, kind)) for kind in KINDS}
+  tensors |= {
+    "transposed": base.T,
+    "part": base[1:4, 2:7:2],
+    "expanded": base[:, :1].expand(6, 3),
+    "shared": base,
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "parameter": torch.nn.Parameter(base + 1),
+  }
+  return tensors
+
+
+def numbers(tensor) -> np.ndarray:
+  tensor = tensor.detach()
+  if tensor.dtype == torch.bfloat16:
+    return tensor.float().numpy()
+  return tensor.numpy()
+
+
+def assert_equal(found, tensors):
+  assert list(found) == list(tensors)
+  for name, tensor in tensors.items():
+    array = found[name].read()
+    assert str(array.dtype) == str(tensor.dtype).removeprefix("torch."), name
+    array = array.astype(np.float32) if tensor.dtype == torch.bfloat16 else array
+    np.testing.assert_array_equal(array, numbers(tensor))
+
+
+def save(value, path, new=True):
+  torch.save(value, path, _use_new_zipfile_serialization=new)
+  return path
+
+
+@pytest.mark.parametrize("new", LAYOUTS)
+def test_every_dtype_and_view(new, tmp_path):
+  path = save(values(), tmp_path / "x.bin", new)
+  assert_equal(read_torch(path), values())
+
+
+@pytest.mark.parametrize("new", LAYOUTS)
+def test_a_state_dict_of_a_module(new, tmp_path):
+  module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+  path = save(module.state_dict(), tmp_path / "x.bin", new)
+  assert isinstance(module.state_dict(), collections.OrderedDict)
+  assert_equal(read_torch(path), module.state_dict())
+
+
+@pytest.mark.parametrize("new", LAYOUTS)
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module"])
+def test_weights_among_other_things(key, new, tmp_path):
+  """As fairseq and Lightning save them: arguments, optimizer state, objects."""
+  optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+  whole = {
+    "args": argparse.Namespace(arch="roberta", path=pathlib.PurePosixPath("/x")),
+    key: values(),
+    "optimizer": optimizer.state_dict(),
+    "history": [collections.Counter("aab"), {1, 2}, frozenset([3]), b"x", 2**70, -1.5],
+    "array": np.arange(3.0),
+    "shape": torch.Size([2, 3]),
+    "kinds": (torch.float32, torch.device("cpu"), None, True),
+  }
+  path = save(whole, tmp_path / "x.pt", new)
+  assert_equal(read_torch(path), values())
+
+
+def test_shards(tmp_path):
+  tensors = values()
+  names = list(tensors)
+  parts = {"a.bin": names[:5], "b.bin": names[5:]}
+  for file, part in parts.items():
+    save({name: tensors[name] for name in part}, tmp_path / file)
+  where = {name: file for file, part in parts.items() for name in part}
+  index = tmp_path / "pytorch_model.bin.index.json"
+  index.write_text(json.dumps({"weight_map": where}))
+  assert_equal(read_index(index, read_torch), tensors)
+
+
+def test_views_of_storages_in_the_oldest_files():
+  """A storage may be part of another there: (key, first number, numbers)."""
+  kind = Placeholder("torch.FloatStorage")
+  storage = make_storage(("storage", kind, "7", "cpu", 100, ("8", 10, 20)))
+  recipe = make_recipe(storage, 3, (4,), (2,))
+  tensor = place(pathlib.Path("x"), 1000, recipe, {"7": (50, 400)})
+  assert tensor.offset == 50 + 4 * (10 + 3) and tensor.strides == (2,)
+  with pytest.raises(ValueError, match="in 20 numbers"):
+    make_recipe(storage, 3, (18,), (1,))
+  with pytest.raises(ValueError, match="is cut"):
+    place(pathlib.Path("x"), 1000, recipe, {"7": (50, 100)})
+
+
+class Evil:
+  """Unpickled, it makes a directory."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.mkdir, (os.fspath(self.path),)
+
+
+@pytest.mark.parametrize("new", LAYOUTS)
+def test_nothing_is_run(new, tmp_path):
+  trap = tmp_path / "trap"
+  path = save({"model": values(), "x": Evil(trap)}, tmp_path / "x.bin", new)
+  assert_equal(read_torch(path), values())
+  assert not trap.exists()
+  path = save({"a": torch.ones(2), "x": Evil(trap)}, tmp_path / "y.bin", new)
+  with pytest.raises(DataError, match=r"'x': \S*mkdir"):
+    read_torch(path)
+  assert not trap.exists()
+  torch.load(path, weights_only=False)
+  assert trap.exists(), "the trap does not work"
+
+
+def test_tensors_that_depend_on_the_unknown_are_refused(tmp_path):
+  path = save({"a": torch.ones(2), "b": torch.eye(3).to_sparse()}, tmp_path / "x.bin")
+  with pytest.raises(DataError, match="_rebuild_sparse_tensor"):
+    read_torch(path)
+  for value in ([torch.ones(2)], {}, {"model": {}}, {1: torch.ones(2)}, {"a": 3}, 7):
+    with pytest.raises(DataError, match=r"x\.bin cannot be read"):
+      read_torch(save(value, tmp_path / "x.bin"))
+
+
+def rewrite(path, change) -> pathlib.Path:
+  """The archive with its entries changed: name -> bytes, or None to drop one."""
+  out = path.with_name("changed.bin")
+  with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
+    for entry in old.infolist():
+      content = change(entry.filename, old.read(entry))
+      if content is not None:
+        new.writestr(entry.filename, content)
+  return out
+
+
+def test_damaged_archives_are_refused(tmp_path):
+  path = save({"w": torch.arange(64.0)}, tmp_path / "x.bin")
+
+  def only(name, new):
+    return rewrite(
+      path, lambda n, content: new(content) if n.endswith(name) else content
+    )
+
+  assert_equal(read_torch(only("none", bytes)), {"w": torch.arange(64.0)})
+  for message, name, new in (
+    ("is cut", "data/0", lambda c: c[:-4]),
+    ("KeyError", "data/0", lambda c: None),
+    ("big-endian", "byteorder", lambda c: b"big"),
+    ("unpack", "data.pkl", lambda c: None),
+    ("exhausted", "data.pkl", lambda c: c[:-1]),
+    ("cannot be read", "data.pkl", lambda c: c[:40]),
+  ):
+    with pytest.raises(DataError, match=message):
+      read_torch(only(name, new))
+  whole = path.read_bytes()
+  (tmp_path / "cut.bin").write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(DataError, match="not a PyTorch checkpoint"):
+    read_torch(tmp_path / "cut.bin")
+  with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "z.bin", "w", 8) as new:
+    for entry in old.infolist():
+      new.writestr(entry.filename, old.read(entry))
+  with pytest.raises(DataError, match="is compressed"):
+    read_torch(tmp_path / "z.bin")
+
+
+def test_a_cut_legacy_file_is_refused(tmp_path):
+  path = save({"w": torch.arange(64.0)}, tmp_path / "x.bin", new=False)
+  whole = path.read_bytes()
+  for length in (len(whole) - 4, len(whole) - 300, 100, 20, 0):
+    path.write_bytes(whole[:length])
+    with pytest.raises(DataError, match=r"x\.bin cannot be read"):
+      read_torch(path)
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ((4, 6), (4, 60)),  # beyond the storage
+    ((4, 6), (-4, 6)),
+    ((4, 6), (4.0, 6)),
+    ((4, 6), (4, 6, 1)),
+    ((6, 1), (60, 1)),  # strides
+    ((6, 1), (-6, 1)),
+  ],
+)
+def test_tensors_outside_of_their_storage_are_refused(old, new, tmp_path):
+  """The same instructions with other numbers: shape and strides are small tuples."""
+  path = save({"w": torch.arange(24.0).reshape(4, 6)}, tmp_path / "x.bin")
+
+  def tuple_code(values):
+    return pickle.dumps(values, 2)[2:-1].split(b"q\x00")[0]
+
+  def swap(name, content):
+    if not name.endswith("data.pkl"):
+      return content
+    assert content.count(tuple_code(old)) == 1
+    return content.replace(tuple_code(old), tuple_code(new))
+
+  with pytest.raises(DataError, match="a tensor of shape"):
+    read_torch(rewrite(path, swap))
+
+
+def test_no_byte_of_a_pickle_can_do_harm(tmp_path):
+  """Any byte changed: the same tensors, other names, or a DataError; nothing else."""
+  path = save({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "x.bin")
+  with zipfile.ZipFile(path) as archive:
+    (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+    content = archive.read(name)
+  for i in range(len(content)):
+    for flip in (1, 128):
+      bad = bytearray(content)
+      bad[i] ^= flip
+      try:
+        read_torch(rewrite(path, lambda n, c, bad=bad: bytes(bad) if n == name else c))
+      except DataError as error:
+        assert len(str(error).splitlines()) <= 5
