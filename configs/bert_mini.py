@@ -4,9 +4,9 @@
     --config.data.sources.main.path='texts/*.txt'
   python -m flaxlm.train --config=configs/bert_mini.py --workdir=runs/bert_mini
 
-BERT's blocks (Devlin et al. 2018) and head, and what has been learnt since about
-training them: no sentence pairs, other masks each time (RoBERTa, Liu et al. 2019), 30%
-masked (Wettig et al. 2022), packed rows without padding.
+BERT's task and head (Devlin et al. 2018) with what has been learnt since: no sentence
+pairs, other masks each time (RoBERTa, Liu et al. 2019), 30% masked (Wettig et al.
+2022), packed rows, norms before the blocks and rotary positions (ModernBERT).
 """
 
 from configs import base
@@ -14,7 +14,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
-  config.num_steps = 3000
+  config.num_steps = 2500
   config.data.store = "data/bert_mini"
   config.data.sources = base.sources(main=base.source("text", "", document="paragraph"))
   config.data.seq_len = 128
@@ -31,21 +31,14 @@ def get_config():
   model.num_layers = model.unroll = 4
   model.embed_dim = 128
   model.num_heads = model.num_kv_heads = 2
-  model.mlp_dim = 512
-  model.positions = "learned"
-  model.norm = "layernorm"
-  model.norm_placement = "residual"
-  model.embedding_norm = True
-  model.num_segment_types = 2
-  model.gated_mlp = False
+  model.mlp_dim = 352
   model.activation = "gelu"
-  model.use_bias = True
   model.head = "mlm"
 
   optim = config.optim
   optim.name = "muon"
-  optim.peak_learning_rate = 5e-3
-  optim.warmup_steps = 200
+  optim.peak_learning_rate = 1e-2
+  optim.warmup_steps = 100
   config.eval.every = 500
   config.checkpoint.every = 500
   config.log.every = 50

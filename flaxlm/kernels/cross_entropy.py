@@ -47,10 +47,13 @@ def linear_cross_entropy(
     return losses(x_TD, targets_T)
   num_chunks = -(-T // chunk_size)
   padding = num_chunks * chunk_size - T
-  x_TD = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(num_chunks, chunk_size, -1)
-  targets_T = jnp.pad(targets_T, (0, padding)).reshape(num_chunks, chunk_size)
+  # Chunk i takes tokens i, i + n, i + 2n ...: each device then has its share of every
+  # chunk, and none has to gather the tokens of others.
+  x_TD = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(chunk_size, num_chunks, -1)
+  x_TD = jnp.swapaxes(x_TD, 0, 1)
+  targets_T = jnp.pad(targets_T, (0, padding)).reshape(chunk_size, num_chunks).T
   _, chunks = jax.lax.scan(
     lambda _, chunk: (None, jax.checkpoint(losses)(*chunk)), None, (x_TD, targets_T)
   )
-  loss, penalty = jax.tree.map(lambda chunk: chunk.reshape(-1)[:T], chunks)
+  loss, penalty = jax.tree.map(lambda chunk: chunk.T.reshape(-1)[:T], chunks)
   return loss, penalty

@@ -6,9 +6,11 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-# Stacked weights have the layer in dimension 0: Muon treats each layer's matrix alone.
+# Stacked weights have the layer in dimension 0, and the expert in dimension 1: Muon
+# treats each matrix alone.
 INTO_HEADS = MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
 MATRIX = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+EXPERT = MuonDimensionNumbers(reduction_axis=2, output_axis=3)
 MUON_DIMENSIONS = {
   "query": INTO_HEADS,
   "key": INTO_HEADS,
@@ -17,6 +19,9 @@ MUON_DIMENSIONS = {
   "up": MATRIX,
   "gate": MATRIX,
   "down": MATRIX,
+  "expert_up": EXPERT,
+  "expert_gate": EXPERT,
+  "expert_down": EXPERT,
 }
 
 

@@ -70,3 +70,20 @@ def test_chunks_save_memory():
   logits = T * V * 4
   assert bytes_needed(0) >= logits
   assert bytes_needed(64) < logits / 4
+
+
+def test_chunks_of_split_tokens_are_split_too():
+  """No device gathers the features of the others."""
+  from flaxlm.parallel.mesh import make_mesh
+
+  mesh = make_mesh(8, 1, 1)
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  x = jax.ShapeDtypeStruct((256, 16), jnp.float32, sharding=place)
+  targets = jax.ShapeDtypeStruct((256,), jnp.int32, sharding=place)
+  w = jax.ShapeDtypeStruct((16, 50), jnp.float32)
+
+  def total(x, w, targets):
+    return jnp.sum(linear_cross_entropy(x, w, targets, chunk_size=64)[0])
+
+  text = jax.jit(jax.grad(total, (0, 1))).lower(x, w, targets).compile().as_text()
+  assert "all-gather" not in text

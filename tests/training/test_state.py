@@ -1,5 +1,6 @@
 """The step: what it optimises, what cannot poison it, what each weight gets."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,9 @@ import optax
 import pytest
 
 from flaxlm.data.batches import SyntheticBatches
-from flaxlm.models.layers import TransformerConfig
+from flaxlm.data.masking import Objective, synthetic_vocabulary
+from flaxlm.models.layers import TransformerConfig, dropout
+from flaxlm.training import objectives
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.objectives import summed_loss
 from flaxlm.training.optim import (
@@ -193,3 +196,60 @@ def test_evaluation_counts_every_token_once(tiny):
     state.model, batches, jax.jit(make_eval_step(0)), 1.0, lambda: True
   )
   assert stopped is None
+
+
+def test_dropout_is_a_function_of_seed_and_step(tiny):
+  tiny.model.dropout = 0.2
+  state, _ = build(tiny)
+  rows = batch(tiny)
+  tx, rate = make_optimizer(tiny.num_steps, **tiny.optim)
+
+  def loss_at(seed, step):
+    run = jax.jit(make_train_step(tx, rate, **tiny.step, seed=seed))
+    moved = dataclasses.replace(state, step=jnp.int32(step))
+    return float(run(moved, rows)[1]["loss"])
+
+  assert loss_at(0, 0) == loss_at(0, 0)
+  assert len({loss_at(0, 0), loss_at(0, 1), loss_at(1, 0)}) == 3
+  # Nothing is dropped where a model is evaluated.
+  nats, tokens, _ = jax.jit(make_eval_step(0))(state.model, rows)
+  plain = dataclasses.replace(tiny_model(tiny), dropout=0.0)
+  same = jax.jit(lambda key: init_state(key, plain, tx, 0.0))(jax.random.key(0))
+  expected, _, _ = jax.jit(make_eval_step(0))(same.model, rows)
+  np.testing.assert_array_equal(nats, expected)
+  assert tokens.sum() == 8 * 32
+
+
+def tiny_model(config):
+  return TransformerConfig(**config.model)
+
+
+def test_dropout_keeps_the_mean():
+  x = jnp.ones((1000, 10))
+  dropped = dropout(x, 0.25, jax.random.key(0))
+  assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+  assert float(dropped.mean()) == pytest.approx(1, abs=0.03)
+  assert dropout(x, 0.25, None) is x
+
+
+def test_sentence_pairs_add_their_own_loss(tiny):
+  """Two tasks of one batch, each a mean over its own predictions."""
+  tiny.model.causal, tiny.model.head, tiny.model.pair_head = False, "mlm", True
+  tiny.model.num_segment_types = 2
+  tiny.objective.kind, tiny.objective.pairs = "masked", "nsp"
+  objective = Objective(**tiny.objective)
+  vocabulary = synthetic_vocabulary(objective, 64)
+  batches = SyntheticBatches(32, 8, 0, 64, objective=objective, vocabulary=vocabulary)
+  rows = {name: jnp.asarray(x) for name, x in batches[0].items()}
+  state, step = build(tiny)
+  _, metrics = step(state, rows)
+  assert float(metrics["pair_loss"]) == pytest.approx(np.log(2), abs=0.05)
+  assert float(metrics["loss"]) == pytest.approx(np.log(64), abs=0.2)
+  grads = jax.jit(jax.grad(lambda m: sum_of_pairs(m, rows)))(state.model)
+  assert np.any(grads.pair_head.classifier[...]) and np.any(grads.segment_types[...])
+  unlabelled = dict(rows, pair_labels=jnp.full_like(rows["pair_labels"], -1))
+  assert float(sum_of_pairs(state.model, unlabelled)) == 0
+
+
+def sum_of_pairs(model, rows):
+  return jnp.sum(objectives.losses(model, rows, 0.0, 0).pair_nats)
