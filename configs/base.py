@@ -155,7 +155,7 @@ def moe_knobs() -> ConfigDict:
   moe.renormalize = True  # weights of the chosen experts add up to 1
   moe.routed_scale = 1.0  # factor of what the chosen experts add
   moe.balance = "loss"  # loss | bias (DeepSeek-V3: no loss) | none
-  moe.aux_loss = 0.01  # weight of the balancing loss (Switch, eq. 4)
+  moe.aux_loss = 0.01  # weight of the balancing loss, a sum over layers (Switch, eq. 4)
   moe.z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE, eq. 5)
   moe.bias_rate = 1e-3  # a step of the balancing bias
   moe.capacity_factor = 0.0  # room an expert, of its fair share; 0 drops no token

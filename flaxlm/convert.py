@@ -9,6 +9,7 @@ step 0: other runs start from it (--config.init_from=runs/smollm2), and the othe
 read it. What is exported is loaded by `transformers` with from_pretrained.
 """
 
+import collections.abc
 import json
 import math
 import os
@@ -196,7 +197,20 @@ def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -
       shutil.copyfile(source / name, originals / name)
   if tokenizer:
     write_atomically(workdir / file_name(tokenizer.model), tokenizer.model)
+    template = tokenizer.chat_template or find_chat_template(source)
+    if template:
+      write_atomically(workdir / "chat_template.jinja", template.encode())
   write_atomically(workdir / "config.json", configs.to_json(config).encode())
+
+
+def find_chat_template(source: pathlib.Path) -> str:
+  """The template beside a SentencePiece model, which holds none itself, or ''."""
+  from flaxlm.data.chat import read_template
+
+  try:
+    return read_template(source)
+  except MissingInputError:
+    return ""
 
 
 def export_model(config, workdir: pathlib.Path, out: pathlib.Path, args) -> None:
@@ -266,11 +280,65 @@ def read_leaves(config, workdir: pathlib.Path, step: int | None):
   from flaxlm.training.checkpoint import named_leaves
   from flaxlm.weights import restore_model
 
+  if not config.lora.rank:
+    leaves = StoredLeaves(
+      workdir / "checkpoints", "ema" if config.step.ema_decay else "model", step
+    )
+    return leaves, leaves.meta
   mesh = jax.sharding.Mesh(
     np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
   )
   model, meta = restore_model(workdir, config, mesh, config.mesh.rules.to_dict(), step)
   return named_leaves(model), meta
+
+
+class StoredLeaves(collections.abc.Mapping):
+  """The weights of a checkpoint by path; each is read from disk when it is asked for.
+
+  The checkpoint is verified once, when this is made.
+  """
+
+  def __init__(self, directory: pathlib.Path, name: str, step: int | None):
+    from flaxlm.training.checkpoint import choose, read_meta
+    from flaxlm.training.manifest import read_manifest
+
+    read_meta(directory, step)  # says it well if there is none
+    step = choose(directory.absolute(), move_aside=False, only=step)
+    self.directory, self.name = directory.absolute() / str(step), name
+    manifest = read_manifest(self.directory)
+    self.meta = manifest["meta"]
+    self.shapes = {
+      path.removeprefix(f"{name}/"): shape
+      for path, (_, shape) in manifest["leaves"].items()
+      if path.startswith(f"{name}/")
+    }
+
+  def __iter__(self):
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+  def __getitem__(self, path: str):
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    from flaxlm.training.checkpoint import named_leaves, nest
+
+    if path not in self.shapes:
+      raise ConfigError(
+        f"the checkpoint {self.directory}", f"no {self.name}/{path}",
+        "the weights of its config.json",
+      )  # fmt: skip
+    name, shape = f"{self.name}/{path}", tuple(self.shapes[path])
+    restore = ocp.args.PyTreeRestore(
+      item=nest({name: jax.ShapeDtypeStruct(shape, np.float32)}),
+      restore_args=nest({name: ocp.RestoreArgs(restore_type=np.ndarray)}),
+      partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      return named_leaves(orbax.restore(self.directory / "state", args=restore))[name]
 
 
 def tokenizer_files(config, workdir: pathlib.Path, originals: pathlib.Path | None):

@@ -70,7 +70,7 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   rules = config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
-    tokenizer, template = find_tokenizer(workdir) or "", workdir / "chat_template.jinja"
+    tokenizer, template = find_tokenizer(workdir) or "", workdir / weights.TEMPLATE
     if template.exists():
       config.task.chat_template = str(template)
     feed = Feed(config, mesh, rules, tokenizer, training=False)

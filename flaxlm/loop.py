@@ -56,6 +56,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   hosts.join(config.mesh.multihost)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   rules = config.mesh.rules.to_dict()
+  config.task.chat_template = weights.template_path(config)
   feed = Feed(config, mesh, rules, weights.tokenizer_path(config))
   if feed.examples:  # kept with the run, so that classes keep their numbers
     config.task.labels = feed.examples.label_names
@@ -256,7 +257,7 @@ def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
     write_atomically(workdir / "config.json", configs.to_json(config).encode())
     if feed.chat_template:
       template = feed.chat_template.source.encode()
-      write_atomically(workdir / "chat_template.jinja", template)
+      write_atomically(workdir / weights.TEMPLATE, template)
     if feed.tokenizer:
       write_atomically(workdir / file_name(feed.tokenizer), feed.tokenizer)
 

@@ -19,6 +19,7 @@ from flaxlm.training import lora
 from flaxlm.training.checkpoint import named_leaves, restore_for_inference
 from flaxlm.training.state import with_shardings
 
+TEMPLATE = "chat_template.jinja"  # in the directory of a run
 NEW = ("head/", "pair_head/")  # what a task may bring along, or leave behind
 
 
@@ -64,6 +65,14 @@ def tokenizer_path(config) -> pathlib.Path | str:
   return find_tokenizer(split_address(config.init_from)[0]) or ""
 
 
+def template_path(config) -> str:
+  """Where the chat template of a new run is: named, or that of config.init_from."""
+  if config.task.chat_template or not config.init_from:
+    return config.task.chat_template
+  path = split_address(config.init_from)[0] / TEMPLATE
+  return str(path) if path.is_file() else ""
+
+
 def abstract_model(config) -> Transformer:
   """The model without memory: shapes and types alone."""
   model_config = TransformerConfig(**config.model)
@@ -75,8 +84,8 @@ def abstract_model(config) -> Transformer:
 def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
   """The model that config.init_from gives this run: (model, meta of that checkpoint).
 
-  Weights move by name. Heads may differ: a new one is initialised from config.seed, one
-  that is not needed stays behind; `meta["new"]` and `meta["left"]` name them.
+  Weights move by name. Heads may differ: what is new is initialised from config.seed,
+  what is not needed stays behind; `meta["new"]` and `meta["left"]` name them.
 
   Raises:
     ConfigError: any other weight is missing, left over, or of another shape.
@@ -85,6 +94,10 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
   source_config = configs.load_run(workdir)
   source, meta = restore_model(workdir, source_config, mesh, rules, step)
   found = named_leaves(source)
+  if source_config.model.pair_head and config.model.head in ("sequence", "choice"):
+    # BERT's pooler: trained on sentence pairs, classifiers start from it.
+    for part in ("dense", "dense_bias"):
+      found[f"head/{part}"] = found.pop(f"pair_head/{part}")
   target = with_shardings(abstract_model(config), mesh, rules)
   wanted = named_leaves(target)
   new = [

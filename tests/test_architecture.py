@@ -17,7 +17,15 @@ LEVELS = [
   {"models"},
   {"kernels", "parallel"},
 ]
-LAZY = {"tensorflow", "tensorflow_datasets", "sentencepiece", "pyarrow", "array_record", "tokenizers", "jinja2"}
+LAZY = {
+  "tensorflow",
+  "tensorflow_datasets",
+  "sentencepiece",
+  "pyarrow",
+  "array_record",
+  "tokenizers",
+  "jinja2",
+}
 
 
 def room_of(path: pathlib.Path) -> str:

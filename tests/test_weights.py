@@ -18,6 +18,7 @@ from flaxlm.parallel.sharding import use_mesh
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import list_steps, named_leaves
 from flaxlm.training.guards import StopSignal
+from flaxlm.training.manifest import read_manifest
 
 
 def run(config, workdir):
@@ -89,6 +90,26 @@ def test_a_new_head_is_initialised_and_said_so(config, base, capsys):
   np.testing.assert_array_equal(model.embed[...], restore(base).embed[...])
 
 
+def test_a_classifier_starts_from_the_pooler(make_tiny, tmp_path):
+  """As in BERT, where the pooler is trained by the task on sentence pairs."""
+  config = make_tiny()
+  model = config.model
+  model.causal, model.head, model.pair_head = False, "mlm", True
+  model.use_bias, model.num_segment_types = True, 2
+  config.objective.kind, config.objective.pairs = "masked", "nsp"
+  config.num_steps = 4
+  run(config, tmp_path)
+  config.init_from, model.head, model.pair_head = str(tmp_path), "sequence", False
+  model.num_labels = 3
+  mesh, rules = make_mesh(-1, 1, 1), config.mesh.rules.to_dict()
+  with use_mesh(mesh, rules):
+    got, meta = weights.initial_model(config, mesh, rules)
+  pooler = restore(tmp_path).pair_head
+  np.testing.assert_array_equal(got.head.dense[...], pooler.dense[...])
+  np.testing.assert_array_equal(got.head.dense_bias[...], pooler.dense_bias[...])
+  assert meta["new"] == ["head/classifier", "head/classifier_bias"]
+
+
 @pytest.fixture
 def lora_config(config):
   config.lora.rank, config.lora.targets = 4, ("query", "out", "down")
@@ -118,7 +139,7 @@ def test_adapters_begin_as_nothing_and_move_only_their_targets(base, lora_config
 def test_only_adapters_are_trained_and_saved(base, lora_config, tmp_path):
   run(lora_config, tmp_path)
   step = list_steps(tmp_path / "checkpoints")[-1]
-  manifest = json.loads((tmp_path / f"checkpoints/{step}/MANIFEST.json").read_text())
+  manifest = read_manifest(tmp_path / f"checkpoints/{step}")
   leaves = [name for name in manifest["leaves"] if name.startswith("model/")]
   assert len(leaves) == 2 * 3 and all("adapters" in name for name in leaves)
   before, after = named_leaves(restore(base)), named_leaves(restore(tmp_path))

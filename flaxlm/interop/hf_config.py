@@ -84,8 +84,8 @@ def read_config(
   fields["sliding_window"] = max(windows)
   fields["layer_pattern"] = pattern_of(windows)
   fields |= read_rope(family, hf, fields["max_len"], windows)
-  architecture = find_architecture(family, hf, set(tensor_names))
-  if "head_activation" not in family.keys.values():
+  architecture, own = find_architecture(family, hf, set(tensor_names)), family.keys
+  if architecture.fields["head"] == "mlm" and "head_activation" not in own.values():
     fields["head_activation"] = fields["activation"]
   fields |= architecture.fields
   if "num_labels" not in architecture.fields and fields["head"] in (
@@ -236,16 +236,29 @@ def choose_family(
     lost, architecture, hf = try_family(fields, family)
     if not lost:
       return family, architecture, hf
-    if closest is None or len(lost) < len(closest[1]):
-      closest = family.model_type, lost
-  name, lost = closest
+    # Another kind of model is further away than any number of other differences.
+    distance = sum(100 if key in ("causal", "head") else 1 for key, _ in lost)
+    if closest is None or distance < closest[0]:
+      closest = distance, family.model_type, lost
+  _, name, lost = closest
   more = f", ... {len(lost)} in all" if len(lost) > 4 else ""
+  ours, theirs = (
+    ", ".join(f"{key}={shorten(values[side])}" for key, values in lost[:4])
+    for side in (0, 1)
+  )
   raise ConfigError(
     "this model has no equal at Hugging Face, and",
-    ", ".join(f"config.model.{key}={given}" for key, (given, _) in lost[:4]) + more,
-    f"for {name}: " + ", ".join(f"{key}={theirs}" for key, (_, theirs) in lost[:4]),
+    f"config.model with {ours}{more}",
+    f"for {name}: {theirs}",
     "the checkpoint itself, or a model of one of its families",
   )
+
+
+def shorten(value: object) -> str:
+  """A value for a message; what each layer sees as the pattern that it follows."""
+  if isinstance(value, tuple):
+    return ",".join(pattern_of(list(value))) if any(value) else "global"
+  return f"{value}"[:40]
 
 
 def try_family(fields: dict, family: Family):

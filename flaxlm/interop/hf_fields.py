@@ -55,6 +55,7 @@ NEUTRAL = {
 NOT_COMPUTED = {
   *("attention", "dtype", "remat", "unroll", "dropout"),
   *("moe.balance", "moe.aux_loss", "moe.z_loss", "moe.bias_rate"),
+  "moe.capacity_factor",  # drops tokens in training; others read such models dropless
 }
 ACTIVATIONS = {
   "silu": "silu",
@@ -71,6 +72,7 @@ POOLINGS = {"cls": "first", "mean": "mean"}
 # train it, special ids, and settings of generation that old files carry along.
 SILENT_KEYS = """
   architectures model_type transformers_version torch_dtype dtype _name_or_path
+  _model_name_or_path
   name_or_path auto_map use_cache gradient_checkpointing initializer_range
   initializer_cutoff_factor attention_dropout hidden_dropout_prob embedding_dropout
   attention_probs_dropout_prob classifier_dropout mlp_dropout resid_pdrop embd_pdrop

@@ -57,7 +57,8 @@ RUNTIME = {
 
 # Keys of a config.json that are not true of a model that comes from it.
 OF_THE_ORIGINAL = {
-  *("auto_map", "_name_or_path", "name_or_path", "transformers_version"),
+  *("auto_map", "_name_or_path", "name_or_path", "_model_name_or_path"),
+  *("transformers_version", "is_llama_config"),
   *("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id"),
   *("boi_token_index", "boi_token_id", "eoi_token_index", "eoi_token_id"),
 }
@@ -301,8 +302,11 @@ def check_tensors(
     and not any(re.search(pattern, name) for pattern in family.ignored)
   ]
   copies = [name for name in extra if name in family.copies]
+  dropped = (*family.unused, *skip)
   left_out = [
-    name for name in extra if any(re.search(p, name) for p in (*family.unused, *skip))
+    name
+    for name in extra
+    if name not in copies and any(re.search(pattern, name) for pattern in dropped)
   ]
   unknown = [name for name in extra if name not in (*copies, *left_out)]
   problems = {
@@ -395,7 +399,8 @@ def write_model(
   Args:
     directory: exists, and is empty.
     fields: of config.model.
-    leaves: path: weight; arrays of numpy, or of JAX in the memory of this host.
+    leaves: path: weight; arrays of numpy, or of JAX in the memory of this host. Each is
+      asked for once, so a mapping may read them from disk as they are needed.
     dtype: of the files: float32, bfloat16 or float16.
     like: a config.json, perhaps the one the model came with: its family is kept, its
       special ids, names of labels and other keys that compute nothing.
@@ -413,12 +418,13 @@ def write_model(
   hf = complete_config(hf, like, dtype)
   shapes = weight_shapes(fields)
   pieces = plan([*family.rows, *architecture.rows], fields, shapes)
-  for path, shape in shapes.items():
-    assert leaves[path].shape == shape, (path, leaves[path].shape, shape)
+  # All that one weight holds is written together: then it can be forgotten.
+  order = {path: i for i, path in enumerate(shapes)}
+  pieces.sort(key=lambda piece: order[piece.paths[0]])
   text = json.dumps(hf, indent=2, sort_keys=True) + "\n"
   (pathlib.Path(directory) / "config.json").write_text(text)
   specs = {piece.name: (piece.shape, DTYPES[dtype]) for piece in pieces}
-  arrays = convert(pieces, leaves, DTYPES[dtype])
+  arrays = convert(pieces, leaves, shapes, DTYPES[dtype])
   write_safetensors(directory, specs, arrays, max_shard)
   return hf
 
@@ -437,11 +443,18 @@ def complete_config(hf: dict, like: dict, dtype: str) -> dict:
 
 
 def convert(
-  pieces: list[Piece], leaves: Mapping[str, np.ndarray], dtype: np.dtype
+  pieces: list[Piece], leaves: Mapping[str, np.ndarray], shapes: dict, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the tensors of the files one by one."""
+  paths, whole = (), []
   for piece in pieces:
-    parts = [np.asarray(leaves[path])[piece.index] for path in piece.paths]
+    if piece.paths != paths:
+      whole = []  # forgotten before the next are read
+      paths, whole = piece.paths, [np.asarray(leaves[path]) for path in piece.paths]
+      for path, array in zip(paths, whole, strict=True):
+        if array.shape != shapes[path]:
+          raise ConfigError(f"the weight {path}", array.shape, f"{shapes[path]}")
+    parts = [array[piece.index] for array in whole]
     given = to_theirs(parts, piece)
     with np.errstate(over="ignore"):
       array = given.astype(dtype)

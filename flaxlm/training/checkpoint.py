@@ -85,7 +85,10 @@ class Checkpointer:
     self._thread: threading.Thread | None = None
     self._error: StorageError | None = None
     self._newest = -1  # the step that was saved or restored last
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # Weights hardly compress (6%), and the compressor keeps a second copy in memory.
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(use_compression=False)
+    )
     if jax.process_index() == 0:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)

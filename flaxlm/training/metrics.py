@@ -405,7 +405,7 @@ def print_summary(
     ),
     (
       "compute",
-      f"{flops_per_token / 1e9:.4g} GFLOP a token (attention: the pairs that see each other), "
+      f"{flops_per_token / 1e9:.4g} GFLOP a token (attention: visible pairs), "
       f"{flops_per_token * total_tokens:.3g} FLOP in all",
     ),
     (

@@ -6,8 +6,10 @@
 Writes a bfloat16 checkpoint of random numbers, one tensor at a time, then runs each
 part in a process of its own and reads the peak of its resident memory (VmHWM, which
 counts pages of mapped files too). "above" is what that peak has on top of the weights
-in float32 and of a process that has imported the same libraries and does nothing; the
-claim is that it stays below the largest tensor.
+in float32 and of a process that has imported the same libraries and does nothing; it
+is to stay below the largest tensor. Export holds one stacked weight at a time, so it
+stays below the size of the model. If Orbax compresses, `import` holds what it has
+compressed, too.
 """
 
 import argparse

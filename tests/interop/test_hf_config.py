@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from flaxlm import config as configs
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import FAMILIES, choose_family, read_config, write_config
@@ -68,6 +69,7 @@ HUB = {
     "num_attention_heads": 9,
     "num_hidden_layers": 30,
     "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
     "rope_interleaved": False,
     "rope_scaling": None,
     "rope_theta": 100000,
@@ -82,6 +84,7 @@ HUB = {
     "intermediate_size": 14336,
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
     "num_key_value_heads": 8,
     "sliding_window": 4096,
     "vocab_size": 32000,
@@ -389,3 +392,30 @@ def test_what_a_family_cannot_be_is_refused(name, keys, message):
 def test_fields_are_flat_or_nested():
   flat = {"vocab_size": 3, "moe.num_experts": 2, "layer_pattern": ("local", "global")}
   assert flatten(nest(flat)) == flat
+
+
+SHIPPED = {
+  "llama2_7b": "Llama-2-7b-hf",
+  "llama3_2_1b": "Llama-3.2-1B",
+  "smollm2_135m": "SmolLM2-135M",
+  "mistral_7b": "Mistral-7B-v0.1",
+  "qwen2_5_0_5b": "Qwen2.5-0.5B",
+  "qwen3_30b_a3b": "Qwen3-30B-A3B",
+  "mixtral_8x7b": "Mixtral-8x7B-v0.1",
+  "gemma2_2b": "gemma-2-2b",
+  "gemma3_4b": "gemma-3-4b-it",
+  "olmo2_7b": "OLMo-2-1124-7B",
+  "bert_base": "bert-base-uncased",
+  "modernbert_base": "ModernBERT-base",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_compute_what_the_files_of_the_hub_mean(name):
+  published = HUB[SHIPPED[name]]
+  if name == "bert_base":
+    published = published | {"architectures": ["BertForPreTraining"]}
+  ours = canonical(flatten(configs.load(f"configs/{name}.py").model.to_dict()))
+  theirs = canonical(fields_of(published))
+  different = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+  assert different <= {"max_len"}

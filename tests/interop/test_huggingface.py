@@ -481,7 +481,9 @@ OLD = {
 @pytest.mark.parametrize("name", OLD)
 def test_older_spellings_of_weights(name, pairs, tmp_path):
   pair = pairs(name)
-  assert_same(hf.read_model(resave(pair, tmp_path, OLD[name])), pair.imported)
+  imported = hf.read_model(resave(pair, tmp_path, OLD[name]))
+  assert_same(imported, pair.imported)
+  assert imported.left_out == []  # buffers and equal copies are no loss
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -603,6 +605,7 @@ def test_export_in_16_bits(dtype, pairs, tmp_path):
   hf.write_model(tmp_path, pair.imported.fields, pair.imported.leaves, dtype, like)
   theirs = type(pair.theirs).from_pretrained(tmp_path)
   assert theirs.dtype == getattr(torch, dtype) and theirs.config.eos_token_id == [2, 5]
+  assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
   for name, weight in pair.theirs.state_dict().items():
     assert torch.equal(theirs.state_dict()[name], weight.to(theirs.dtype)), name
   again = hf.read_model(tmp_path).leaves["blocks/mlp/up"]
@@ -612,6 +615,22 @@ def test_export_in_16_bits(dtype, pairs, tmp_path):
   if dtype == "float16":
     with pytest.raises(DataError, match="too large for float16"):
       hf.write_model(tmp_path, pair.imported.fields, leaves, dtype)
+
+
+class Once(dict):
+  """Gives each value away once."""
+
+  def __getitem__(self, key):
+    return self.pop(key)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "modernbert-ForMaskedLM"])
+def test_each_weight_is_read_once(name, pairs, tmp_path):
+  pair = pairs(name)
+  leaves = Once(pair.imported.leaves)
+  hf.write_model(tmp_path, pair.imported.fields, leaves)
+  assert not leaves
+  assert_same(hf.read_model(tmp_path), pair.imported)
 
 
 @pytest.mark.parametrize(

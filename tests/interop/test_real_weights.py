@@ -1,0 +1,23 @@
+"""Real weights: see tests/benchmarks/real_weights.py, which this runs."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "real_weights.py"
+MODELS = ("minilm", "antiberty heavy", "antiberty light", "sapiens vh", "sapiens vl",
+          "smollm2")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_real_models_compute_what_they_compute_in_transformers():
+  for library in ("torch", "transformers", "gguf", "accelerate"):
+    pytest.importorskip(library, reason=f"real weights need {library}")
+  result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+  if result.returncode == 69:
+    pytest.skip(result.stderr[-300:])
+  assert result.returncode == 0, result.stderr[-3000:]
+  for name in MODELS:
+    assert f"{name} features" in result.stdout, result.stdout
