@@ -3,7 +3,7 @@
   python -m flaxlm.prepare --config=configs/moe_tiny.py
   python -m flaxlm.train --config=configs/moe_tiny.py --workdir=runs/moe_tiny
 
-It takes about 3 minutes on 2 CPU cores, and the quickstart's store of tokens. Experts
+It takes some minutes on 2 CPU cores, and the quickstart's store of tokens. Experts
 have room for twice their fair share: on CPU that costs half as much as dropping no
 token, and once the loads are even nothing is dropped.
 """

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from flaxlm.models.flops import flops_per_token
 from flaxlm.models.transformer import describe
 from flaxlm.parallel.mesh import AXES
+from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.training.metrics import short
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import with_shardings
@@ -59,15 +60,8 @@ def totals(config, model, mesh: AbstractMesh, rules: dict) -> list[str]:
     f"parameters       {count:,}",
     f"FLOPs per token  {short(flops)} to train (forward and backward, at "
     f"config.data.seq_len={config.data.seq_len})",
-    f"per device       {sum_bytes(model)} of weights, {sum_bytes(moments)} of "
+    f"per device       {bytes_per_device(model) / 1e9:,.3f} GB of weights, "
+    f"{bytes_per_device(moments) / 1e9:,.3f} GB of "
     f"{config.optim.name}'s state, on a mesh of "
     + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
   ]
-
-
-def sum_bytes(tree) -> str:
-  return f"{sum(map(bytes_per_device, jax.tree.leaves(tree))) / 1e9:,.3f} GB"
-
-
-def bytes_per_device(array: jax.ShapeDtypeStruct) -> int:
-  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -29,7 +29,7 @@ from flaxlm.models.flops import flops_per_token
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel import hosts
 from flaxlm.parallel.mesh import make_mesh
-from flaxlm.parallel.sharding import use_mesh
+from flaxlm.parallel.sharding import bytes_per_device, use_mesh
 from flaxlm.training import lora
 from flaxlm.training import metrics as reports
 from flaxlm.training.checkpoint import Checkpointer
@@ -297,13 +297,6 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
 
 def count(tree) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def bytes_per_device(tree) -> int:
-  leaves = jax.tree.leaves(tree)
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
-  )
 
 
 class Progress:

@@ -96,8 +96,8 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
   found = named_leaves(source)
   if source_config.model.pair_head and config.model.head in ("sequence", "choice"):
     # BERT's pooler: trained on sentence pairs, classifiers start from it.
-    for part in ("dense", "dense_bias"):
-      found[f"head/{part}"] = found.pop(f"pair_head/{part}")
+    for name in [name for name in found if name.startswith("pair_head/dense")]:
+      found[name.removeprefix("pair_")] = found.pop(name)
   target = with_shardings(abstract_model(config), mesh, rules)
   wanted = named_leaves(target)
   new = [

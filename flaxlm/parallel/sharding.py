@@ -6,6 +6,7 @@ config says which mesh axes split each name. XLA inserts the communication (GSPM
 
 import contextlib
 import contextvars
+import math
 
 import jax
 from jax.sharding import NamedSharding
@@ -74,3 +75,11 @@ def sharding_of(
         f"a multiple of {ways}, or another config.mesh.rules.{dim}",
       )
   return NamedSharding(mesh, partition)
+
+
+def bytes_per_device(tree) -> int:
+  """What each device holds of arrays, or of abstract ones that have a sharding."""
+  leaves = jax.tree.leaves(tree)
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+  )

@@ -10,25 +10,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flaxlm.errors import ConfigError
 from flaxlm.models.transformer import Transformer
 from flaxlm.training.checkpoint import named_leaves
+from flaxlm.training.optim import MUON_DIMENSIONS
 
-# Weight -> (dimensions before the matrix: layer, expert; dimensions that are summed).
-MATRICES = {
-  "query": (1, 1),
-  "key": (1, 1),
-  "value": (1, 1),
-  "out": (1, 2),
-  "up": (1, 1),
-  "gate": (1, 1),
-  "down": (1, 1),
-  "expert_up": (2, 1),
-  "expert_gate": (2, 1),
-  "expert_down": (2, 1),
-}
 HEADS = ("lm", "mlm")  # these come with the base; other heads are the task's
 
 
@@ -46,7 +35,7 @@ def init(
   adapters, found, key = {}, set(), jax.random.key(seed)
   for number, (name, weight) in enumerate(named_leaves(model).items()):
     last = name.split("/")[-1]
-    if last not in targets or last not in MATRICES or "blocks/" not in name:
+    if last not in targets or last not in MUON_DIMENSIONS or "blocks/" not in name:
       continue
     found.add(last)
     lead, size_in, size_out = split_shape(last, weight.shape)
@@ -61,7 +50,7 @@ def init(
     raise ConfigError(
       "config.lora.targets",
       " ".join(unknown),
-      "matrices of the layers: " + " ".join(sorted(has & MATRICES.keys())),
+      "matrices of the layers: " + " ".join(sorted(has & MUON_DIMENSIONS.keys())),
       "query,value",
     )
   trained = {"adapters": adapters}
@@ -72,9 +61,9 @@ def init(
 
 def split_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple, int, int]:
   """Returns (leading dimensions, rows, columns) of the matrix that a weight is."""
-  before, summed = MATRICES[name]
-  rows = shape[before : before + summed]
-  return shape[:before], math.prod(rows), math.prod(shape[before + summed :])
+  summed = np.atleast_1d(MUON_DIMENSIONS[name].reduction_axis)
+  first, last = int(summed[0]), int(summed[-1]) + 1
+  return shape[:first], math.prod(shape[first:last]), math.prod(shape[last:])
 
 
 def merge(model: Transformer, trained: dict, alpha: float) -> Transformer:
