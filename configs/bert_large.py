@@ -10,6 +10,7 @@ from configs import bert_base
 
 def get_config():
   config = bert_base.get_config()
+  config.hardware = "v5e:2x2"
   model = config.model
   model.num_layers = 24
   model.embed_dim = 1024

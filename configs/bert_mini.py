@@ -14,6 +14,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "cpu"
   config.num_steps = 2500
   config.data.store = "data/bert_mini"
   config.data.sources = base.sources(main=base.source("text", "", document="paragraph"))

@@ -13,6 +13,7 @@ from configs import llama2_7b
 
 def get_config():
   config = llama2_7b.get_config()
+  config.hardware = "v5p:4x4x4"
   config.num_steps = 106_449
   config.tokenizer.vocab_size = 100_000
   config.data.store = "data/c4_deepseek"

@@ -13,6 +13,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "v6e:2x4"
   config.num_steps = 477_000
   config.tokenizer.vocab_size = 256_000
   config.tokenizer.train_bytes = 1_000_000_000

@@ -10,6 +10,7 @@ from configs import gemma2_2b
 
 def get_config():
   config = gemma2_2b.get_config()
+  config.hardware = "v5p:4x4x4"
   model = config.model
   model.num_layers = 42
   model.embed_dim = 3584

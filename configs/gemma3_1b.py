@@ -12,6 +12,7 @@ from configs import gemma2_2b
 
 def get_config():
   config = gemma2_2b.get_config()
+  config.hardware = "v6e:2x4"
   config.tokenizer.vocab_size = 262_144
   config.data.store = "data/c4_gemma3"
   model = config.model

@@ -11,6 +11,7 @@ from configs import gemma3_1b
 
 def get_config():
   config = gemma3_1b.get_config()
+  config.hardware = "v6e:2x4"
   model = config.model
   model.vocab_size = 262_208
   model.max_len = 131_072

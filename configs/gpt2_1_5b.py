@@ -10,6 +10,7 @@ from configs import gpt2_124m
 
 def get_config():
   config = gpt2_124m.get_config()
+  config.hardware = "v6e:2x4"
   model = config.model
   model.num_layers = 48
   model.embed_dim = 1600

@@ -11,6 +11,7 @@ from configs import gpt2_124m
 
 def get_config():
   config = gpt2_124m.get_config()
+  config.hardware = "v5e:2x2"
   model = config.model
   model.num_layers = 24
   model.embed_dim = 1024

@@ -14,6 +14,7 @@ from configs import gpt2_124m
 
 def get_config():
   config = gpt2_124m.get_config()
+  config.hardware = "v5e:2x2"
   config.num_steps = 572_000
   config.data.seq_len = 2048
   config.data.batch_size = 256  # 0.5M tokens

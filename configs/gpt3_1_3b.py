@@ -12,6 +12,7 @@ from configs import gpt3_125m
 
 def get_config():
   config = gpt3_125m.get_config()
+  config.hardware = "v6e:2x4"
   config.num_steps = 286_000
   config.data.batch_size = 512  # 1M tokens
   model = config.model

@@ -10,6 +10,7 @@ from configs import gpt3_125m
 
 def get_config():
   config = gpt3_125m.get_config()
+  config.hardware = "v5p:4x4x4"
   config.num_steps = 143_000
   config.data.batch_size = 1024  # 2M tokens
   model = config.model

@@ -10,6 +10,7 @@ from configs import gpt3_125m
 
 def get_config():
   config = gpt3_125m.get_config()
+  config.hardware = "h100x1"
   model = config.model
   model.num_layers = 24
   model.embed_dim = 1536

@@ -10,6 +10,7 @@ from configs import llama2_7b
 
 def get_config():
   config = llama2_7b.get_config()
+  config.hardware = "v5p:4x4x4"
   model = config.model
   model.num_layers = 40
   model.embed_dim = 5120

@@ -3,7 +3,7 @@
   python -m flaxlm.train --config=configs/llama3_1_8b.py --workdir=runs/llama3_1_8b
 
 Not trained here: no result is claimed. Rows of 8192 tokens, as in most of its training;
-the last stage had --config.data.seq_len=131072, which needs an attention kernel.
+llama3_1_8b_128k.py is for its last stage.
 """
 
 from configs import llama3_8b
@@ -11,6 +11,7 @@ from configs import llama3_8b
 
 def get_config():
   config = llama3_8b.get_config()
+  config.hardware = "v5e:16x16"
   model = config.model
   model.max_len = 131_072
   model.rope.scaling = "llama3"

@@ -11,6 +11,7 @@ from configs import llama3_1_8b
 
 def get_config():
   config = llama3_1_8b.get_config()
+  config.hardware = "v6e:2x4"
   model = config.model
   model.num_layers = 16
   model.embed_dim = 2048

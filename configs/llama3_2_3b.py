@@ -10,6 +10,7 @@ from configs import llama3_2_1b
 
 def get_config():
   config = llama3_2_1b.get_config()
+  config.hardware = "v6e:2x4"
   model = config.model
   model.num_layers = 28
   model.embed_dim = 3072

@@ -1,10 +1,8 @@
-"""Llama 3 8B (Dubey et al. 2024): its shapes, and a mesh of 256 devices.
+"""Llama 3 8B (Dubey et al. 2024): for 256 TPUs v5e.
 
   python -m flaxlm.train --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
-Not trained here: no result is claimed, and none before TPUs have their attention
-kernel: XLA's keeps scores of 8192 x 8192 for each head. Bring a tokenizer:
---config.tokenizer.path.
+Not trained here: no result is claimed. Bring a tokenizer: --config.tokenizer.path.
 """
 
 from configs import base
@@ -12,6 +10,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "v5e:16x16"
   config.num_steps = 500_000
   config.tokenizer.vocab_size = 128_256
   config.data.store = "data/c4_llama3"

@@ -12,6 +12,7 @@ from configs import llama2_7b
 
 def get_config():
   config = llama2_7b.get_config()
+  config.hardware = "v5p:4x4x4"
   config.data.store = "data/c4_mistral"
   config.data.seq_len = 8192
   config.data.batch_size = 512

@@ -14,6 +14,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "v5e:2x2"
   config.num_steps = 364_000
   config.tokenizer.vocab_size = 50_368
   config.tokenizer.train_bytes = 1_000_000_000

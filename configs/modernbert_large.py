@@ -12,6 +12,7 @@ from configs import modernbert_base
 
 def get_config():
   config = modernbert_base.get_config()
+  config.hardware = "v5e:2x2"
   config.num_steps = 337_000
   config.data.batch_size = 4928
   model = config.model

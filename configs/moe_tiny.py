@@ -13,6 +13,7 @@ from configs import quickstart
 
 def get_config():
   config = quickstart.get_config()
+  config.hardware = "cpu"
   moe = config.model.moe
   moe.num_experts = 8
   moe.experts_per_token = 2

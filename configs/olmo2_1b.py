@@ -10,6 +10,7 @@ from configs import olmo2_7b
 
 def get_config():
   config = olmo2_7b.get_config()
+  config.hardware = "v6e:2x4"
   config.num_steps = 2_384_000
   config.data.batch_size = 512
   model = config.model

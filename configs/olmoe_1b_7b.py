@@ -11,6 +11,7 @@ from configs import olmo2_1b
 
 def get_config():
   config = olmo2_1b.get_config()
+  config.hardware = "v5p:4x4x4"
   config.num_steps = 1_192_000
   config.tokenizer.vocab_size = 50_280
   config.data.store = "data/c4_olmoe"

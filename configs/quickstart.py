@@ -11,6 +11,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "cpu"
   config.num_steps = 500
   config.data.store = "data/stdlib"
   config.data.seq_len = 128

@@ -10,6 +10,7 @@ from configs import qwen2_5_7b
 
 def get_config():
   config = qwen2_5_7b.get_config()
+  config.hardware = "v5e:2x2"
   model = config.model
   model.vocab_size = 151_936
   model.max_len = 32_768

@@ -13,6 +13,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "v5p:4x4x4"
   config.num_steps = 500_000
   config.tokenizer.vocab_size = 151_665
   config.tokenizer.train_bytes = 1_000_000_000

@@ -10,6 +10,7 @@ from configs import qwen3_8b
 
 def get_config():
   config = qwen3_8b.get_config()
+  config.hardware = "v5e:2x2"
   model = config.model
   model.num_layers = 28
   model.embed_dim = 1024

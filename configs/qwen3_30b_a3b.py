@@ -1,4 +1,4 @@
-"""Qwen 3 30B-A3B (Yang et al. 2025): 8 of 128 experts a token, for 128 devices.
+"""Qwen 3 30B-A3B (Yang et al. 2025): 8 of 128 experts a token, for 128 TPUs v5p.
 
   python -m flaxlm.train --config=configs/qwen3_30b_a3b.py --workdir=runs/qwen3_30b_a3b
 
@@ -10,6 +10,7 @@ from configs import qwen3_8b
 
 def get_config():
   config = qwen3_8b.get_config()
+  config.hardware = "v5p:4x4x8"
   model = config.model
   model.num_layers = 48
   model.embed_dim = 2048
@@ -19,6 +20,7 @@ def get_config():
   model.moe.experts_per_token = 8
   model.moe.expert_dim = 768
   model.moe.aux_loss = 1e-3 / 48  # theirs is a mean over layers, ours a sum
-  config.mesh.fsdp = 128
+  config.mesh.fsdp = 16
+  config.mesh.expert = 8
   config.step.chunk_size = 131_072
   return config

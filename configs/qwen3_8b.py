@@ -12,6 +12,7 @@ from configs import qwen2_5_7b
 
 def get_config():
   config = qwen2_5_7b.get_config()
+  config.hardware = "v5p:4x4x4"
   config.tokenizer.vocab_size = 151_669
   config.data.store = "data/c4_qwen3"
   model = config.model

@@ -15,6 +15,7 @@ from configs import base
 
 def get_config():
   config = base.get_config()
+  config.hardware = "cpu"
   config.seed = 1337
   config.num_steps = 2000
   data = config.data

@@ -11,6 +11,7 @@ from configs import smollm2_135m
 
 def get_config():
   config = smollm2_135m.get_config()
+  config.hardware = "v6e:2x4"
   config.num_steps = 5_240_000
   config.data.batch_size = 1024
   model = config.model

@@ -10,6 +10,7 @@ from configs import smollm2_135m
 
 def get_config():
   config = smollm2_135m.get_config()
+  config.hardware = "v5e:2x2"
   config.num_steps = 2_600_000
   config.data.batch_size = 768
   model = config.model

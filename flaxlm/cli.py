@@ -61,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
   with contextlib.suppress(BrokenPipeError):
     sys.stdout.flush()
   sys.stderr.flush()
-  if code and "jax" in sys.modules and sys.modules["jax"].process_count() > 1:
+  if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
     os._exit(code)
   if code == 141:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from flaxlm.errors import ConfigError, DataError, MissingInputError
+from flaxlm.relations import relations
 
 CHOICES = {
   "model.positions": ("rope", "learned", "none"),
@@ -34,7 +35,7 @@ CHOICES = {
   "objective.mask_unit": ("token", "word", "span"),
   "objective.pairs": ("none", "nsp", "sop"),
   "task.kind": ("none", "classify", "tag", "qa", "choice", "chat"),
-  "model.attention": ("auto", "reference", "xla", "cudnn"),
+  "model.attention": ("auto", "reference", "xla", "splash", "ring", "cudnn"),
   "model.dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full", "dots"),
   "optim.name": ("adamw", "lion", "adafactor", "muon"),
@@ -42,7 +43,7 @@ CHOICES = {
   "task.format": ("auto", "csv", "tsv", "jsonl", "squad", "conll", "tfds"),
   "data.loader": ("tfdata", "numpy", "synthetic"),
   "data.split": ("hash", "tail"),
-  "data.sources.*.kind": ("stdlib", "text", "jsonl", "parquet", "tfds"),
+  "data.sources.*.kind": ("stdlib", "text", "jsonl", "csv", "tsv", "parquet", "tfds"),
   "data.sources.*.document": ("file", "paragraph", "line"),
   "tokenizer.kind": ("bpe", "unigram", "char"),
 }
@@ -60,8 +61,13 @@ AT_LEAST_ONE = (
   "model.unroll",
   "model.moe.experts_per_token",
   "step.accumulation_steps",
+  "mesh.slice",
+  "mesh.stage",
   "mesh.fsdp",
+  "mesh.expert",
+  "mesh.context",
   "mesh.tensor",
+  "mesh.stage_repeats",
   "data.seq_len",
   "data.batch_size",
   "data.num_threads",
@@ -77,6 +83,7 @@ AT_LEAST_ONE = (
   "guards.max_bad_steps",
 )
 POSITIVE = [
+  "mesh.start_seconds",
   "model.norm_epsilon",
   "model.rope.theta",
   "model.rope.factor",
@@ -245,154 +252,6 @@ def check(config: ConfigDict) -> None:
       raise ConfigError(f"config.{key}", flat.get(key, "none"), needed, hint)
 
 
-def relations(config: ConfigDict):
-  """Yields (holds, key, what is needed, what to try) for what knobs owe each other."""
-  model, data, optim, mesh = config.model, config.data, config.optim, config.mesh
-  heads, layers = model.num_heads, model.num_layers
-  yield (
-    heads % model.num_kv_heads == 0,
-    "model.num_kv_heads",
-    f"a divisor of config.model.num_heads={heads}",
-    divisors(heads, model.num_kv_heads),
-  )
-  yield from model_relations(model)
-  yield from prediction_relations(config)
-  yield (
-    layers % model.unroll == 0,
-    "model.unroll",
-    f"a divisor of config.model.num_layers={layers}",
-    divisors(layers, model.unroll),
-  )
-  limit = f"at most config.model.max_len={model.max_len}"
-  yield data.seq_len <= model.max_len, "data.seq_len", limit, f"{model.max_len}"
-  unit = config.step.accumulation_steps * max(mesh.data, 1) * mesh.fsdp
-  yield (
-    data.batch_size % unit == 0,
-    "data.batch_size",
-    f"a multiple of {unit} = accumulation_steps x mesh.data x mesh.fsdp",
-    multiples(data.batch_size, unit),
-  )
-  limit = f"at most config.num_steps={config.num_steps}"
-  hint = f"{config.num_steps // 10}"
-  yield optim.warmup_steps <= config.num_steps, "optim.warmup_steps", limit, hint
-  devices = "devices along the axis, or -1 for all that remain"
-  yield mesh.data == -1 or mesh.data > 0, "mesh.data", devices, "-1"
-  limit = f"at most config.model.vocab_size={model.vocab_size}"
-  fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
-  yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
-  yield len(data.sources) > 0, "data.sources", "at least one source", "main"
-  for name, axes in mesh.rules.items():
-    known = set(axes) <= {"data", "fsdp", "tensor"}
-    yield known, f"mesh.rules.{name}", "mesh axes", "data,fsdp or tensor or ()"
-
-
-def model_relations(model: ConfigDict):
-  """The relations within `config.model`."""
-  yield (
-    model.positions != "rope" or model.head_dim % 2 == 0,
-    "model.head_dim",
-    "an even number: rotary positions turn pairs",
-    f"{model.head_dim + 1}",
-  )
-  pattern = set(model.layer_pattern)
-  names = pattern <= {"local", "global"} and len(pattern) > 0
-  yield names, "model.layer_pattern", "local and global, with commas", "local,global"
-  moe, rope = model.moe, model.rope
-  yield (
-    moe.num_experts == 0 or moe.experts_per_token <= moe.num_experts,
-    "model.moe.experts_per_token",
-    f"at most config.model.moe.num_experts={moe.num_experts}",
-    f"{moe.num_experts}",
-  )
-  yield (
-    moe.num_experts == 0 or not model.use_bias,
-    "model.use_bias",
-    "False with experts, which have no biases",
-    "False",
-  )
-  fewer = moe.num_experts == 0 or moe.first_dense_layers < model.num_layers
-  limit = f"fewer than config.model.num_layers={model.num_layers}"
-  yield fewer, "model.moe.first_dense_layers", limit, "1"
-  yield (
-    rope.scaling in ("none", "linear") or rope.original_max_len > 0,
-    "model.rope.original_max_len",
-    f"the length that {rope.scaling} scaling starts from",
-    f"{model.max_len}",
-  )
-  alone = model.first_norm or (
-    model.norm_placement in ("pre", "both") and moe.num_experts == 0
-  )
-  yield alone, "model.first_norm", "True, unless norms come before dense layers", "True"
-  plain = model.attention != "cudnn" or model.attention_softcap == 0
-  yield plain, "model.attention", "a backend that can soft-cap scores", "xla"
-
-
-# Which head the model needs for what it is asked to do.
-HEADS = {
-  "causal": "lm",
-  "span": "lm",
-  "prefix": "lm",
-  "fim": "lm",
-  "masked": "mlm",
-  "classify": "sequence",
-  "tag": "token",
-  "qa": "span",
-  "choice": "choice",
-  "chat": "lm",
-}
-
-
-def prediction_relations(config: ConfigDict):
-  """The relations between what is predicted, and the model that predicts it."""
-  model, objective, task = config.model, config.objective, config.task
-  asked = objective.kind if task.kind == "none" else task.kind
-  group = "objective" if task.kind == "none" else "task"
-  head = HEADS[asked]
-  needed = f"{head}, for config.{group}.kind={asked}"
-  yield model.head == head, "model.head", needed, head
-  needed = f"True, for config.{group}.kind={asked}"
-  yield head != "lm" or model.causal, "model.causal", needed, "True"
-  needed = "False: a masked token must be hidden from no side"
-  yield asked != "masked" or not model.causal, "model.causal", needed, "False"
-  pairs = task.kind == "none" and objective.pairs != "none"
-  needed = f"masked, for config.objective.pairs={objective.pairs}"
-  yield not pairs or asked == "masked", "objective.kind", needed, "masked"
-  needed = f"True, for config.objective.pairs={objective.pairs}"
-  yield not pairs or model.pair_head, "model.pair_head", needed, "True"
-  rates = objective.mask_token_rate + objective.random_token_rate
-  needed = "at most 1, with config.objective.mask_token_rate"
-  yield rates <= 1 + 1e-9, "objective.random_token_rate", needed, "0.1"
-  has_path = task.kind == "none" or task.path != ""
-  needed = "labelled examples: csv, tsv, jsonl, or a TFDS name"
-  yield has_path, "task.path", needed, "train.csv"
-  needed = "False: a causal model has read nothing where an option begins"
-  yield asked != "choice" or not model.causal, "model.causal", needed, "False"
-  yield from objective_relations(config, asked, pairs)
-  frozen = config.lora.rank == 0 or config.init_from != ""
-  needed = "the run whose weights config.lora.rank adds to"
-  yield frozen, "init_from", needed, "runs/base"
-
-
-def objective_relations(config: ConfigDict, asked: str, pairs: bool):
-  """What the knobs of `config.objective` need, where they are used."""
-  objective, model, length = config.objective, config.model, config.data.seq_len
-  given = asked not in ("masked", "span") or objective.mask_rate > 0
-  yield given, "objective.mask_rate", f"above 0 for kind={asked}", "0.15"
-  yield objective.mean_span >= 1, "objective.mean_span", "1 token or more", "3.0"
-  yield not pairs or length >= 16, "data.seq_len", "room for two sentences", "128"
-  types = not pairs or model.num_segment_types >= 2
-  needed = f"2, for config.objective.pairs={objective.pairs}"
-  yield types, "model.num_segment_types", needed, "2"
-  if asked != "span":
-    return
-  some = objective.mask_rate < 1
-  needed = "below 1: some of the text must be given"
-  yield some, "objective.mask_rate", needed, "0.15"
-  spans = math.ceil(length * objective.mask_rate / objective.mean_span) + 2
-  needed = f"at least {spans}: one for each span of a row, and the end"
-  yield objective.num_sentinels >= spans, "objective.num_sentinels", needed, f"{spans}"
-
-
 def check_value(name: str, key: str, value: object) -> None:
   """Checks one leaf against the tables at the top of this file."""
   if key in CHOICES:
@@ -411,19 +270,6 @@ def check_value(name: str, key: str, value: object) -> None:
     raise ConfigError(
       name, value, "a fraction below 1" if key in BELOW_ONE else "at most 1"
     )
-
-
-def divisors(number: int, near: int) -> str:
-  """The divisors of `number` that lie nearest to `near`, as text."""
-  found = [d for d in range(1, number + 1) if number % d == 0]
-  found = sorted(sorted(found, key=lambda d: abs(d - near))[:3])
-  return " or ".join(map(str, found))
-
-
-def multiples(given: int, unit: int) -> str:
-  """The multiples of `unit` on both sides of `given`, as text."""
-  down = given // unit * unit
-  return " or ".join(str(m) for m in (down, down + unit) if m)
 
 
 def to_json(config: ConfigDict) -> str:

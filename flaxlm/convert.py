@@ -274,9 +274,7 @@ def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
 
 def read_leaves(config, workdir: pathlib.Path, step: int | None):
   """Returns ({path: weight}, meta of the checkpoint), averaged and merged."""
-  import jax
-  import numpy as np
-
+  from flaxlm.parallel.mesh import one_device
   from flaxlm.training.checkpoint import named_leaves
   from flaxlm.weights import restore_model
 
@@ -285,9 +283,7 @@ def read_leaves(config, workdir: pathlib.Path, step: int | None):
       workdir / "checkpoints", "ema" if config.step.ema_decay else "model", step
     )
     return leaves, leaves.meta
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
-  )
+  mesh = one_device()
   model, meta = restore_model(workdir, config, mesh, config.mesh.rules.to_dict(), step)
   return named_leaves(model), meta
 

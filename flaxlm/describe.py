@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh
 
 from flaxlm.models.flops import flops_per_token
 from flaxlm.models.transformer import describe
-from flaxlm.parallel.mesh import AXES
+from flaxlm.parallel import AXES
+from flaxlm.parallel.mesh import axis_sizes
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.training.metrics import short
 from flaxlm.training.optim import make_optimizer
@@ -21,8 +22,9 @@ from flaxlm.weights import abstract_model
 
 def table(config) -> str:
   """Returns the lines that `train --describe` prints."""
-  sizes = (max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor)
-  mesh = AbstractMesh(sizes, AXES)
+  sizes = axis_sizes(config.mesh)
+  sizes["data"] = max(sizes["data"], 1)
+  mesh = AbstractMesh(tuple(sizes.values()), AXES)
   rules = config.mesh.rules.to_dict()
   model = with_shardings(abstract_model(config), mesh, rules)
   rows = [("weight", "shape", "type", "dimensions", "split over", "MB/device")]

@@ -63,17 +63,17 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   from flaxlm.data.feed import Feed
   from flaxlm.data.tokenizer_files import find_tokenizer
   from flaxlm.loop import scorer
-  from flaxlm.parallel.mesh import make_mesh
-  from flaxlm.parallel.sharding import use_mesh
+  from flaxlm.parallel.mesh import axis_sizes, make_mesh
+  from flaxlm.program import use_config_mesh
   from flaxlm.training.evaluation import evaluate, make_eval_step
 
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = make_mesh(**axis_sizes(config.mesh))
   rules = config.mesh.rules.to_dict()
-  with use_mesh(mesh, rules):
+  with use_config_mesh(config, mesh):
     tokenizer, template = find_tokenizer(workdir) or "", workdir / weights.TEMPLATE
     if template.exists():
       config.task.chat_template = str(template)
-    feed = Feed(config, mesh, rules, tokenizer, training=False)
+    feed = Feed(config, mesh, tokenizer, training=False)
     if feed.validation is None:
       raise DataError(
         "there is no held-out text to evaluate on\n"

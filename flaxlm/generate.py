@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def write(config, args) -> None:
   """Samples and prints; the model lives on one device, in the type of its training."""
-  import jax
   import numpy as np
 
   from flaxlm import weights
   from flaxlm.data.tokenizer import Decoder
   from flaxlm.data.tokenizer_files import load_tokenizer
   from flaxlm.inference.decoding import Sampling, generate
+  from flaxlm.parallel.mesh import one_device
 
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   workdir = pathlib.Path(args.workdir)
@@ -55,9 +55,7 @@ def write(config, args) -> None:
     raise ConfigError(
       "--prompt", "none", "a text: this tokenizer has no bos token to begin with"
     )
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
-  )
+  mesh = one_device()
   model, _ = weights.restore_model(
     workdir, config, mesh, config.mesh.rules.to_dict(), args.step
   )

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from flaxlm import config as configs
 from flaxlm import weights
@@ -26,23 +24,18 @@ from flaxlm.data.store import write_atomically
 from flaxlm.data.tokenizer_files import file_name
 from flaxlm.errors import DataError, Preempted
 from flaxlm.models.flops import flops_per_token
-from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel import hosts
-from flaxlm.parallel.mesh import make_mesh
-from flaxlm.parallel.sharding import bytes_per_device, use_mesh
+from flaxlm.parallel.mesh import axis_sizes, make_mesh
+from flaxlm.parallel.pipeline import bubble
+from flaxlm.parallel.sharding import bytes_per_device
+from flaxlm.program import build, use_config_mesh
 from flaxlm.training import lora
 from flaxlm.training import metrics as reports
 from flaxlm.training.checkpoint import Checkpointer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.guards import BadSteps, RunLock, StopSignal, Watchdog
-from flaxlm.training.optim import make_optimizer
 from flaxlm.training.scores import score
-from flaxlm.training.state import (
-  init_state,
-  make_train_step,
-  shardings_of,
-  with_shardings,
-)
+from flaxlm.training.state import shardings_of
 
 
 def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
@@ -53,29 +46,34 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     UserError: in its other kinds, for what the user can mend.
   """
   allocator = hosts.keep_freed_memory()
-  hosts.join(config.mesh.multihost)
-  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  rules = config.mesh.rules.to_dict()
-  config.task.chat_template = weights.template_path(config)
-  feed = Feed(config, mesh, rules, weights.tokenizer_path(config))
-  if feed.examples:  # kept with the run, so that classes keep their numbers
-    config.task.labels = feed.examples.label_names
-  tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
-  init = make_init(config, tx)
+  seconds = config.mesh.start_seconds
+  hosts.join(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(use_mesh(mesh, rules))
+    fate = stack.enter_context(hosts.OneFate())
+    knobs = {f"config.{key}": value for key, value in configs.flatten(config).items()}
+    hosts.agree("the start", hosts.facts() | knobs, seconds)
+    mesh = make_mesh(**axis_sizes(config.mesh))
+    config.task.chat_template = weights.template_path(config)
+    feed = Feed(config, mesh, weights.tokenizer_path(config))
+    if feed.examples:  # kept with the run, so that classes keep their numbers
+      config.task.labels = feed.examples.label_names
+    data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
+    hosts.agree("the data", data, seconds)
+    program = build(config, mesh)
+    target, train_step = program.target, program.train_step
+    stack.enter_context(use_config_mesh(config, mesh))
     if jax.process_index() == 0:
       stack.enter_context(RunLock(workdir))
     watchdog = stack.enter_context(Watchdog(config.guards.hang_seconds))
     checkpoints = stack.enter_context(
       Checkpointer(workdir / "checkpoints", **config.checkpoint)
     )
-    key = jax.random.key(config.seed)
-    target = with_shardings(jax.eval_shape(init, key), mesh, rules)
+    stack.push(fate.end_if_failed)  # before the checkpoints wait for other processes
     state = restore(checkpoints, target, feed, config)
     fresh = state is None
     if fresh:
-      state = jax.jit(init, out_shardings=shardings_of(target))(key)
+      init = jax.jit(program.init, out_shardings=shardings_of(target))
+      state = init(jax.random.key(config.seed))
     base = None
     if config.init_from and (fresh or config.lora.rank):
       state, base = start_from(config, state, target, feed, mesh, fresh)
@@ -90,19 +88,10 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
-    assemble = weights.assembler(config)
-    train_step = jax.jit(
-      make_train_step(
-        tx, learning_rate, **config.step, seed=config.seed,
-        bias_rate=balancing_rate(config.model.moe), assemble=assemble,
-      ),
-      donate_argnums=0,
-      out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
-    )  # fmt: skip
     eval_step = jax.jit(make_eval_step(config.step.chunk_size))
     progress = stack.enter_context(Progress(config, workdir, first_step))
     profiler = stack.enter_context(Profiler(config.log, workdir))
-    evaluated = jax.jit(assemble)
+    evaluated = jax.jit(program.assemble)
     assess = functools.partial(
       evaluate_and_log, feed, eval_step, progress, stop, watchdog
     )
@@ -187,24 +176,6 @@ def describe(config, feed: Feed, step: int) -> dict:
   }
 
 
-def make_init(config, tx):
-  """The function that makes the state of a new run from a random key."""
-  adapt = {}
-  if config.lora.rank:
-    adapt["adapt"] = functools.partial(lora.init, **config.lora, seed=config.seed)
-  return functools.partial(
-    init_state,
-    model_config=TransformerConfig(**config.model),
-    tx=tx,
-    ema_decay=config.step.ema_decay,
-    **adapt,
-  )
-
-
-def balancing_rate(moe) -> float:
-  return moe.bias_rate if moe.num_experts and moe.balance == "bias" else 0.0
-
-
 def start_from(config, state, target, feed: Feed, mesh, fresh: bool):
   """Puts the weights of config.init_from into a fresh state: (state, frozen base)."""
   rules = config.mesh.rules.to_dict()
@@ -280,7 +251,8 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,
     flops_per_token=flops_per_token(model, data.seq_len),
-    mesh=dict(mesh.shape),
+    mesh={axis: n for axis, n in mesh.shape.items() if n > 1} or {"data": 1},
+    pipeline=schedule(config.mesh, mesh.shape["stage"]),
     device_kind=jax.devices()[0].device_kind,
     bytes_per_device={
       "parameters": bytes_per_device(target.model),
@@ -293,6 +265,15 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
     resume=f"from step {first_step}" if first_step else "new run",
     xla=allocator if jax.default_backend() == "cpu" else "",
   )
+
+
+def schedule(knobs, stages: int) -> str:
+  """The pipeline of config.mesh in words; "" if there is none."""
+  if stages == 1:
+    return ""
+  micro, rounds = knobs.microbatches or stages, knobs.stage_repeats
+  idle = bubble(stages, micro, rounds)
+  return f"{micro} microbatches, {rounds} rounds of {stages} stages: {idle:.1%} bubble"
 
 
 def count(tree) -> int:

@@ -1,6 +1,7 @@
 # Sourced by the other scripts: a virtual environment in the clone, with flaxlm installed.
 # An environment that is already active is used instead, and only completed.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck shell=bash
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     for python in python3 python python3.13 python3.12 python3.11 none; do

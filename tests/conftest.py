@@ -12,7 +12,6 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-import jax
 import pytest
 
 from configs import base
@@ -68,7 +67,6 @@ def tiny_config():
 @pytest.fixture
 def one_device():
   """A mesh of the first device alone."""
-  import numpy as np
+  from flaxlm.parallel.mesh import one_device
 
-  grid = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-  return jax.sharding.Mesh(grid, ("data", "fsdp", "tensor"))
+  return one_device()

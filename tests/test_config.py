@@ -45,9 +45,9 @@ def load(*overrides):
     ("step.accumulation_steps=3", "15 or 18"),
     ("optim.warmup_steps=2000", "num_steps=1000"),
     ("mesh.data=0", "-1"),
-    ("data.sources.main.kind=csv", "jsonl"),
+    ("data.sources.main.kind=cvs", "csv"),
     ("data.sources.other.kind=text", "data.sources.main.kind"),
-    ("mesh.rules.embed=fsdpp", "data,fsdp or tensor"),
+    ("mesh.rules.embed=fsdpp", "data fsdp expert"),
     ("seed", "--config.seed=VALUE"),
   ],
 )

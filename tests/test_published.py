@@ -16,7 +16,8 @@ from flaxlm import config as configs
 from flaxlm.models.flops import flops_per_token
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe
-from flaxlm.parallel.mesh import AXES
+from flaxlm.parallel import AXES
+from flaxlm.parallel.mesh import axis_sizes
 from flaxlm.training.state import with_shardings
 
 DIRECTORY = pathlib.Path(__file__).parents[1] / "configs"
@@ -97,9 +98,12 @@ def count(name: str) -> int:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_divide_over_the_mesh_that_the_config_asks_for(name):
   config = load(name)
-  sizes = (max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor)
+  sizes = axis_sizes(config.mesh)
+  sizes["data"] = max(sizes["data"], 1)
   placed = with_shardings(
-    abstract(config.model), AbstractMesh(sizes, AXES), config.mesh.rules.to_dict()
+    abstract(config.model),
+    AbstractMesh(tuple(sizes.values()), AXES),
+    config.mesh.rules.to_dict(),
   )
   total = sum(array.size for array in jax.tree.leaves(placed))
   share = sum(
@@ -108,7 +112,10 @@ def test_weights_divide_over_the_mesh_that_the_config_asks_for(name):
   )
   # 16 bytes a weight (gradient and two moments) leave half of 80 GB to activations.
   assert 16 * share < 40e9
-  assert share < 1.1 * total / (config.mesh.fsdp * config.mesh.tensor)
+  split = math.prod(
+    sizes[axis] for axis in ("stage", "fsdp", "expert", "context", "tensor")
+  )
+  assert share < 1.1 * total / split
 
 
 @pytest.mark.parametrize("name", TOTALS)

@@ -32,7 +32,7 @@ def run(config, workdir):
 
 def restore(workdir, step=None):
   config = load_run(workdir)
-  mesh, rules = make_mesh(-1, 1, 1), config.mesh.rules.to_dict()
+  mesh, rules = make_mesh(data=-1, fsdp=1, tensor=1), config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
     return weights.restore_model(workdir, config, mesh, rules, step)[0]
 
@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit_are_named(config, tmp_path):
 
 def test_a_new_head_is_initialised_and_said_so(config, base, capsys):
   config.model.head, config.model.num_labels = "sequence", 5
-  mesh, rules = make_mesh(-1, 1, 1), config.mesh.rules.to_dict()
+  mesh, rules = make_mesh(data=-1, fsdp=1, tensor=1), config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
     model, meta = weights.initial_model(config, mesh, rules)
   assert model.head.classifier[...].shape == (32, 5)
@@ -102,7 +102,7 @@ def test_a_classifier_starts_from_the_pooler(make_tiny, tmp_path, use_bias):
   run(config, tmp_path)
   config.init_from, model.head, model.pair_head = str(tmp_path), "sequence", False
   model.num_labels = 3
-  mesh, rules = make_mesh(-1, 1, 1), config.mesh.rules.to_dict()
+  mesh, rules = make_mesh(data=-1, fsdp=1, tensor=1), config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
     got, meta = weights.initial_model(config, mesh, rules)
   pooler = restore(tmp_path).pair_head

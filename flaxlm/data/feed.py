@@ -3,6 +3,7 @@
 A run reads rows of a token store, labelled examples (config.task), or random tokens.
 """
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -16,8 +17,14 @@ from flaxlm.data.examples import ExampleBatches, load_examples
 from flaxlm.data.store import Store
 from flaxlm.data.tokenizer_files import load_tokenizer
 from flaxlm.errors import ConfigError
+from flaxlm.kernels.ring_attention import zigzag
 from flaxlm.parallel import hosts
 from flaxlm.parallel.sharding import spec
+
+
+def batch_sharding(config, mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Where the arrays of a batch live, (rows, places in a row)."""
+  return NamedSharding(mesh, spec(("batch", "length"), config.mesh.rules.to_dict()))
 
 
 class Feed:
@@ -32,7 +39,6 @@ class Feed:
     self,
     config,
     mesh: jax.sharding.Mesh,
-    rules: dict,
     tokenizer_path: str | os.PathLike = "",
     training: bool = True,
   ):
@@ -44,15 +50,22 @@ class Feed:
     """
     self.config = config
     data, vocab_size = config.data, config.model.vocab_size
-    self.sharding = NamedSharding(mesh, spec(("batch",), rules))
-    ways = mesh.size // mesh.shape["tensor"] * config.step.accumulation_steps
+    self.sharding = batch_sharding(config, mesh)
+    ways = math.prod(mesh.shape[axis] for axis in config.mesh.rules.batch)
+    ways *= config.step.accumulation_steps
+    if mesh.shape["stage"] > 1:
+      ways *= config.mesh.microbatches or mesh.shape["stage"]
     if data.batch_size % ways:
       raise ConfigError(
         "config.data.batch_size",
         data.batch_size,
-        f"a multiple of {ways} = devices on (data, fsdp) x accumulation_steps",
+        f"a multiple of {ways} = devices that split rows x accumulation_steps x "
+        "microbatches of a pipeline",
         f"{-(-data.batch_size // ways) * ways}",
       )
+    self.order = None  # of the places in a row
+    if config.model.attention == "ring" and mesh.shape["context"] > 1:
+      self.order = zigzag(data.seq_len, mesh.shape["context"])
     self.first_row, stop = hosts.local_rows(self.sharding, data.batch_size)
     self.part = {"first_row": self.first_row, "num_rows": stop - self.first_row}
     self.store = self.validation = self.examples = self.chat_template = None
@@ -197,4 +210,6 @@ class Feed:
     data = self.config.data
     loader = data.loader if self.store else "numpy"
     for rows in read_ahead(batches, steps, loader, data.num_threads, data.prefetch):
+      if self.order is not None:
+        rows = {name: row[:, self.order] for name, row in rows.items()}
       yield hosts.to_global(rows, self.first_row, data.batch_size, self.sharding)

@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, text, JSON lines, parquet, TFDS.
+"""Where documents come from: the standard library, text, tables, JSON lines, TFDS.
 
 A document is a run of `Piece`s, the last of which has `end` set, so that one of any
 size passes through bounded memory. Every piece says where the next document begins,
@@ -99,6 +99,8 @@ def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple]:
     yield "", json_documents(file, source.field)
   elif source.kind == "parquet":
     yield "", parquet_documents(file, source.field)
+  elif source.kind in ("csv", "tsv"):
+    yield "", table_documents(file, source.kind, source.field)
   elif not tail:
     yield "", text_documents(text_chunks(file), source.document)
   else:
@@ -361,6 +363,17 @@ def parquet_documents(path: str, field: str) -> Parts:
           yield record_text(value)
   except (pyarrow.ArrowException, OSError) as error:
     raise damaged(path, error, "a parquet file") from error
+
+
+def table_documents(path: str, kind: str, field: str) -> Parts:
+  """The texts in column `field` of a table whose first line names the columns."""
+  from flaxlm.data import records  # it reads its files through this module
+
+  rows = records.csv_rows(path) if kind == "csv" else records.tsv_rows(path)
+  for record in records.table_records(path, rows, ()):
+    if field not in record.fields:
+      raise no_field(path, field, record.fields)
+    yield record_text(record.fields[field])
 
 
 def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:

@@ -51,6 +51,8 @@ RUNTIME = {
   "attention": "auto",
   "dtype": "float32",
   "remat": "none",
+  "keep": (),
+  "offload": (),
   "unroll": 1,
   "dropout": 0.0,
 }

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels.attention import attention
+from flaxlm.kernels.ring_attention import ring_attention
+from flaxlm.kernels.splash_attention import can_splash, splash_attention
 from flaxlm.models.layers import (
   Norm,
   TransformerConfig,
@@ -19,7 +22,13 @@ from flaxlm.models.layers import (
   rotate,
   weight,
 )
-from flaxlm.parallel.sharding import constrain
+from flaxlm.parallel.sharding import (
+  constrain,
+  join_rows,
+  layout,
+  part_rows,
+  shard_map,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -96,12 +105,11 @@ class Attention(nnx.Module):
 
   def __call__(self, x_TD, view: View, window, cache: KVCache | None, layer):
     """Returns (output TD, cache with this layer's keys and values written)."""
-    B, L = view.segment_ids_BL.shape
 
     def heads(weight, bias):
       y_TNH = add_bias(project(x_TD, weight, "TD,DNH->TNH"), bias)
-      y_BLNH = y_TNH.reshape(B, L, *y_TNH.shape[1:])
-      return constrain(y_BLNH, "batch", None, "heads", None)
+      y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
+      return constrain(y_BLNH, "batch", "length", "heads", None)
 
     q_BLNH = heads(self.query, self.query_bias)
     k_BMKH = heads(self.key, self.key_bias)
@@ -111,6 +119,8 @@ class Attention(nnx.Module):
     angles = view.angles_of(window)
     if angles is not None:
       q_BLNH, k_BMKH = rotate(q_BLNH, angles), rotate(k_BMKH, angles)
+    q_BLNH = checkpoint_name(q_BLNH, "query")
+    k_BMKH, v_BMKH = checkpoint_name(k_BMKH, "key"), checkpoint_name(v_BMKH, "value")
 
     k_segment_ids_BM, k_prefix_BM, offset = view.segment_ids_BL, view.prefix_BL, 0
     if cache is not None:
@@ -126,22 +136,97 @@ class Attention(nnx.Module):
         none_BM = jnp.zeros_like(cache.segment_ids_BM)
         k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, k_prefix_BM, (0, offset))
 
-    out_BLNH = attention(
-      q_BLNH,
-      k_BMKH,
-      v_BMKH,
-      q_segment_ids_BL=view.segment_ids_BL,
-      k_segment_ids_BM=k_segment_ids_BM,
-      k_prefix_BM=k_prefix_BM,
-      q_offset=offset,
-      causal=self.config.causal,
-      window=window,
-      scale=self.config.attention_scale,
-      softcap=self.config.attention_softcap,
-      backend=self.config.attention,
-    )
-    out_TNH = out_BLNH.reshape(B * L, *out_BLNH.shape[2:])
+    if cache is None:
+      out_BLNH = attend(self.config, q_BLNH, k_BMKH, v_BMKH, view, window)
+    else:
+      out_BLNH = attention(
+        q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL,
+        k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, q_offset=offset,
+        window=window, **mask_and_scale(self.config),
+      )  # fmt: skip
+    out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
+    out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
     return add_bias(project(out_TNH, self.out, "TNH,NHD->TD"), self.out_bias), cache
+
+
+def mask_and_scale(config: TransformerConfig) -> dict:
+  return {
+    "causal": config.causal,
+    "scale": config.attention_scale,
+    "softcap": config.attention_softcap,
+  }
+
+
+def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, view: View, window):
+  """Attention within the rows of a batch, by the backend and the mesh of the config.
+
+  Where the length is split and the backend is not a ring, each device gets whole rows
+  of some heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al.
+  2023, arXiv 2309.14509).
+  """
+  now, backend = layout(), config.attention
+  split = now is not None and now.ways("length") > 1
+  if backend == "ring":
+    if split:
+      return ring(config, q_BLNH, k_BMKH, v_BMKH, view, window)
+    backend = "auto"
+  if backend == "auto" and on_tpu(now):
+    L, H = q_BLNH.shape[1], q_BLNH.shape[3]
+    backend = "splash" if can_splash(L, L, H, view.prefix_BL) else "xla"
+  dims = ("batch", None, "all_heads" if split else "heads", None)
+  ids_BL, prefix_BL = view.segment_ids_BL, view.prefix_BL
+  if split:
+    q_BLNH, k_BMKH, v_BMKH = (constrain(x, *dims) for x in (q_BLNH, k_BMKH, v_BMKH))
+    ids_BL = constrain(ids_BL, "batch", None)
+  if backend == "splash":
+    # A kernel is a black box to the compiler: each device calls it on its own part.
+    traced = () if isinstance(window, int) else (window,)
+
+    def local(q, k, v, ids, *traced):
+      return splash_attention(
+        q, k, v, ids, window=traced[0] if traced else window,
+        sliding_window=config.sliding_window, **mask_and_scale(config),
+      )  # fmt: skip
+
+    arrays = (q_BLNH, k_BMKH, v_BMKH, ids_BL, *traced)
+    if now is None:
+      return local(*arrays)
+    in_dims = [dims, dims, dims, ("batch", None), *((),) * len(traced)]
+    return shard_map(local, in_dims, dims)(*arrays)
+  out_BLNH = attention(
+    q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=ids_BL, k_segment_ids_BM=ids_BL,
+    k_prefix_BM=prefix_BL, window=window, backend=backend, **mask_and_scale(config),
+  )  # fmt: skip
+  return constrain(out_BLNH, *dims) if split else out_BLNH
+
+
+def on_tpu(now) -> bool:
+  """Of the mesh, which may be that of a machine that is not here."""
+  if now is None:
+    return jax.default_backend() == "tpu"
+  return now.mesh.devices.flat[0].platform == "tpu"
+
+
+def ring(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, view: View, window):
+  """Attention where the length is split in zig-zag: keys and values go round."""
+  (axis,) = layout().axes("length")
+  rows, heads = ("batch", "length"), ("batch", "length", "heads", None)
+  arrays = [q_BLNH, k_BMKH, v_BMKH, view.segment_ids_BL]
+  dims = [heads, heads, heads, rows]
+  if has_prefix := view.prefix_BL is not None:
+    arrays, dims = [*arrays, view.prefix_BL], [*dims, rows]
+  if not isinstance(window, int):
+    arrays, dims = [*arrays, window], [*dims, ()]
+
+  def local(q, k, v, segment_ids, *rest):
+    return ring_attention(
+      q, k, v, axis_name=axis, q_segment_ids_Bl=segment_ids,
+      k_segment_ids_Bm=segment_ids, k_prefix_Bm=rest[0] if has_prefix else None,
+      window=window if isinstance(window, int) else rest[-1],
+      **mask_and_scale(config),
+    )  # fmt: skip
+
+  return shard_map(local, dims, heads)(*arrays)
 
 
 def head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.parallel.sharding import constrain
+from flaxlm.parallel.sharding import constrain, gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,8 @@ class TransformerConfig:
   attention: str
   dtype: str
   remat: str
+  keep: tuple[str, ...]
+  offload: tuple[str, ...]
   unroll: int
 
   def __post_init__(self):
@@ -148,7 +151,8 @@ def residual_scale(config: TransformerConfig) -> float:
 
 def project(x: jax.Array, weight: nnx.Param, equation: str) -> jax.Array:
   """einsum of activations with a weight, in the type of the activations."""
-  return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+  w = gather(weight[...].astype(x.dtype), weight.axes)
+  return jnp.einsum(equation, x, w)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -271,10 +275,13 @@ class Mlp(nnx.Module):
   def __call__(self, x_TD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
     hidden_TF = add_bias(project(x_TD, self.up, "TD,DF->TF"), self.up_bias)
+    hidden_TF = checkpoint_name(hidden_TF, "hidden")
     if self.gate is None:
       hidden_TF = activate(hidden_TF)
     else:
       gate_TF = add_bias(project(x_TD, self.gate, "TD,DF->TF"), self.gate_bias)
+      gate_TF = checkpoint_name(gate_TF, "hidden")
       hidden_TF = activate(gate_TF) * hidden_TF
-    out_TD = project(constrain(hidden_TF, "batch", "mlp"), self.down, "TF,FD->TD")
+    hidden_TF = constrain(hidden_TF, "tokens", "mlp")
+    out_TD = project(hidden_TF, self.down, "TF,FD->TD")
     return add_bias(out_TD, self.down_bias)

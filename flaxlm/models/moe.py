@@ -22,7 +22,7 @@ from flaxlm.models.layers import (
   residual_scale,
   weight,
 )
-from flaxlm.parallel.sharding import constrain
+from flaxlm.parallel.sharding import constrain, gather, layout, shard_map
 
 
 class Routing(NamedTuple):
@@ -96,7 +96,7 @@ class MoeMlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array, is_token_T: jax.Array):
     scores_TE = jnp.einsum(
-      "TD,DE->TE", x_TD, self.router[...].astype(x_TD.dtype),
+      "TD,DE->TE", x_TD, gather(self.router[...].astype(x_TD.dtype), self.router.axes),
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     offset_E = None if self.balance_bias is None else self.balance_bias[...]
@@ -116,27 +116,65 @@ class MoeMlp(nnx.Module):
       out_TD += shared_TD
     return out_TD, Routing(load_E, loss, dropped)
 
-  def experts(self, x, multiply) -> jax.Array:
+  def weights(self, dtype) -> tuple[jax.Array, ...]:
+    """Up, down, and the gate if there is one; in the type of the activations."""
+    matrices = (self.expert_up, self.expert_down, self.expert_gate)
+    return tuple(m[...].astype(dtype) for m in matrices if m is not None)
+
+  def experts(self, x, weights, multiply) -> jax.Array:
     """The MLPs of all experts; `multiply(x, weight)` picks the right one of each."""
     activate = ACTIVATIONS[self.config.activation]
-    hidden = multiply(x, self.expert_up[...].astype(x.dtype))
-    if self.expert_gate is None:
-      hidden = activate(hidden)
-    else:
-      hidden = activate(multiply(x, self.expert_gate[...].astype(x.dtype))) * hidden
-    return multiply(hidden, self.expert_down[...].astype(x.dtype))
+    up, down, *gate = weights
+    hidden = multiply(x, up)
+    hidden = activate(multiply(x, gate[0])) * hidden if gate else activate(hidden)
+    return multiply(hidden, down)
 
   def dropless(self, x_TD, chosen_TK, weight_TK) -> jax.Array:
+    """Each device sorts its own tokens; those of other devices' experts travel."""
+    weight_TK, weights = weight_TK.astype(x_TD.dtype), self.weights(x_TD.dtype)
+    now = layout()
+    if now is None or now.mesh.size == 1:
+      return self.local(x_TD, chosen_TK, weight_TK, weights)
+    gathered, summed = now.axes("embed"), now.axes("mlp")
+    gathered = tuple(axis for axis in gathered if axis not in now.rules["expert"])
+    into, out = self.expert_up.axes, self.expert_down.axes
+
+    def on_device(x_TD, chosen_TK, weight_TK, *weights):
+      up, down, *gate = weights
+      if gathered:  # one layer's, as everywhere with fsdp
+        up, *gate = (
+          jax.lax.all_gather(w, gathered, axis=1, tiled=True) for w in (up, *gate)
+        )
+        down = jax.lax.all_gather(down, gathered, axis=2, tiled=True)
+      weights = (up, down, *gate)
+      out_TD = self.local(x_TD, chosen_TK, weight_TK, weights, now.axes("expert"))
+      return jax.lax.psum(out_TD, summed) if summed else out_TD
+
+    tokens = ("tokens", None)
+    dims = [tokens, tokens, tokens, into, out, *(into,) * (len(weights) - 2)]
+    return shard_map(on_device, dims, tokens)(x_TD, chosen_TK, weight_TK, *weights)
+
+  def local(self, x_TD, chosen_TK, weight_TK, weights, axes=()) -> jax.Array:
+    """The experts' sum for the tokens of one device; `axes` split the experts."""
     T, K = chosen_TK.shape
     expert_P = chosen_TK.reshape(-1)  # P = T*K pairs of token and expert
     order_P = jnp.argsort(expert_P)
     sizes_E = jnp.bincount(expert_P, length=self.config.moe.num_experts)
-    out_PD = self.experts(
-      x_TD[order_P // K], lambda x, w: jax.lax.ragged_dot(x, w, sizes_E)
-    )
+    x_PD = x_TD[order_P // K]
+    if axes:
+      room = T * min(K, len(weights[0]))
+      out_PD = exchange(
+        x_PD, sizes_E, room, axes, lambda x, sizes: self.grouped(x, weights, sizes)
+      )
+    else:
+      out_PD = self.grouped(x_PD, weights, sizes_E)
     # Back to the order of the tokens by a gather: sums in a fixed order.
     out_TKD = out_PD[jnp.argsort(order_P)].reshape(T, K, -1)
-    return jnp.einsum("TKD,TK->TD", out_TKD, weight_TK.astype(x_TD.dtype))
+    return jnp.einsum("TKD,TK->TD", out_TKD, weight_TK)
+
+  def grouped(self, x_PD, weights, sizes_E) -> jax.Array:
+    """Rows sorted by expert, each through its own; rows beyond sum(sizes) are 0."""
+    return self.experts(x_PD, weights, lambda x, w: jax.lax.ragged_dot(x, w, sizes_E))
 
   def with_capacity(self, x_TD, chosen_TK, weight_TK, is_token_T):
     """Returns (output TD, pairs dropped). First choices go before second ones."""
@@ -155,11 +193,48 @@ class MoeMlp(nnx.Module):
     slots_SD = jnp.zeros((E * C + 1, x_TD.shape[1]), x_TD.dtype)
     slots_SD = slots_SD.at[slot_P].set(x_TD[token_P])
     x_ECD = constrain(slots_SD[:-1].reshape(E, C, -1), "expert", None, None)
-    out_ECD = self.experts(x_ECD, lambda x, w: jnp.einsum("ECI,EIO->ECO", x, w))
+    weights = self.weights(x_TD.dtype)
+    out_ECD = self.experts(
+      x_ECD, weights, lambda x, w: jnp.einsum("ECI,EIO->ECO", x, w)
+    )
     out_SD = jnp.pad(out_ECD.reshape(E * C, -1), ((0, 1), (0, 0)))
     out_KTD = out_SD[slot_P].reshape(K, T, -1)
     dropped = jnp.sum((real_P & ~kept_P).astype(jnp.float32))
     return jnp.einsum("KTD,TK->TD", out_KTD, weight_TK.astype(x_TD.dtype)), dropped
+
+
+def exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:
+  """Sends rows to the devices of their experts, and the results back.
+
+  Every pair of devices has room for the worst case, so that no row is ever dropped and
+  the shapes are known: most of what is sent is empty unless experts are few.
+
+  Args:
+    x_PD: rows sorted by expert; sizes_E: how many each expert has, over all devices'
+      experts.
+    room: rows that one device can have for another.
+    axes: mesh axes that split the experts, E / X a device.
+    compute: (rows sorted by local expert, rows of each) -> rows.
+  """
+  X = jax.lax.axis_size(axes)
+  sizes_XE = sizes_E.reshape(X, -1)
+  rows_X = jnp.sum(sizes_XE, axis=1)
+  device_P = jnp.repeat(jnp.arange(X), rows_X, total_repeat_length=len(x_PD))
+  slot_P = jnp.arange(len(x_PD)) - (jnp.cumsum(rows_X) - rows_X)[device_P]
+  send_XSD = jnp.zeros((X, room, x_PD.shape[1]), x_PD.dtype)
+  send_XSD = send_XSD.at[device_P, slot_P].set(x_PD)
+
+  def swap(x):
+    return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
+
+  received_XSD, sizes_XE = swap(send_XSD), swap(sizes_XE)
+  # Which local expert each slot is for; empty slots count as one after the last.
+  ends_XE = jnp.cumsum(sizes_XE, axis=1)
+  expert_XS = jnp.sum(jnp.arange(room)[None, :, None] >= ends_XE[:, None, :], axis=2)
+  order = jnp.argsort(expert_XS.reshape(-1))
+  out = compute(received_XSD.reshape(X * room, -1)[order], jnp.sum(sizes_XE, axis=0))
+  out_XSD = out[jnp.argsort(order)].reshape(X, room, -1)
+  return swap(out_XSD)[device_P, slot_P]
 
 
 def rebalance(model, load_SE: jax.Array, rate: float):

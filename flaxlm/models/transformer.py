@@ -25,12 +25,30 @@ from flaxlm.models.layers import (
   weight,
 )
 from flaxlm.models.moe import MoeMlp, Routing
-from flaxlm.parallel.sharding import constrain
+from flaxlm.parallel.pipeline import pipeline
+from flaxlm.parallel.sharding import (
+  Layout,
+  constrain,
+  gather,
+  join_rows,
+  layout,
+  part_rows,
+  reshard,
+)
 
-REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+TOKENS, STREAM = ("tokens", None), ("stream", None)
+
+
+def remat_policy(config: TransformerConfig):
+  """What `jax.checkpoint` keeps of a layer; the rest is computed again."""
+  if config.remat == "dots":
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=list(config.keep),
+    names_which_can_be_offloaded=list(config.offload),
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
 
 
 class Output(NamedTuple):
@@ -68,12 +86,14 @@ class Block(nnx.Module):
 
   def __call__(self, x_TD, view: View, window, cache, layer, key):
     keys = (None, None) if key is None else jax.random.split(key)
-    y_TD = self.before(x_TD, self.attention_norm)
+    # What is split between blocks is gathered for the matrices, and split again.
+    y_TD = reshard(self.before(x_TD, self.attention_norm), STREAM, TOKENS)
     y_TD, cache = self.attention(y_TD, view, window, cache, layer)
     x_TD = self.add(x_TD, y_TD, self.attention_norm, self.attention_post_norm, keys[0])
-    y_TD, routing = self.before(x_TD, self.mlp_norm), None
+    y_TD = reshard(self.before(x_TD, self.mlp_norm), STREAM, TOKENS)
+    routing = None
     if isinstance(self.mlp, MoeMlp):
-      is_token_T = (view.segment_ids_BL.reshape(-1) > 0).astype(jnp.float32)
+      is_token_T = (join_rows(view.segment_ids_BL) > 0).astype(jnp.float32)
       y_TD, routing = self.mlp(y_TD, is_token_T)
     else:
       y_TD = self.mlp(y_TD)
@@ -84,11 +104,12 @@ class Block(nnx.Module):
     return x_TD if norm is None or self.placement == "residual" else norm(x_TD)
 
   def add(self, x_TD, y_TD, norm, post_norm, key):
+    y_TD = reshard(y_TD, TOKENS, STREAM)
     y_TD = y_TD if post_norm is None else post_norm(y_TD)
     x_TD = x_TD + dropout(y_TD, self.dropout, key)
     if self.placement == "residual":
       x_TD = norm(x_TD)
-    return constrain(x_TD, "batch", None)
+    return constrain(x_TD, *STREAM)
 
 
 class Transformer(nnx.Module):
@@ -153,7 +174,7 @@ class Transformer(nnx.Module):
         cache.segment_ids_BM, segment_ids_BL, (0, cache.length)
       )
       cache = dataclasses.replace(cache, segment_ids_BM=segment_ids_BM)
-    x_TD = constrain(x_BLD.reshape(B * L, -1), "batch", None)
+    x_TD = constrain(join_rows(x_BLD), *STREAM)
     x_TD = dropout(x_TD, config.dropout, dropout_key)
     first = config.num_first_layers
     routing = None
@@ -167,15 +188,18 @@ class Transformer(nnx.Module):
       cache = dataclasses.replace(cache, length=cache.length + L)
     if self.final_norm is not None:
       x_TD = self.final_norm(x_TD)
-    return Output(x_TD.reshape(B, L, -1), cache, routing)
+    return Output(part_rows(reshard(x_TD, STREAM, TOKENS), B), cache, routing)
 
   def embed_tokens(self, tokens_BL, positions_BL, token_types_BL) -> jax.Array:
     config = self.config
-    x_BLD = self.embed[...].astype(config.dtype)[tokens_BL]
+    # Whole along D, as a row of it is looked up where its token is.
+    table_VD = gather(self.embed[...].astype(config.dtype), self.embed.axes)
+    x_BLD = constrain(table_VD[tokens_BL], "batch", "length", None)
     if config.scale_embeddings:
       x_BLD *= jnp.asarray(config.embed_dim**0.5, x_BLD.dtype)
     if self.positions is not None:
-      x_BLD += self.positions[...].astype(config.dtype)[positions_BL]
+      table_PD = gather(self.positions[...].astype(config.dtype), self.positions.axes)
+      x_BLD += table_PD[positions_BL]
     if self.segment_types is not None:
       types = self.segment_types[...].astype(config.dtype)
       if token_types_BL is None:
@@ -186,9 +210,19 @@ class Transformer(nnx.Module):
 
   def run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
     """Runs one stack of layers; returns (x_TD, cache, Routing with a leading S)."""
+    windows_S = np.array([self.config.windows[i] for i in layers], np.int32)
+    stack = blocks, jnp.arange(layers.start, layers.stop), windows_S
+    now = layout()
+    if now is None or now.ways("layer") == 1 or blocks is self.first_blocks:
+      return self.scan(stack, x_TD, view, cache, dropout_key)
+    assert cache is None, "decoding has no pipeline"
+    x_TD, routing = self.run_pipeline(now, stack, x_TD, view, dropout_key)
+    return x_TD, None, routing
+
+  def scan(self, stack, x_TD, view: View, cache, dropout_key):
+    """`run`, one layer after the other; stack is (blocks, their numbers, windows)."""
     windows = self.config.windows
     same = len(set(windows)) == 1
-    windows_S = np.array([windows[i] for i in layers], np.int32)
 
     def layer(carry, xs):
       x_TD, cache = carry
@@ -199,14 +233,34 @@ class Transformer(nnx.Module):
       return (x_TD, cache), routing
 
     if self.config.remat != "none":
-      layer = jax.checkpoint(layer, policy=REMAT[self.config.remat])
-    (x_TD, cache), routing = jax.lax.scan(
-      layer,
-      (x_TD, cache),
-      (blocks, jnp.arange(layers.start, layers.stop), windows_S),
-      unroll=min(self.config.unroll, len(layers)),
-    )
+      layer = jax.checkpoint(layer, policy=remat_policy(self.config))
+    unroll = min(self.config.unroll, len(stack[1]))
+    (x_TD, cache), routing = jax.lax.scan(layer, (x_TD, cache), stack, unroll=unroll)
     return x_TD, cache, routing
+
+  def run_pipeline(self, now: Layout, stack, x_TD, view: View, dropout_key):
+    """`run`, by the stages of the mesh: returns (x_TD, Routing with a leading S)."""
+    B, M = view.segment_ids_BL.shape[0], now.microbatches
+
+    def cut(x_BL):
+      # Rows m, m + M ... are microbatch m: each device keeps the rows that it has.
+      x = jnp.swapaxes(x_BL.reshape(-1, M, *x_BL.shape[1:]), 0, 1)
+      return constrain(x, None, "batch", "length", *(None,) * (x.ndim - 3))
+
+    def apply(stack, x_TD, view, number):
+      key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+      x_TD, _, routing = self.scan(stack, x_TD, view, None, key)
+      return x_TD, routing
+
+    x_MTD, routing = pipeline(
+      apply, stack, jax.vmap(join_rows)(cut(part_rows(x_TD, B))),
+      jax.tree.map(cut, view), stages=now.ways("layer"), repeats=now.stage_repeats,
+    )  # fmt: skip
+    x_MBLD = jax.vmap(lambda x: part_rows(x, B // M))(x_MTD)
+    x_BLD = jnp.swapaxes(x_MBLD, 0, 1).reshape(B, *x_MBLD.shape[2:])
+    if routing is not None:  # its loss is a mean over tokens
+      routing = routing._replace(loss=routing.loss / M)
+    return constrain(join_rows(x_BLD), *STREAM), routing
 
   def for_vocabulary(self, x: jax.Array) -> jax.Array:
     """Features as the output matrix wants them: through the mlm head, if any."""
@@ -217,9 +271,9 @@ class Transformer(nnx.Module):
 
   def unembedding(self) -> jax.Array:
     """The output matrix, DV, in the type of the activations."""
-    if self.unembed is None:
-      return self.embed[...].astype(self.config.dtype).T
-    return self.unembed[...].astype(self.config.dtype)
+    weight = self.embed if self.unembed is None else self.unembed
+    w = gather(weight[...].astype(self.config.dtype), weight.axes)
+    return w.T if self.unembed is None else w
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """Scores of the words, float32, BLV."""

@@ -1,4 +1,15 @@
-"""The devices as a grid with named axes: data, fsdp, tensor."""
+"""The devices as a grid with named axes, from the slowest network to the fastest.
+
+slice    groups that a slow network joins (TPU slices, GPU nodes): replicas
+stage    a pipeline over the layers
+data     replicas
+fsdp     weights are split, and gathered layer by layer
+expert   experts are split; tokens travel to theirs
+context  each sequence is split
+tensor   heads, hidden units and words are split
+"""
+
+import math
 
 import jax
 import numpy as np
@@ -6,35 +17,80 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from flaxlm.errors import ConfigError
+from flaxlm.parallel import AXES
 
-AXES = ("data", "fsdp", "tensor")
+
+def axis_sizes(mesh_config) -> dict[str, int]:
+  """The size of each axis as `config.mesh` has it; data may be -1: what remains."""
+  return {axis: mesh_config[axis] for axis in AXES}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-  """Returns a mesh over all devices of all hosts; data=-1 takes what remains.
+def make_mesh(
+  devices=None,
+  *,
+  slice: int = 1,
+  stage: int = 1,
+  data: int = -1,
+  fsdp: int = 1,
+  expert: int = 1,
+  context: int = 1,
+  tensor: int = 1,
+) -> jax.sharding.Mesh:
+  """Returns a mesh over `devices`, by default all of all hosts.
 
-  Axes are `Auto`: the compiler propagates shardings from weights and constraints.
+  Neighbours on the last axes are neighbours on the network. Axes are `Auto`: the
+  compiler propagates shardings from weights and constraints.
 
   Raises:
-    ConfigError: the product of the axes is not the number of devices.
+    ConfigError: the product of the axes is not the number of devices, or `slice` is
+      not the number of groups that the hardware has.
   """
-  devices = jax.devices()
-  count = len(devices)
-  rest = fsdp * tensor
-  if data == -1:
-    data = max(count // rest, 1)
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(
+    slice=slice, stage=stage, data=data, fsdp=fsdp, expert=expert, context=context,
+    tensor=tensor,
+  )  # fmt: skip
+  sizes = fill(sizes, len(devices), devices[0].device_kind)
+  shape = tuple(sizes.values())
+  groups = {getattr(device, "slice_index", 0) for device in devices}
+  if len(groups) > 1 and slice != len(groups):
+    raise ConfigError(
+      "config.mesh.slice", slice, f"{len(groups)}, the slices that are here",
+      f"{len(groups)}",
+    )  # fmt: skip
+  if devices[0].platform != "tpu":  # in the order of processes, so of machines
+    grid = np.array(devices).reshape(shape)
+  elif len(groups) > 1:
+    across = (slice,) + (1,) * (len(shape) - 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *shape[1:]), across, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def one_device() -> jax.sharding.Mesh:
+  """A mesh of the first device alone."""
+  return make_mesh(jax.devices()[:1])
+
+
+def fill(sizes: dict[str, int], count: int, kind: str) -> dict[str, int]:
+  """Returns the sizes with data=-1 replaced by what remains of `count` devices.
+
+  Raises:
+    ConfigError: they do not use every device once.
+  """
+  rest = math.prod(size for axis, size in sizes.items() if axis != "data")
+  data = max(count // rest, 1) if sizes["data"] == -1 else sizes["data"]
   if data * rest != count:
     fits = [n for n in range(1, count + 1) if count % n == 0]
+    shown = {**sizes, "data": data}
     raise ConfigError(
       "config.mesh",
-      f"data={data} x fsdp={fsdp} x tensor={tensor} = {data * rest} devices",
-      f"the {count} devices that are here ({devices[0].device_kind})",
-      "data=-1, and fsdp x tensor one of " + " ".join(map(str, fits[:8])),
+      " x ".join(f"{axis}={n}" for axis, n in shown.items() if n > 1 or axis == "data")
+      + f" = {data * rest} devices",
+      f"the {count} devices that are here ({kind})",
+      "data=-1, and a product of the others of " + " ".join(map(str, fits[:8])),
     )
-  if jax.process_count() > 1 and devices[0].platform == "cpu":
-    grid = np.array(devices).reshape(data, fsdp, tensor)
-  else:
-    grid = mesh_utils.create_device_mesh(
-      (data, fsdp, tensor), devices, allow_split_physical_axes=True
-    )
-  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+  return {**sizes, "data": data}

@@ -236,6 +236,10 @@ class Watchdog:
           ).encode(),
         )
         faulthandler.dump_traceback(all_threads=True)
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+          # One process hangs, and all wait for it. If this one left now, it might tear
+          # the other down before its watchdog has shown where it hangs.
+          time.sleep(2 * tick)
         os._exit(HANG_EXIT_CODE)
 
 

@@ -375,6 +375,7 @@ def print_summary(
   tokenizer: str,
   workdir,
   resume: str,
+  pipeline: str = "",
   xla: str = "",
   stream=None,
 ) -> None:
@@ -386,7 +387,8 @@ def print_summary(
     mesh: size by axis.
     bytes_per_device: bytes by what they hold, such as parameters and optimizer state.
     data: sources and tokens in words. epochs: passes over them in this run, if known.
-    resume: "from step 500" or "new run". xla: the settings of XLA:CPU, if any.
+    resume: "from step 500" or "new run". pipeline: its schedule, if there is one.
+    xla: the settings of XLA:CPU, if any.
     stream: sys.stdout by default.
   """
   stream = stream or sys.stdout
@@ -412,6 +414,7 @@ def print_summary(
       "mesh",
       f"{axes} on {math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})",
     ),
+    ("pipeline", pipeline),
     ("each device", held),
     ("data", data + (f"; {epochs:.3g} epochs" if epochs is not None else "")),
     ("tokenizer", tokenizer),

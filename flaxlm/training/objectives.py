@@ -14,6 +14,7 @@ from flaxlm.kernels.cross_entropy import linear_cross_entropy
 from flaxlm.models.heads import label_scores, pool
 from flaxlm.models.moe import Routing
 from flaxlm.models.transformer import Output
+from flaxlm.parallel.sharding import join_rows, part_rows
 from flaxlm.training.scores import best_spans
 
 
@@ -52,15 +53,16 @@ def losses(
   if model.config.head in ("lm", "mlm"):
     targets_BL = batch["targets"]
     nats, penalty = linear_cross_entropy(
-      model.for_vocabulary(out.features).reshape(targets_BL.size, -1),
+      join_rows(model.for_vocabulary(out.features)),
       model.unembedding(),
-      targets_BL.reshape(-1),
+      join_rows(targets_BL),
       bias_V=model.vocab_bias(),
       softcap=model.config.logit_softcap,
       z_loss=z_loss,
       chunk_size=chunk_size,
     )
-    nats, penalty = nats.reshape(targets_BL.shape), penalty.reshape(targets_BL.shape)
+    B = targets_BL.shape[0]
+    nats, penalty = part_rows(nats, B), part_rows(penalty, B)
     predicted, choices = (targets_BL >= 0).astype(jnp.float32), None
   else:
     scores_BRC, labels_BR = label_scores(model, out.features, batch), batch["labels"]

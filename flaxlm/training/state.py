@@ -48,11 +48,12 @@ def init_state(
   )
 
 
-def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
+def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict, offload: bool = False):
   """Adds to each `ShapeDtypeStruct` of an abstract state where it is to live.
 
   Weights say so by their `axes`; optimizer moments are weights of the same shape. What
   has another rank (counters, factored moments) is small and is held by every device.
+  With `offload` the optimizer's arrays live in the host's memory.
   """
 
   def place(path, leaf):
@@ -61,10 +62,15 @@ def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict):
     array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     if isinstance(array, optax.MaskedNode):  # no array: another optimizer's weight
       return leaf
-    stacked = not {"blocks", "first_blocks"}.isdisjoint(name.split("/"))
-    if axes is None or len(array.shape) != len(axes) + stacked:
-      axes = (None,) * len(array.shape)
+    # A stack has one leading dimension more than its axes name: that of the layers.
+    parts = name.split("/")
+    stack = ("layer",) * ("blocks" in parts) + (None,) * ("first_blocks" in parts)
+    if axes is None or len(array.shape) != len(axes) + len(stack):
+      axes, stack = (None,) * len(array.shape), ()
+    axes = (*stack, *axes)
     sharding = sharding_of(name, array.shape, axes, mesh, rules)
+    if offload and parts[0] == "opt_state" and array.ndim:
+      sharding = sharding.with_memory_kind("pinned_host")
     array = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     return leaf.replace(array) if isinstance(leaf, nnx.Variable) else array
 
@@ -85,6 +91,7 @@ def make_train_step(
   chunk_size: int,
   accumulation_steps: int,
   ema_decay: float,
+  offload_optimizer: bool,
   seed: int = 0,
   bias_rate: float = 0.0,
   assemble: Callable = lambda trained, base: trained,
@@ -107,13 +114,16 @@ def make_train_step(
 
     metrics, grads = gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    old_opt_state = state.opt_state
+    if offload_optimizer:  # fetched now, sent back by the shardings of the outputs
+      old_opt_state = jax.device_put(old_opt_state, jax.memory.Space.Device)
+    updates, opt_state = tx.update(grads, old_opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     if bias_rate:
       model = rebalance(model, metrics["expert_load"], bias_rate)
     # One bad step would stay in Adam's moments for ever: keep the old state instead.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    old = state.model, state.opt_state
+    old = state.model, old_opt_state
     model, opt_state = choose(finite, (model, opt_state), old)
     ema = state.ema
     if ema is not None:
@@ -149,7 +159,7 @@ def gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
   def split(x):
     # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
     x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
-    return constrain(x, None, "batch", None)
+    return constrain(x, None, "batch", "length")
 
   def of_part(part, number):
     (_, metrics), grads = compute(trained, part, share, jax.random.fold_in(key, number))

@@ -40,6 +40,7 @@ from flaxlm.data.tokenizer_files import load_tokenizer
 from flaxlm.interop.tensors import write_safetensors
 from flaxlm.interop.torch_files import read_torch
 from flaxlm.loop import train
+from flaxlm.parallel.mesh import one_device
 from flaxlm.training.guards import StopSignal
 
 PACKAGES = {
@@ -104,9 +105,7 @@ def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
   """Imports `source` through the door; returns the model that a run starts from."""
   convert.main(["import", f"--from={source}", f"--workdir={workdir}", *more])
   config = configs.load_run(workdir)
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
-  )
+  mesh = one_device()
   model, _ = weights.restore_model(workdir, config, mesh, config.mesh.rules.to_dict())
   return model
 

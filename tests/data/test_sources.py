@@ -83,7 +83,9 @@ def test_lines_and_paragraphs(size, limit, tmp_path, monkeypatch):
   assert max(len(p.text) for p in read(kind="text", path=path)) <= limit
 
 
-@pytest.mark.parametrize("kind", ["file", "paragraph", "line", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+  "kind", ["file", "paragraph", "line", "jsonl", "csv", "parquet"]
+)
 def test_reading_starts_at_any_position(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(tokenizer, "PIECE", 50)
   rng = random.Random(0)
@@ -96,6 +98,9 @@ def test_reading_starts_at_any_position(kind, tmp_path, monkeypatch):
       parquet.write_table(table, tmp_path / f"{number}.x", row_group_size=5)
     elif kind == "jsonl":
       lines = [json.dumps({"text": row, "id": 1}) + "\n" for row in rows]
+      (tmp_path / f"{number}.x").write_text("".join(lines))
+    elif kind == "csv":
+      lines = ["id,text\n"] + [f'1,"{row}"\n' for row in rows]
       (tmp_path / f"{number}.x").write_text("".join(lines))
     else:
       (tmp_path / f"{number}.x").write_text("\n\n".join(rows))
@@ -117,6 +122,17 @@ def test_bad_bytes_are_repaired_and_noted(tmp_path):
   assert text.startswith("good \ufffd\ufffd café \0 \ufffd") and text.endswith("\ufffd")
   assert problems(pieces) == sorted([sources.BOM, sources.NUL, sources.BAD_UTF8])
   text.encode()
+
+
+def test_a_column_of_a_table(tmp_path):
+  (tmp_path / "a.csv").write_text('text,label\n"one, two",3\n"a\nb",4\n')
+  (tmp_path / "a.tsv").write_text('label\ttext\n3\tone "two"\n')
+  path = str(tmp_path / "a.csv")
+  assert documents(read(kind="csv", path=path)) == ["one, two", "a\nb"]
+  found = documents(read(kind="tsv", path=str(tmp_path / "a.tsv")))
+  assert found == ['one "two"']
+  with pytest.raises(errors.DataError, match="text label"):
+    read(kind="csv", path=path, field="body")
 
 
 def test_json_lines(tmp_path):

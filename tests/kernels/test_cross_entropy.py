@@ -76,7 +76,7 @@ def test_chunks_of_split_tokens_are_split_too():
   """No device gathers the features of the others."""
   from flaxlm.parallel.mesh import make_mesh
 
-  mesh = make_mesh(8, 1, 1)
+  mesh = make_mesh(data=8, fsdp=1, tensor=1)
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   x = jax.ShapeDtypeStruct((256, 16), jnp.float32, sharding=place)
   targets = jax.ShapeDtypeStruct((256,), jnp.int32, sharding=place)

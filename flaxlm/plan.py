@@ -1,0 +1,185 @@
+"""Know before you rent: does a config fit the hardware, how fast is it, at what cost?
+
+  python -m flaxlm.plan --config=configs/llama3_8b.py --hardware=v5p:8x16x16
+  python -m flaxlm.plan --config=configs/llama3_8b.py --hardware=v5e:16x16 --search
+
+Needs none of that hardware: for TPUs the real training step is compiled by libtpu
+(pip install libtpu), for GPUs that are not here memory is counted. Where a step does
+not fit, the smallest change that does is found by trying. Several --config make one
+line each. --calibrate measures this machine, which is then --hardware=this. Exit codes:
+0 done, fitting or not, 2 config.
+"""
+
+import json
+import pathlib
+
+from flaxlm import cli
+from flaxlm import config as configs
+from flaxlm.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> None:
+  args, overrides = cli.parse(make_parser(), argv)
+  if not args.config:
+    raise ConfigError("--config", "nothing", "a config file", "configs/llama3_8b.py")
+  loaded = {path: configs.load(path, overrides) for path in args.config}
+  if args.calibrate:
+    from flaxlm.planning import calibrate
+
+    calibrate.save(calibrate.measure(list(loaded.values())), args.calibration)
+    print(f"measured this machine: {args.calibration}, --hardware=this")
+    return
+  found = [plan_one(path, config, args) for path, config in loaded.items()]
+  show(found, args)
+
+
+def show(found: list[tuple], args) -> None:
+  """Prints, and writes, what `plan_one` returned for each config."""
+  from flaxlm.planning import report
+
+  if args.html:
+    page = "\n".join(report.page(plan) for plan, _ in found)
+    pathlib.Path(args.html).write_text(page)
+  if args.json:
+    print(json.dumps([report.to_json(plan) | more for plan, more in found], indent=2))
+  elif len(found) == 1:
+    plan, more = found[0]
+    print("\n".join([report.table(plan), *more["advice"]]))
+  else:
+    print(summary(found))
+
+
+def make_parser():
+  parser = cli.parser(__doc__, "plan")
+  add = parser.add_argument
+  add("--config", action="append", help="a config file; may be repeated")
+  add("--hardware", help="v5e:16x16, 2xv5p:8x8x8, h100x64, this; default: the config's")
+  add("--search", action="store_true", help="find the fastest mesh, remat and passes")
+  add("--json", action="store_true", help="print JSON")
+  add("--html", metavar="FILE", help="also write a page")
+  add("--price", type=float, help="USD an hour and chip; default: from a dated table")
+  add("--tokens", type=float, help="of the whole run; default: the config's num_steps")
+  add("--no_compile", action="store_true", help="count instead: seconds, less exact")
+  add("--calibrate", action="store_true", help="measure this machine for the configs")
+  add(
+    "--calibration", metavar="FILE", default="calibration.json",
+    help="where that is kept (%(default)s)",
+  )  # fmt: skip
+  return parser
+
+
+def plan_one(path: str, config, args) -> tuple:
+  """Returns (report.Plan, what JSON has besides) of one config."""
+  import jax
+
+  from flaxlm.parallel import hardware as chips
+  from flaxlm.planning import calibrate, roofline, search
+  from flaxlm.planning.compiled import compile_step, count
+  from flaxlm.planning.report import Plan
+
+  where = args.hardware or config.hardware
+  if not where:
+    needed = f"a name, as {path} has no config.hardware"
+    raise ConfigError("--hardware", "nothing", needed, "v5e:4x4")
+  here = calibrate.load(args.calibration) if where in ("this", "cpu") else None
+  hardware = chips.parse(where, here)
+  if hardware.chip.link == "ici":  # compiled for, never touched
+    jax.config.update("jax_platforms", "cpu")
+  step = count if args.no_compile else compile_step
+  found, nearest = [], None
+  if args.search:
+    found = search.search(config, hardware, step)
+  if found:
+    _, prediction, result = found[0]
+  else:
+    result, prediction = search.judge(config, hardware, step)
+    if not result.fits:
+      nearest = search.nearest_that_fits(config, hardware, step)
+  tokens = args.tokens or config.num_steps * prediction.tokens
+  notes = []
+  if result.compile_seconds:
+    notes.append(
+      f"compiled in {result.compile_seconds:.0f} s; this process grew to "
+      f"{result.host_bytes / 1e9:.1f} GB"
+    )
+  plan = Plan(
+    pathlib.Path(path).stem,
+    where,
+    result.sizes,
+    result.how,
+    result.memory,
+    result.available,
+    result.collectives,
+    prediction,
+    roofline.budget(prediction, hardware, tokens, args.price),
+    tuple(notes),
+  )
+  more = {
+    "compile_seconds": result.compile_seconds,
+    "host_bytes": result.host_bytes,
+    "nearest": nearest.changes if nearest else None,
+    "found": [one.changes | {"seconds": one.prediction.mid} for one in found],
+    "advice": list(advice(result, nearest, found)),
+  }
+  return plan, more
+
+
+def advice(result, nearest, found: list):
+  """Yields what to print below a table: what was found, and lines to paste."""
+  from flaxlm.planning.search import paste
+
+  if found:
+    yield "\nBest first, as steps of (low to high) seconds; the table is of the first:"
+  for rank, one in enumerate(found, 1):
+    took, peak = one.prediction, one.compiled.peak / 2**30
+    mesh = " ".join(f"{axis}={n}" for axis, n in one.compiled.sizes.items() if n > 1)
+    others = [
+      f"{key.split('.')[-1]}={value}"
+      for key, value in one.changes.items()
+      if not key.startswith("mesh.") or key == "mesh.microbatches"
+    ]
+    yield (
+      f"{rank}. {took.mid:.3g} ({took.low:.3g} to {took.high:.3g}), "
+      f"MFU {took.mfu:.0%}, bound by {took.bound}, {peak:,.1f} GiB: {mesh} "
+      + " ".join(others)
+    )
+  chosen = found[0] if found else nearest
+  if nearest:
+    yield f"\nThe smallest change that fits ({nearest.compiled.peak / 2**30:,.2f} GiB):"
+  elif found:
+    yield (
+      "\nFor the first, in the config:" if chosen.changes else "\nIt is this config."
+    )
+  elif not result.fits:
+    yield "\nNo change of passes, remat or mesh was found that fits: take more chips."
+  if chosen:
+    yield from (f"  {line}" for line in paste(chosen.changes))
+
+
+def summary(found: list[tuple]) -> str:
+  """One line a config, as a Markdown table."""
+  lines = [
+    "| config | hardware | mesh | fits | GiB a chip | predicted MFU | bound by "
+    "| compiled in |",
+    "|---" * 8 + "|",
+  ]
+  for plan, more in found:
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.sizes.items() if n > 1)
+    took, limit = plan.prediction, plan.available / 2**30
+    slow, fast = (took.mfu * took.mid / seconds for seconds in (took.high, took.low))
+    cells = [
+      plan.name,
+      plan.where,
+      mesh or "one device",
+      "yes" if plan.fits else "no",
+      f"{sum(plan.memory.values()) / 2**30:,.1f} of {limit:,.1f}",
+      f"{took.mfu:.0%} ({slow:.0%} to {fast:.0%})",
+      took.bound,
+      f"{more['compile_seconds']:.0f} s, {more['host_bytes'] / 1e9:.1f} GB",
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  cli.run(main)

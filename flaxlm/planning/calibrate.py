@@ -1,0 +1,151 @@
+"""Measures this machine: each operation of a step at its own size, on one device.
+
+`python -m flaxlm.plan --calibrate` stores what was measured; predictions for this
+machine then add up measured times instead of peaks. Noise of the machine goes into the
+numbers: calibrate when it is as busy as it will be when training.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.parallel import AXES
+from flaxlm.parallel.hardware import CHIPS, KINDS, Calibration, Chip, Hardware, chip_of
+from flaxlm.planning import roofline
+from flaxlm.planning.probes import prepare, seconds
+from flaxlm.planning.work import Op, operations
+
+SQUARE = 2048  # of the matmul that stands for the machine's peak
+SQUARE_KEY = ("matmul", 1, SQUARE, SQUARE, SQUARE, "float32")
+COPY_KEY = ("norm", 1 << 15, 1024, "float32")  # 128 MiB: past any cache
+LARGEST = 1 << 24  # weights to time an optimizer on: time grows with them
+
+
+def measure(config_list, budget: float = 0.2) -> dict:
+  """Times each operation that the configs need on one device, about `budget` each.
+
+  Returns:
+    What `save` writes and `hardware` reads: plain values, seconds by operation.
+  """
+  one = dict.fromkeys(AXES, 1)
+  wanted = {SQUARE_KEY, COPY_KEY}
+  for config in config_list:
+    for op in operations(config, one, flash=False):
+      wanted.add(key_of(op, config.model.dtype))
+  device = jax.devices()[0]
+  with jax.default_device(device):
+    rows = []
+    for key in sorted(wanted, key=str):
+      function, args = prepare(key[0], key[1:-1], key[-1])
+      rows.append([*key, seconds(function, args, budget)])
+    dispatch = seconds(jax.jit(lambda x: x + 1), (jnp.zeros(()),), budget)
+  return {
+    "device_kind": device.device_kind,
+    "platform": device.platform,
+    "num_devices": jax.device_count(),
+    "link_bandwidth": all_reduce_bandwidth(budget),
+    "dispatch_seconds": dispatch,
+    "seconds": rows,
+  }
+
+
+def all_reduce_bandwidth(budget: float, count: int = 1 << 22) -> float:
+  """Bytes a second that a device sends in a ring all-reduce; 0 with one device."""
+  n = jax.device_count()
+  if n == 1:
+    return 0.0
+  mesh = jax.make_mesh((n,), ("all",), axis_types=(AxisType.Auto,))
+  spec = PartitionSpec("all")
+  x = jax.device_put(jnp.ones((n, count)), NamedSharding(mesh, spec))
+  reduce = jax.jit(
+    jax.shard_map(
+      lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=spec, out_specs=spec,
+      check_vma=False,
+    )
+  )  # fmt: skip
+  return 2 * (n - 1) / n * 4 * count / seconds(reduce, (x,), budget)
+
+
+def key_of(op: Op, dtype: str) -> tuple:
+  """What an operation is called in a calibration."""
+  dims = op.dims
+  if op.kind in ("optimizer", "weights"):
+    dims = (min(dims[0], LARGEST),)
+  return (op.kind, *dims, dtype)
+
+
+def save(measured: dict, path) -> None:
+  pathlib.Path(path).write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def hardware(measured: dict) -> Hardware:
+  """The machine that was measured. Devices of one CPU share its cores, so slow down."""
+  number = measured["num_devices"]
+  crowd = number if measured["platform"] == "cpu" else 1
+  times = {tuple(key): crowd * value for *key, value in measured["seconds"]}
+  known = CHIPS.get(KINDS.get(measured["device_kind"], ""))
+  link = measured["link_bandwidth"]
+  if known is not None:
+    chip = known._replace(link_bandwidth=link or known.link_bandwidth)
+  else:
+    flops, (rows, width) = 6 * SQUARE**3 / times[SQUARE_KEY], COPY_KEY[1:3]
+    bandwidth = 40 * rows * width / times[COPY_KEY]
+    link = link or bandwidth
+    chip = Chip(
+      "cpu", flops, flops, host_memory() / crowd, bandwidth, "memory", link, "memory",
+      link, number, 1, 0.0, 0.0, "this machine",
+    )  # fmt: skip
+  calibration = Calibration(times, measured["dispatch_seconds"])
+  return Hardware(chip, number, 1, "", calibration)
+
+
+def load(path) -> Hardware:
+  """Reads what `save` wrote.
+
+  Raises:
+    MissingInputError: there is no such file. ConfigError: it is not a calibration.
+  """
+  try:
+    return hardware(json.loads(pathlib.Path(path).read_text()))
+  except FileNotFoundError as error:
+    raise MissingInputError(
+      f"{path} does not exist\n  needed: a calibration\n  try:    --calibrate"
+    ) from error
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      "the calibration", path, f"a file that --calibrate wrote ({error!r})"
+    ) from error
+
+
+def host_memory() -> float:
+  import psutil
+
+  return float(psutil.virtual_memory().total)
+
+
+def expected_step(config, sizes: dict[str, int], path="") -> dict[str, float]:
+  """What the loop logs beside the measured time: the prediction of a step, in seconds.
+
+  Made from the calibration at `path` where it is this machine's, else from the table of
+  chips; an unknown machine has none: {}. Takes milliseconds.
+  """
+  here, number = jax.devices()[0], jax.device_count()
+  if path and pathlib.Path(path).exists():
+    machine = load(path)
+    if machine.num_chips != number:
+      return {}
+  elif (chip := chip_of(here)) is not None:
+    nodes = jax.process_count() if chip.link == "nvlink" else sizes["slice"]
+    machine = Hardware(chip, number, nodes, "")
+  else:
+    return {}
+  found = roofline.predict(config, sizes, machine)
+  return {
+    "predicted_seconds": found.mid,
+    "predicted_seconds_low": found.low,
+    "predicted_seconds_high": found.high,
+  }

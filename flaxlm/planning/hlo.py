@@ -1,0 +1,214 @@
+"""Which messages a compiled program sends: read from XLA's text of it.
+
+XLA prints each instruction once, however often it runs: a loop's body counts as often
+as the loop turns. TPUs cut one message into the fusions that it runs beside, all with
+its channel; write a reduce-scatter as an all-reduce inside a computation of that name;
+and hand what goes between slices to the host, as pairs of send and recv.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxlm.parallel.hardware import Hardware
+from flaxlm.planning.messages import Collective, link_of
+
+KINDS = {
+  "all-gather": "all-gather",
+  "all-reduce": "all-reduce",
+  "reduce-scatter": "reduce-scatter",
+  "all-to-all": "all-to-all",
+  "ragged-all-to-all": "all-to-all",
+  "collective-permute": "permute",
+  "recv": "permute",  # but for what says `_xla_megascale_transfer_type`
+}
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128], pred[]
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(
+  r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str
+  opcode: str
+  rest: str  # operands and attributes
+
+
+def collectives(
+  text: str, sizes: dict[str, int], hardware: Hardware
+) -> list[Collective]:
+  """Returns the messages of one run of a program, most bytes first.
+
+  Args:
+    text: `compiled.as_text()`.
+    sizes: of the axes of the mesh that it was compiled for, in order.
+  """
+  computations, entry = parse(text)
+  found = {}
+  walk(computations, entry, 1, entry, found)
+  totals = collections.defaultdict(lambda: [0.0, 0])
+  for kind, size, group, times in found.values():
+    axes = varying(group, sizes) if isinstance(group, np.ndarray) else group
+    if axes:  # else a group of one: nothing is sent
+      total = totals[kind, axes]
+      total[0] += size * times
+      total[1] += times
+  rows = [
+    Collective(kind, size, count, axes, link_of(axes, sizes, hardware))
+    for (kind, axes), (size, count) in totals.items()
+  ]
+  return sorted(rows, key=lambda row: -row.bytes)
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """Returns (instructions by the name of their computation, the name of the entry)."""
+  computations, entry, current = {}, "", []
+  for line in text.splitlines():
+    if match := COMPUTATION.match(line):
+      current = computations[match[2]] = []
+      entry = match[2] if match[1] else entry
+    elif match := INSTRUCTION.match(line):
+      current.append(Instruction(*match.groups()))
+  return computations, entry
+
+
+def walk(computations: dict, name: str, times: int, scope: str, found: dict) -> None:
+  """Adds to `found` the collectives of a computation that runs `times` times.
+
+  `scope` is the computation that called the fusions around this one: parts of one
+  message have a `chain_id` there.
+  """
+  here = {instruction.name: instruction for instruction in computations[name]}
+  for instruction in here.values():
+    opcode, rest = instruction.opcode, instruction.rest
+    kind = KINDS.get(opcode.removesuffix("-done"))
+    if kind and opcode != "recv-done":
+      started = instruction
+      if opcode.endswith("-done"):  # its shape is the result alone
+        started = here[re.search(r"%([\w.\-]+)", rest)[1]]
+      chain = re.search(r'chain_id="(\d+)"', started.rest)
+      key = scope, chain[1] if chain else (name, instruction.name)
+      found[key] = (*describe(kind, instruction, started, name), times)
+    elif opcode == "while":
+      body, condition = (
+        re.search(rf"{what}=%?([\w.\-]+)", rest)[1] for what in ("body", "condition")
+      )
+      turns = trips(computations, condition, rest)
+      walk(computations, body, times * turns, body, found)
+    elif opcode in ("fusion", "call", "async-start", "conditional"):
+      called = CALLED.findall(rest)
+      for names in re.findall(r"branch_computations=\{(.*?)\}", rest):
+        called += re.findall(r"[\w.\-]+", names)
+      for inner in called:
+        walk(computations, inner, times, name if opcode == "call" else scope, found)
+
+
+def describe(
+  kind: str, result: Instruction, started: Instruction, computation: str
+) -> tuple:
+  """Returns (kind, bytes, members of groups or names of axes) of a message."""
+  if transfer := re.search(r'megascale_transfer_type="(\w+)"', started.rest):
+    kind = transfer[1].lower().replace("_", "-")
+    size = num_bytes(result.shape.replace("u32[]", ""))
+    return kind if kind in KINDS else "permute", size, ("slice",)
+  group = members(started.rest)
+  size = num_bytes(result.shape)
+  if kind == "reduce-scatter":
+    size *= group.shape[-1] if group.size else 1
+  if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  return kind, size, group
+
+
+def trips(computations: dict, condition: str, rest: str) -> int:
+  """How often a loop turns: as XLA says, or the bound of its counter."""
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
+    return int(known[1])
+  todo, constants = [condition], []
+  while todo:
+    for instruction in computations[todo.pop()]:
+      todo += CALLED.findall(instruction.rest)
+      if instruction.opcode == "constant" and re.match(
+        "[su](32|64)", instruction.shape
+      ):
+        constants.append(int(instruction.rest.split(")")[0]))
+  return max(constants, default=1)
+
+
+def num_bytes(shape: str) -> float:
+  """Bytes of the arrays in a shape such as `(bf16[8,128]{1,0}, u32[])`."""
+  return sum(
+    int(bits or 8) / 8 * math.prod(int(n) for n in dims.split(",") if n)
+    for bits, dims in ARRAY.findall(shape)
+  )
+
+
+def members(rest: str) -> np.ndarray:
+  """Which devices talk: GROUPS x MEMBERS, numbered as the mesh has them; 0 x 0 is all.
+
+  XLA writes groups as lists, as a reshaped and transposed range, or by the axes of a
+  mesh of its own; permutations as pairs, of which each is a group.
+  """
+  numbers = re.compile(r"\d+")
+  if text := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest):
+    rows = [[int(n) for n in numbers.findall(row)] for row in text[1].split("},")]
+    return np.array(rows)
+  if text := re.search(
+    r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", rest
+  ):
+    return iota(text[1])
+  if text := re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}", rest):
+    return of_mesh(*text.groups())
+  return np.zeros((0, 0), int)
+
+
+def iota(text: str) -> np.ndarray:
+  """`[4,2]<=[2,4]T(1,0)`: a range in the shape after <=, transposed, then reshaped."""
+  shape, source, order = (
+    [int(n) for n in part.split(",")] if part else None
+    for part in re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+  )
+  ids = np.arange(math.prod(source)).reshape(source)
+  return (ids.transpose(order) if order else ids).reshape(shape)
+
+
+def of_mesh(sizes: str, devices: str, chosen: str) -> np.ndarray:
+  """`mesh['a'=4,'b'=2] {'b'}`: groups along b; `'a':(2)2` is a part of axis a."""
+  sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
+  order = re.search(r"\[[\d,]+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?", devices)
+  ids = np.arange(math.prod(sizes.values()))
+  if order and "<=" in order[0]:
+    ids = iota(order[0])
+  elif order:
+    ids = np.array([int(n) for n in order[0].strip("[]").split(",")])
+  parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+  shape, inside = [], []
+  for name, size in sizes.items():
+    cuts = {(int(pre or 1), int(n or size)) for axis, pre, n in parts if axis == name}
+    done = 1
+    for before, length in sorted(cuts):
+      shape += [before // done, length]
+      inside.append(len(shape) - 1)
+      done = before * length
+    shape.append(size // done)
+  outside = [i for i in range(len(shape)) if i not in inside]
+  length = math.prod(shape[i] for i in inside)
+  return ids.reshape(shape).transpose(outside + inside).reshape(-1, length)
+
+
+def varying(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
+  """The axes along which the members of a group differ."""
+  if not groups.size:
+    return tuple(axis for axis, size in sizes.items() if size > 1)
+  places = np.unravel_index(groups, tuple(sizes.values()))
+  return tuple(
+    axis
+    for axis, place in zip(sizes, places, strict=True)
+    if (place != place[:, :1]).any()
+  )

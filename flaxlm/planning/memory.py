@@ -1,0 +1,117 @@
+"""What a chip holds during a step, counted from shapes: where nothing can be compiled.
+
+Weights and optimizer are exact. Activations are what JAX keeps for the backward pass,
+found by tracing it; what XLA then shares or pads is not known here.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.models.transformer import Transformer
+from flaxlm.parallel.sharding import bytes_per_device
+from flaxlm.planning.work import itemsize, layer_parameters, share
+
+
+class Memory(NamedTuple):
+  """Bytes a chip."""
+
+  parameters: float  # and their average, if one is kept
+  optimizer: float  # on the device; offloaded state is not
+  gradients: float
+  gathered: float  # whole weights of the layer that runs, and of the next
+  activations: float
+  logits: float
+
+  @property
+  def total(self) -> float:
+    return sum(self)
+
+
+def expected_memory(config, target, sizes: dict[str, int]) -> Memory:
+  """Counts the memory of a training step.
+
+  Args:
+    target: the abstract TrainState with shardings (program.Program.target).
+    sizes: of the mesh axes.
+  """
+  parameters = bytes_per_device(target.model)
+  part, step = share(config, sizes), config.step
+  # The running sum of accumulated gradients, and those of the pass that is added.
+  gradients = parameters * (2 if step.accumulation_steps > 1 else 1)
+  layer, experts, _ = layer_parameters(config)
+  held = (layer + experts / sizes["expert"]) / config.model.num_layers / sizes["tensor"]
+  split = sizes["fsdp"] * sizes["context"] * sizes["expert"] > 1
+  return Memory(
+    parameters + bytes_per_device(target.ema),
+    on_device(target.opt_state),
+    gradients,
+    2 * held * itemsize(config) * split,
+    activation_bytes(config, sizes),
+    logit_bytes(config, sizes, part.tokens),
+  )
+
+
+def on_device(tree) -> float:
+  leaves = jax.tree.leaves(tree)
+  return bytes_per_device(
+    [x for x in leaves if x.sharding.memory_kind != "pinned_host"]
+  )
+
+
+def logit_bytes(config, sizes: dict[str, int], tokens: float) -> float:
+  """Logits, their gradient in float32, and a copy in the type of the activations."""
+  model, chunk = config.model, config.step.chunk_size
+  if model.head not in ("lm", "mlm"):
+    return 0.0
+  if chunk:
+    passes = config.step.accumulation_steps
+    whole = config.data.batch_size * config.data.seq_len / passes
+    tokens *= min(chunk / whole, 1.0)
+  words = model.vocab_size / (sizes["tensor"] if config.mesh.rules.vocab else 1)
+  return tokens * words * (4 + 4 + itemsize(config))
+
+
+def activation_bytes(config, sizes: dict[str, int]) -> float:
+  """What waits for the backward pass, and what one layer needs while it runs."""
+  model = dict(config.model)
+  # Offloaded tensors wait in the host's memory.
+  model = TransformerConfig(**(model | {"offload": ()}))
+  length, part = config.data.seq_len, share(config, sizes)
+  split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
+  rows = part.rows / split
+  waiting = rows * kept_bytes(model, length) / sizes["stage"]
+  if sizes["stage"] > 1:  # each tick of the pipeline keeps its own
+    waiting *= part.ticks / config.mesh.stage_repeats
+  if model.remat == "none":
+    return waiting
+  everything = kept_bytes(dataclasses.replace(model, remat="none", keep=()), length)
+  return waiting + rows * everything / model.num_layers
+
+
+@functools.lru_cache(maxsize=64)
+def kept_bytes(model: TransformerConfig, length: int) -> float:
+  """Bytes that one row adds to what the backward pass of all layers needs."""
+
+  def residuals(rows: int) -> int:
+    one = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def backward(network, tokens, positions, segments):
+      def features(network):
+        return network(tokens, positions, segments).features
+
+      return jax.vjp(features, network)[1]
+
+    network = jax.eval_shape(lambda key: Transformer(model, nnx.Rngs(key)), key)
+    kept = jax.eval_shape(backward, network, one, one, one)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+  key = jax.random.key(0)
+  # Weights are kept as well, whatever the rows: the difference is without them.
+  return float(residuals(2) - residuals(1))

@@ -1,0 +1,223 @@
+"""Better settings for some hardware: the fastest, or the nearest that fits.
+
+Only what leaves the result of a step as it is may change: the mesh, what the backward
+pass computes again, and how many rows are in flight. The model of roofline.py ranks,
+memory.py drops what cannot fit, and the compiler has the last word on the best few.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from flaxlm import config as configs
+from flaxlm.errors import ConfigError
+from flaxlm.parallel import AXES, BATCH
+from flaxlm.parallel.hardware import Hardware
+from flaxlm.parallel.mesh import axis_sizes, fill
+from flaxlm.planning import roofline, work
+from flaxlm.planning.compiled import Compiled, abstract_state, compile_step, count
+from flaxlm.relations import relations
+
+REMAT = ("none", "dots", "full")  # from the fastest to the smallest
+ALIKE = (
+  "mesh.stage", "mesh.expert", "mesh.context", "mesh.tensor", "model.remat",
+)  # fmt: skip
+LONG = 32_768  # tokens a row from which splitting it is tried
+LARGE = 5e10  # bytes of weights from which a pipeline is tried
+
+
+class Candidate(NamedTuple):
+  changes: dict[str, object]  # knob -> value, where it differs from the config given
+  prediction: roofline.Prediction
+  compiled: Compiled
+
+
+def paste(changes: dict[str, object]) -> list[str]:
+  """The changes as lines of a config file."""
+  return [f"config.{key} = {value!r}" for key, value in changes.items()]
+
+
+def changed(config, changes: dict[str, object]):
+  """Returns a changed copy of `config`, or None where the result cannot work."""
+  config = copy.deepcopy(config)
+  for key, value in changes.items():
+    configs.set_value(config, key, value)
+  return config if all(holds for holds, *_ in relations(config)) else None
+
+
+def evaluate(config, hardware: Hardware, changes: dict, step=compile_step):
+  """Returns the `Candidate` of some changes, or None where they cannot work.
+
+  Args:
+    step: compile_step, or count, which takes no time.
+  """
+  config = changed(config, changes)
+  if config is None:
+    return None
+  try:
+    result, prediction = judge(config, hardware, step)
+  except ConfigError:  # a weight does not divide
+    return None
+  return Candidate(changes, prediction, result)
+
+
+def judge(config, hardware: Hardware, step=compile_step):
+  """Returns (Compiled, Prediction); what does not compile sends what it should."""
+  result = step(config, hardware)
+  messages = result.collectives or None
+  return result, roofline.predict(config, result.sizes, hardware, messages)
+
+
+def search(
+  config, hardware: Hardware, step=compile_step, compiles: int = 6
+) -> list[Candidate]:
+  """Returns the best settings found that fit, fastest first, at most `compiles`.
+
+  Args:
+    step: as in `evaluate`; it judges the best `compiles` candidates.
+  """
+  by_hand = functools.partial(count, state=abstract_state(config))
+  counted = []
+  for mesh in meshes(config, hardware):
+    for remat in REMAT:
+      fitting = []
+      for passes in rows_in_flight(config, mesh):
+        changes = mesh | passes | {"model.remat": remat}
+        candidate = evaluate(config, hardware, changes, by_hand)
+        if candidate and candidate.compiled.fits:
+          fitting.append(candidate)
+        if len(fitting) == 2:  # the most rows that fit, and the next
+          break
+      counted += fitting
+  counted.sort(key=lambda candidate: candidate.prediction.mid)
+  best = {}  # of each kind: what differs in replicas alone is as good as equal
+  for candidate in counted:
+    kind = [candidate.changes[key] for key in ALIKE]
+    best.setdefault(tuple(kind), candidate)
+  found = []
+  for candidate in list(best.values())[:compiles]:
+    compiled = evaluate(config, hardware, candidate.changes, step)
+    if compiled and compiled.compiled.fits:
+      new = difference(config, hardware, candidate.changes)
+      found.append(compiled._replace(changes=new))
+  return sorted(found, key=lambda candidate: candidate.prediction.mid)
+
+
+def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
+  """Yields the meshes worth a thought, as knobs: all of the chips, all divisible."""
+  model, experts = config.model, config.model.moe.num_experts
+  weights = 4 * sum(work.layer_parameters(config))
+  slices = {hardware.num_slices}
+  if hardware.chip.link != "ici":  # nodes need not be an axis
+    slices.add(1)
+  for slice in sorted(slices):
+    chips = hardware.num_chips // slice
+    for tensor in powers(min(8, chips)):
+      if model.num_heads % tensor or model.num_kv_heads % tensor:
+        continue
+      rest = chips // tensor
+      long = config.data.seq_len // 4096 if config.data.seq_len >= LONG else 1
+      for context in powers(min(rest, long)):
+        for expert in powers(min(rest // context, experts)):
+          for stage in powers(16 if weights >= LARGE else 1):
+            left, remainder = divmod(rest, context * expert * stage)
+            if remainder:
+              continue
+            for fsdp in divisors(left):
+              yield {
+                "mesh.slice": slice,
+                "mesh.stage": stage,
+                "mesh.data": left // fsdp,
+                "mesh.fsdp": fsdp,
+                "mesh.expert": expert,
+                "mesh.context": context,
+                "mesh.tensor": tensor,
+              } | ({"model.attention": "ring"} if context > 1 else {})
+
+
+def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:
+  """The ways to cut a batch into passes, down to one row a pass and group of chips."""
+  ways = math.prod(mesh[f"mesh.{axis}"] for axis in BATCH)
+  rows, remainder = divmod(config.data.batch_size, ways)
+  if remainder:
+    return []
+  if mesh["mesh.stage"] == 1:
+    return [{"step.accumulation_steps": passes} for passes in divisors(rows)]
+  return [
+    {"step.accumulation_steps": 1, "mesh.microbatches": passes}
+    for passes in divisors(rows)
+    if passes >= mesh["mesh.stage"]
+  ]
+
+
+def nearest_that_fits(
+  config, hardware: Hardware, step=compile_step
+) -> Candidate | None:
+  """Returns the smallest change with which `config` fits, as compiled; None if none."""
+  by_hand = functools.partial(count, state=abstract_state(config))
+  for changes in smaller(config, hardware):
+    counted = evaluate(config, hardware, changes, by_hand)
+    # What is counted may be wrong, not by half: spare the compiler the hopeless.
+    if counted is None or counted.compiled.peak > 1.5 * counted.compiled.available:
+      continue
+    candidate = evaluate(config, hardware, changes, step)
+    if candidate and candidate.compiled.fits:
+      return candidate
+  return None
+
+
+def smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
+  """Yields changes that need less memory, from harmless to costly."""
+  sizes = fill(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
+  mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
+  seen = [{}]
+  for option in shrinking(config, hardware, mesh):
+    changes = difference(config, hardware, option)
+    if changes not in seen:
+      seen.append(changes)
+      yield changes
+
+
+def difference(config, hardware: Hardware, changes: dict) -> dict[str, object]:
+  """The changes that change something; `mesh.data=-1` is what it would become."""
+  now = configs.flatten(config)
+  rest = math.prod(now[f"mesh.{axis}"] for axis in AXES if axis != "data")
+  if now["mesh.data"] == -1 and hardware.num_chips % rest == 0:
+    now["mesh.data"] = hardware.num_chips // rest
+  return {key: value for key, value in changes.items() if now[key] != value}
+
+
+def shrinking(config, hardware: Hardware, mesh: dict[str, int]) -> Iterator[dict]:
+  least = {"step.accumulation_steps": config.step.accumulation_steps}
+  for passes in rows_in_flight(config, mesh):
+    if passes["step.accumulation_steps"] >= least["step.accumulation_steps"]:
+      least = passes
+      yield least
+  yield {"model.remat": "full"}
+  least = least | {"model.remat": "full"}
+  yield least
+  chunk = 1024 * hardware.num_chips
+  if config.data.batch_size * config.data.seq_len % chunk == 0:
+    least = least | {"step.chunk_size": min(config.step.chunk_size or chunk, chunk)}
+    yield least
+  replicas = mesh["mesh.data"] * mesh["mesh.fsdp"]
+  wider = [mesh | {"mesh.data": 1, "mesh.fsdp": replicas}]
+  for axis, limit in (("tensor", 8), ("context", config.data.seq_len // 4096)):
+    for size in powers(limit):
+      factor, remainder = divmod(size, mesh[f"mesh.{axis}"])
+      if factor > 1 and not remainder and replicas % factor == 0:
+        wider.append(wider[0] | {f"mesh.{axis}": size, "mesh.fsdp": replicas // factor})
+  for mesh in wider:
+    if options := rows_in_flight(config, mesh):
+      yield least | mesh | options[-1]
+
+
+def powers(limit: int) -> list[int]:
+  """1, 2, 4 ... up to `limit`."""
+  return [2**i for i in range(max(limit, 1).bit_length())]
+
+
+def divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]

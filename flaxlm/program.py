@@ -1,0 +1,111 @@
+"""What a run will compute, from shapes alone: its state, its step, its batch.
+
+The loop runs this; `flaxlm.plan` compiles the same for machines that are not here.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxlm import weights
+from flaxlm.data import masking
+from flaxlm.data.batches import SyntheticBatches
+from flaxlm.data.feed import batch_sharding
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.parallel.sharding import check_split, use_mesh
+from flaxlm.training import lora
+from flaxlm.training.checkpoint import named_leaves
+from flaxlm.training.optim import make_optimizer
+from flaxlm.training.state import (
+  TrainState,
+  init_state,
+  make_train_step,
+  shardings_of,
+  with_shardings,
+)
+
+
+class Program(NamedTuple):
+  tx: optax.GradientTransformation
+  learning_rate: Callable
+  init: Callable  # key -> TrainState
+  target: TrainState  # abstract, with shardings
+  assemble: Callable  # (what is trained, frozen weights or None) -> the model
+  train_step: Callable  # jitted: (state, batch, frozen weights or None)
+
+
+def use_config_mesh(
+  config, mesh: jax.sharding.Mesh
+) -> contextlib.AbstractContextManager:
+  """`use_mesh` as config.mesh asks for it; programs are traced inside."""
+  knobs = config.mesh
+  return use_mesh(mesh, knobs.rules.to_dict(), knobs.microbatches, knobs.stage_repeats)
+
+
+def build(config, mesh: jax.sharding.Mesh) -> Program:
+  """Returns what `config` computes on `mesh`; no weight is allocated."""
+  tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
+  init = make_init(config, tx)
+  with use_config_mesh(config, mesh):
+    target = with_shardings(
+      jax.eval_shape(init, jax.random.key(0)), mesh, config.mesh.rules.to_dict(),
+      config.step.offload_optimizer,
+    )  # fmt: skip
+    whole = with_shardings(
+      weights.abstract_model(config), mesh, config.mesh.rules.to_dict()
+    )
+    check_split(named_leaves(whole), mesh)
+  assemble = weights.assembler(config)
+  train_step = jax.jit(
+    make_train_step(
+      tx, learning_rate, **config.step, seed=config.seed,
+      bias_rate=balancing_rate(config.model.moe), assemble=assemble,
+    ),
+    donate_argnums=0,
+    out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
+  )  # fmt: skip
+  return Program(tx, learning_rate, init, target, assemble, train_step)
+
+
+def make_init(config, tx) -> Callable:
+  """The function that makes the state of a new run from a random key."""
+  adapt = {}
+  if config.lora.rank:
+    adapt["adapt"] = functools.partial(lora.init, **config.lora, seed=config.seed)
+  return functools.partial(
+    init_state,
+    model_config=TransformerConfig(**config.model),
+    tx=tx,
+    ema_decay=config.step.ema_decay,
+    **adapt,
+  )
+
+
+def balancing_rate(moe) -> float:
+  return moe.bias_rate if moe.num_experts and moe.balance == "bias" else 0.0
+
+
+def abstract_batch(config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a batch of config.objective, with shardings and without contents."""
+  objective = masking.Objective(**config.objective)
+  data, vocab_size = config.data, config.model.vocab_size
+  vocabulary = None
+  if objective != masking.CAUSAL:
+    vocabulary = masking.synthetic_vocabulary(objective, vocab_size)
+  rows = SyntheticBatches(
+    data.seq_len, 1, config.seed, vocab_size, objective=objective, vocabulary=vocabulary
+  )[0]
+  return {
+    name: jax.ShapeDtypeStruct(
+      (data.batch_size, *row.shape[1:]),
+      row.dtype,
+      sharding=batch_sharding(config, mesh),
+    )
+    for name, row in rows.items()
+  }

@@ -1,0 +1,71 @@
+"""A calibration is measured, stored, read back and used; bad files are named."""
+
+import math
+
+import pytest
+
+from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.parallel import AXES
+from flaxlm.planning import calibrate, probes
+from flaxlm.planning.roofline import predict
+from flaxlm.planning.work import operations
+
+ONE = dict.fromkeys(AXES, 1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Small matrices stand for the machine's peak and its memory."""
+  monkeypatch.setattr(calibrate, "SQUARE_KEY", ("matmul", 1, 64, 64, 64, "float32"))
+  monkeypatch.setattr(calibrate, "COPY_KEY", ("norm", 64, 64, "float32"))
+
+
+def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
+  measured = calibrate.measure([tiny], budget=0.0)
+  keys = {tuple(row[:-1]) for row in measured["seconds"]}
+  for op in operations(tiny, ONE, flash=False):
+    assert calibrate.key_of(op, tiny.model.dtype) in keys
+  path = tmp_path / "machine.json"
+  calibrate.save(measured, path)
+  machine = calibrate.load(path)
+  assert machine == calibrate.hardware(measured)
+  assert machine.num_chips == 8 and machine.chip.link_bandwidth > 0
+  found = predict(tiny, ONE | {"data": 8}, machine)
+  assert 0 < found.low < found.mid < found.high < math.inf
+  logged = calibrate.expected_step(tiny, ONE | {"data": 8}, path)
+  assert logged["predicted_seconds"] == found.mid
+  # Eight devices share the cores of this machine: each is as slow as all together.
+  alone = calibrate.hardware(measured | {"num_devices": 1})
+  key = calibrate.SQUARE_KEY
+  assert machine.calibration.seconds[key] == 8 * alone.calibration.seconds[key]
+
+
+def test_an_unknown_machine_predicts_nothing(tiny, tmp_path):
+  assert calibrate.expected_step(tiny, ONE) == {}
+  assert calibrate.expected_step(tiny, ONE, tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"num_devices": 1}'])
+def test_a_bad_file_is_named(tmp_path, text):
+  path = tmp_path / "machine.json"
+  with pytest.raises(MissingInputError, match="--calibrate"):
+    calibrate.load(path)
+  path.write_text(text)
+  with pytest.raises(ConfigError, match=r"machine\.json"):
+    calibrate.load(path)
+
+
+@pytest.mark.parametrize(
+  ("kind", "dims"),
+  [
+    ("matmul", (1, 4, 6, 8)), ("matmul", (2, 4, 6, 8)),
+    ("attention", (2, 4, 8, 4, 2, 8)), ("norm", (4, 8)), ("rotary", (4, 2, 8)),
+    ("activation", (4, 8)), ("gated", (4, 8)), ("logits", (4, 9)),
+    ("embedding", (4, 9, 8)), ("dispatch", (4, 8)), ("optimizer", (16,)),
+    ("weights", (16,)),
+  ],
+)  # fmt: skip
+def test_every_operation_has_a_probe(kind, dims):
+  for dtype in ("float32", "bfloat16"):
+    function, args = probes.prepare(kind, dims, dtype)
+    assert probes.seconds(function, args, 0.0) > 0

@@ -1,0 +1,189 @@
+"""The door `flaxlm.plan`: what it prints, the change that fits, the search.
+
+Compiling is tests/planning's matter: here memory is counted, or the compiler played.
+"""
+
+import json
+import math
+
+import pytest
+
+from flaxlm import config as configs
+from flaxlm import plan
+from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.parallel.hardware import parse
+from flaxlm.planning import calibrate, search
+from flaxlm.planning.compiled import Compiled, count
+
+LLAMA = "--config=configs/llama2_7b.py"
+GPUS = parse("h100x8")
+
+
+@pytest.fixture
+def small(tiny):
+  """A config that eight GPUs hold easily, with room to choose."""
+  tiny.model.num_kv_heads = 4
+  tiny.data.batch_size = 64
+  tiny.model.dtype = "bfloat16"
+  return tiny
+
+
+def play(limit: float):
+  """A compiler for which only steps of fewer tokens a pass than `limit` fit."""
+  tried = []
+
+  def step(config, hardware):
+    result = count(config, hardware)
+    tokens = config.data.batch_size * config.data.seq_len
+    tokens /= config.step.accumulation_steps * result.sizes["tensor"]
+    tokens /= 2 if config.model.remat == "full" else 1
+    tried.append(config)
+    return result._replace(memory={"all": tokens}, available=limit)
+
+  return step, tried
+
+
+def test_a_plan_is_a_table_or_json_and_a_page(capsys, tmp_path):
+  page = tmp_path / "plan.html"
+  command = [LLAMA, "--hardware=h100x64", f"--html={page}", "--tokens=1e12"]
+  plan.main([*command, "--price=2"])
+  text = capsys.readouterr().out
+  for part in ("llama2_7b on h100x64", "fsdp 64", "MFU", "USD", "bound by"):
+    assert part in text
+  assert "<svg" in page.read_text()
+  plan.main([*command, "--price=4", "--json"])
+  (found,) = json.loads(capsys.readouterr().out)
+  assert found["fits"] and found["how"] == "counted"
+  hours = found["budget"]["device_hours"][1]
+  assert found["budget"]["cost"][1] == pytest.approx(4 * hours)
+  seconds = found["prediction"]["mid"] * 1e12 / found["prediction"]["tokens"]
+  assert hours == pytest.approx(64 * seconds / 3600)
+
+
+def test_several_configs_are_one_line_each(capsys):
+  plan.main(
+    [LLAMA, "--config=configs/mistral_7b.py", "--hardware=h100x64", "--no_compile"]
+  )
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith("| llama2_7b | h100x64 | fsdp 64 | yes |")
+  assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
+
+
+def test_overrides_and_the_hardware_of_the_config(capsys, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from configs import llama2_7b\n\n\ndef get_config():\n"
+    "  config = llama2_7b.get_config()\n  config.hardware = 'h100x64'\n"
+    "  return config\n"
+  )
+  plan.main(
+    [f"--config={file}", "--config.mesh.fsdp=32", "--config.step.accumulation_steps=16"]
+  )
+  text = capsys.readouterr().out
+  assert "mine on h100x64" in text and "data 2 x fsdp 32" in text
+  with pytest.raises(ConfigError, match=r"--hardware(.|\n)*config.hardware"):
+    plan.main(["--config=configs/quickstart.py"])
+  with pytest.raises(ConfigError, match="--config"):
+    plan.main([])
+  with pytest.raises(ConfigError, match="the 32 devices"):
+    plan.main([LLAMA, "--hardware=h100x32"])
+
+
+def test_what_does_not_fit_is_given_lines_to_paste(capsys):
+  command = [LLAMA, "--hardware=h100x64", "--config.step.accumulation_steps=1"]
+  plan.main(command)
+  text = capsys.readouterr().out
+  assert "fits" in text and "NO" in text
+  lines = text.split("The smallest change that fits")[1].splitlines()[1:]
+  changes = [line.strip().removeprefix("config.").replace(" ", "") for line in lines]
+  assert changes == ["step.accumulation_steps=2"]
+  plan.main([*command, *(f"--config.{change}" for change in changes)])
+  assert "smallest change" not in capsys.readouterr().out
+
+
+def test_the_smallest_change_is_the_first_that_the_compiler_takes(small):
+  tokens = 64 * 32
+  for limit, expected in (
+    (tokens / 4, {"step.accumulation_steps": 4}),  # passes of fewer rows come first
+    (tokens / 8, {"step.accumulation_steps": 8}),  # down to one row a device
+    (tokens / 16, {"step.accumulation_steps": 8, "model.remat": "full"}),
+    (
+      tokens / 64,  # then wider meshes, a row on two devices
+      {
+        "step.accumulation_steps": 16,
+        "model.remat": "full",
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+      },
+    ),
+  ):
+    step, tried = play(limit)
+    found = search.nearest_that_fits(small, GPUS, step)
+    assert {key: found.changes[key] for key in expected} == expected
+    assert set(found.changes) <= {*expected, "step.chunk_size"}
+    assert [found.compiled.fits, len(tried) > 0] == [True, True]
+  step, tried = play(1.0)
+  assert search.nearest_that_fits(small, GPUS, step) is None
+  assert len({configs.to_json(config) for config in tried}) == len(tried)
+
+
+def test_the_search_uses_every_chip_and_puts_the_fastest_first(small):
+  meshes = list(search.meshes(small, GPUS))
+  assert len(meshes) > 8
+  for mesh in meshes:
+    sizes = [size for key, size in mesh.items() if key.startswith("mesh.")]
+    assert math.prod(sizes) == 8
+  found = search.search(small, GPUS, count)
+  assert 1 < len(found) <= 6
+  times = [one.prediction.mid for one in found]
+  assert times == sorted(times)
+  slow = search.evaluate(small, GPUS, {"step.accumulation_steps": 8}, count)
+  assert times[0] < slow.prediction.mid
+  # The lines are differences, and lead to what was judged.
+  best = search.changed(small, found[0].changes)
+  assert search.judge(best, GPUS, count)[1] == found[0].prediction
+  assert search.difference(small, GPUS, found[0].changes) == found[0].changes
+
+
+def test_the_search_takes_the_compilers_word(small):
+  step, tried = play(64 * 32 / 8)
+  found = search.search(small, GPUS, step, compiles=4)
+  assert len(tried) <= 4 and all(one.compiled.fits for one in found)
+  assert all(isinstance(one.compiled, Compiled) for one in found)
+
+
+@pytest.mark.parametrize(
+  ("changes", "axes"),
+  [
+    ({"model.moe.num_experts": 8, "model.moe.experts_per_token": 2}, "expert"),
+    ({"model.max_len": 65_536, "data.seq_len": 65_536}, "context"),
+  ],
+)
+def test_the_search_knows_when_an_axis_is_worth_a_thought(small, changes, axes):
+  assert {mesh[f"mesh.{axes}"] for mesh in search.meshes(small, GPUS)} == {1}
+  config = search.changed(small, changes)
+  assert {mesh[f"mesh.{axes}"] for mesh in search.meshes(config, GPUS)} >= {1, 2, 4, 8}
+
+
+def test_this_machine_is_planned_for_when_it_was_measured(
+  capsys, tmp_path, small, monkeypatch
+):
+  config = tmp_path / "config.json"
+  config.write_text(configs.to_json(small))
+  command = [f"--config={config}", f"--calibration={tmp_path / 'here.json'}"]
+  with pytest.raises(MissingInputError, match="--calibrate"):
+    plan.main([*command, "--hardware=this"])
+  seconds = [[*calibrate.SQUARE_KEY, 0.1], [*calibrate.COPY_KEY, 0.1]]
+  measured = {
+    "device_kind": "cpu",
+    "platform": "cpu",
+    "num_devices": 8,
+    "link_bandwidth": 1e9,
+    "dispatch_seconds": 1e-3,
+    "seconds": seconds,
+  }
+  monkeypatch.setattr(calibrate, "measure", lambda config_list: measured)
+  plan.main([*command, "--calibrate"])
+  plan.main([*command, "--hardware=this", "--no_compile"])
+  assert "config on this" in capsys.readouterr().out
