@@ -288,6 +288,7 @@ def log_knobs() -> ConfigDict:
   log = ConfigDict()
   log.every = 10  # steps a line
   log.tensorboard = True
+  log.calibration = "calibration.json"  # by `plan --calibrate`; predictions are logged
   log.profile_step = 0  # first step to profile; 0 = never
   log.profile_num_steps = 3
   return log

@@ -25,9 +25,11 @@ from flaxlm.data.tokenizer_files import file_name
 from flaxlm.errors import DataError, Preempted
 from flaxlm.models.flops import flops_per_token
 from flaxlm.parallel import hosts
+from flaxlm.parallel.hardware import peak_flops
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.parallel.sharding import bytes_per_device
+from flaxlm.planning.calibrate import expected_seconds
 from flaxlm.program import build, use_config_mesh
 from flaxlm.training import lora
 from flaxlm.training import metrics as reports
@@ -89,7 +91,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       return
 
     eval_step = jax.jit(make_eval_step(config.step.chunk_size))
-    progress = stack.enter_context(Progress(config, workdir, first_step))
+    progress = stack.enter_context(Progress(config, workdir, first_step, mesh))
     profiler = stack.enter_context(Profiler(config.log, workdir))
     evaluated = jax.jit(program.assemble)
     assess = functools.partial(
@@ -283,7 +285,7 @@ def count(tree) -> int:
 class Progress:
   """Reads the numbers of each step one step late; logs every log.every steps."""
 
-  def __init__(self, config, workdir: pathlib.Path, first_step: int):
+  def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh):
     self.every, self.num_steps = config.log.every, config.num_steps
     self.bad_steps = BadSteps(config.guards.max_bad_steps)
     bfloat16 = config.model.dtype == "bfloat16"
@@ -294,7 +296,8 @@ class Progress:
       config.num_steps,
       config.data.batch_size * config.data.seq_len,
       flops_per_token(config.model, config.data.seq_len),
-      reports.peak_flops(jax.devices()[0]) if bfloat16 else None,
+      peak_flops(jax.devices()[0]) if bfloat16 else None,
+      expected_seconds(config, mesh),
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
 

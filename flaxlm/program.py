@@ -54,7 +54,7 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
   init = make_init(config, tx)
   with use_config_mesh(config, mesh):
     target = with_shardings(
-      jax.eval_shape(init, jax.random.key(0)), mesh, config.mesh.rules.to_dict(),
+      jax.eval_shape(lambda: init(jax.random.key(0))), mesh, config.mesh.rules.to_dict(),
       config.step.offload_optimizer,
     )  # fmt: skip
     whole = with_shardings(

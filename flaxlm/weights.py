@@ -77,7 +77,7 @@ def abstract_model(config) -> Transformer:
   """The model without memory: shapes and types alone."""
   model_config = TransformerConfig(**config.model)
   return jax.eval_shape(
-    lambda key: Transformer(model_config, nnx.Rngs(key)), jax.random.key(0)
+    lambda: Transformer(model_config, nnx.Rngs(jax.random.key(0)))
   )
 
 

@@ -82,7 +82,7 @@ def test_overrides_and_the_hardware_of_the_config(capsys, tmp_path):
   text = capsys.readouterr().out
   assert "mine on h100x64" in text and "data 2 x fsdp 32" in text
   with pytest.raises(ConfigError, match=r"--hardware(.|\n)*config.hardware"):
-    plan.main(["--config=configs/quickstart.py"])
+    plan.main(["--config=configs/quickstart.py", "--config.hardware="])
   with pytest.raises(ConfigError, match="--config"):
     plan.main([])
   with pytest.raises(ConfigError, match="the 32 devices"):

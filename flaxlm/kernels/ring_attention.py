@@ -151,29 +151,35 @@ def ring(rule: Rule, *arrays):
 
 
 def ring_fwd(rule, q_PBlKGH, k_JBmKH, v_JBmKH, q_segments, k_segments, prefix, window):
+  # Masks depend on no weight: in a scan over layers JAX would compute all of them once,
+  # and keep L x L of them. The barrier makes them depend on the queries of this layer.
+  device = jax.lax.axis_index(rule.axis_name)
+  device, q_PBlKGH, q_segments = jax.lax.optimization_barrier(
+    (device, q_PBlKGH, q_segments)
+  )
   half = q_PBlKGH.shape[2]
-  slot_P = first_slots(rule, jax.lax.axis_index(rule.axis_name), half, half)
+  slot_P = first_slots(rule, device, half, half)
   queries = Queries(slot_P, q_PBlKGH, q_segments)
   keys = Keys(None, k_JBmKH, v_JBmKH, k_segments, prefix)
-  out_PBlKGH, lse_PBKGl = forward(rule, window, queries, keys)
-  return out_PBlKGH, (window, queries, keys, out_PBlKGH, lse_PBKGl)
+  out_PBlKGH, lse_PBKGl = forward(rule, window, device, queries, keys)
+  return out_PBlKGH, (window, device, queries, keys, out_PBlKGH, lse_PBKGl)
 
 
 def ring_bwd(rule, saved, dout_PBlKGH):
-  window, queries, keys, out_PBlKGH, lse_PBKGl = saved
+  window, device, queries, keys, out_PBlKGH, lse_PBKGl = saved
   delta_PBKGl = jnp.einsum(
     "PBlKGH,PBlKGH->PBKGl", dout_PBlKGH, out_PBlKGH, preferred_element_type=jnp.float32
   )
   queries = dataclasses.replace(
     queries, dout_BlKGH=dout_PBlKGH, lse_BKGl=lse_PBKGl, delta_BKGl=delta_PBKGl
   )
-  return *backward(rule, window, queries, keys), None, None, None, None
+  return *backward(rule, window, device, queries, keys), None, None, None, None
 
 
 ring.defvjp(ring_fwd, ring_bwd)
 
 
-def forward(rule: Rule, window, queries: Queries, keys: Keys):
+def forward(rule: Rule, window, device, queries: Queries, keys: Keys):
   """Returns the output, and log(sum(exp(scores))) of each query (PBKGl, float32)."""
 
   def see(state, _, queries, keys):
@@ -199,13 +205,13 @@ def forward(rule: Rule, window, queries: Queries, keys: Keys):
     zeros_PBKGl,
     zeros_PBKGl + LOWEST,
   )
-  out_PBKGlH, sum_PBKGl, max_PBKGl = travel(rule, visit, state_P, keys, half)
+  out_PBKGlH, sum_PBKGl, max_PBKGl = travel(rule, device, visit, state_P, keys, half)
   sum_PBKGl = jnp.where(sum_PBKGl == 0.0, 1.0, sum_PBKGl)  # queries that see nothing
   out_PBlKGH = jnp.moveaxis(out_PBKGlH / sum_PBKGl[..., None], 4, 2)
   return out_PBlKGH.astype(queries.q_BlKGH.dtype), max_PBKGl + jnp.log(sum_PBKGl)
 
 
-def backward(rule: Rule, window, queries: Queries, keys: Keys):
+def backward(rule: Rule, window, device, queries: Queries, keys: Keys):
   """Returns the gradients of queries, keys and values, in their types."""
 
   def see(dq_BlKGH, dkv_BmKH, queries, keys):
@@ -236,15 +242,15 @@ def backward(rule: Rule, window, queries: Queries, keys: Keys):
 
   values = (queries.q_BlKGH, (keys.k_BmKH, keys.v_BmKH))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values)
-  dq_PBlKGH, dkv_J = travel(rule, visit, zeros, keys, queries.q_BlKGH.shape[2])
+  dq_PBlKGH, dkv_J = travel(rule, device, visit, zeros, keys, queries.q_BlKGH.shape[2])
   gradients = (dq_PBlKGH, pass_on(rule, dkv_J))  # home
   dq, (dk, dv) = jax.tree.map(lambda dx, x: dx.astype(x.dtype), gradients, values)
   return dq, dk, dv
 
 
-def travel(rule: Rule, visit, state, keys: Keys, half: int):
+def travel(rule: Rule, device, visit, state, keys: Keys, half: int):
   """Folds `state = visit(state, keys)` over the keys of all devices, our own first."""
-  C, device = jax.lax.axis_size(rule.axis_name), jax.lax.axis_index(rule.axis_name)
+  C = jax.lax.axis_size(rule.axis_name)
   block_size = keys.k_BmKH.shape[2]
 
   def arrive(state, keys, step):

@@ -127,25 +127,20 @@ def host_memory() -> float:
   return float(psutil.virtual_memory().total)
 
 
-def expected_step(config, sizes: dict[str, int], path="") -> dict[str, float]:
-  """What the loop logs beside the measured time: the prediction of a step, in seconds.
+def expected_seconds(config, mesh: jax.sharding.Mesh) -> float | None:
+  """The prediction of a step, in seconds, that the loop logs beside the measured time.
 
-  Made from the calibration at `path` where it is this machine's, else from the table of
-  chips; an unknown machine has none: {}. Takes milliseconds.
+  Made from the calibration in config.log.calibration where it is this machine's, else
+  from the table of chips; an unknown machine has none. Takes milliseconds.
   """
-  here, number = jax.devices()[0], jax.device_count()
-  if path and pathlib.Path(path).exists():
+  path, number = pathlib.Path(config.log.calibration), jax.device_count()
+  if path.is_file():
     machine = load(path)
     if machine.num_chips != number:
-      return {}
-  elif (chip := chip_of(here)) is not None:
-    nodes = jax.process_count() if chip.link == "nvlink" else sizes["slice"]
+      return None
+  elif (chip := chip_of(jax.devices()[0])) is not None:
+    nodes = jax.process_count() if chip.link == "nvlink" else mesh.shape["slice"]
     machine = Hardware(chip, number, nodes, "")
   else:
-    return {}
-  found = roofline.predict(config, sizes, machine)
-  return {
-    "predicted_seconds": found.mid,
-    "predicted_seconds_low": found.low,
-    "predicted_seconds_high": found.high,
-  }
+    return None
+  return roofline.predict(config, dict(mesh.shape), machine).mid

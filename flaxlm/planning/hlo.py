@@ -179,14 +179,18 @@ def iota(text: str) -> np.ndarray:
 
 
 def of_mesh(sizes: str, devices: str, chosen: str) -> np.ndarray:
-  """`mesh['a'=4,'b'=2] {'b'}`: groups along b; `'a':(2)2` is a part of axis a."""
+  """`mesh['a'=4,'b'=2] {'b'}`: groups along b; `'a':(2)2` is a part of axis a.
+
+  The devices of that mesh are in order, or `device_ids=([2,4]T(1,0))`: a range in the
+  shape, transposed; or a list of their numbers.
+  """
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
-  order = re.search(r"\[[\d,]+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?", devices)
   ids = np.arange(math.prod(sizes.values()))
-  if order and "<=" in order[0]:
-    ids = iota(order[0])
-  elif order:
-    ids = np.array([int(n) for n in order[0].strip("[]").split(",")])
+  if found := re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", devices):
+    shape, order = ([int(n) for n in part.split(",")] for part in found.groups())
+    ids = ids.reshape(shape).transpose(order)
+  elif listed := re.findall(r"\d+", devices):
+    ids = np.array([int(n) for n in listed])
   parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
   shape, inside = [], []
   for name, size in sizes.items():

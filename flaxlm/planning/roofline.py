@@ -97,7 +97,7 @@ def keeps_no_scores(config, hardware: Hardware) -> bool:
   return automatic or backend not in ("auto", "xla", "reference")
 
 
-FUSED_BY_DEFAULT = ()  # links of chips on which `auto` is a fused kernel
+FUSED_BY_DEFAULT = ("ici",)  # links of chips on which `auto` is a fused kernel
 
 
 def predict(

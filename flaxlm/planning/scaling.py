@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from flaxlm.parallel.hardware import Hardware
+from flaxlm.parallel.mesh import axis_sizes
 from flaxlm.planning.report import COLORS, band, digits, document
 from flaxlm.planning.roofline import Prediction, predict
 
@@ -22,6 +23,40 @@ def scaling(
     hardware_for: number of chips -> the hardware.
   """
   return [(n, predict(*config_for(n), hardware_for(n))) for n in counts]
+
+
+# Chips of the largest slice that is rented; more of them are joined by the network.
+LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+COUNTS = (8, 32, 128, 512, 2048, 8192)
+
+
+def weak_scaling(config, hardware: Hardware, counts=COUNTS) -> list:
+  """`scaling` of a config from the hardware that it is for, without a plot's freedom.
+
+  Each chip keeps its rows. The axes keep their sizes while they fit; on fewer chips fsdp
+  shrinks first, and on more `data` grows, or `slice` beyond the largest slice. Counts
+  that hold not even one group of the other axes are left out.
+  """
+  rows = config.data.batch_size / hardware.num_chips
+  own = axis_sizes(config.mesh)
+  group = math.prod(own[axis] for axis in ("stage", "expert", "context", "tensor"))
+  limit = LARGEST_SLICE.get(hardware.chip.name, hardware.chip.devices_per_host)
+
+  def slices(n: int) -> int:
+    return -(-n // limit)
+
+  def config_for(n: int) -> tuple:
+    one = config.copy_and_resolve_references()
+    one.data.batch_size = max(round(rows * n), 1)
+    fsdp = max(math.gcd(own["fsdp"], n // slices(n) // group), 1)
+    data = n // (slices(n) * group * fsdp)
+    return one, own | {"slice": slices(n), "data": data, "fsdp": fsdp}
+
+  def hardware_for(n: int) -> Hardware:
+    return hardware._replace(num_chips=n, num_slices=slices(n), topology="")
+
+  fitting = [n for n in counts if n % (slices(n) * group) == 0]
+  return scaling(config_for, hardware_for, fitting)
 
 
 def scaling_table(found: list[tuple[int, Prediction]]) -> str:

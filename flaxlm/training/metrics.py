@@ -20,44 +20,6 @@ import numpy as np
 
 from flaxlm.errors import StorageError
 
-# Dense bfloat16 FLOP/s of one `jax.Device`, by its exact `device_kind`.
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "peak compute per chip (BF16)".
-#   A v4 or v5p chip is one device; a TPU7x chip (2307 TFLOP/s) is two.
-# NVIDIA: product datasheets. Those of Hopper, Blackwell and Ada give tensor-core BF16
-#   with 2:4 sparsity; half of that is dense. GeForce: GA102 and Ada whitepapers, with
-#   FP32 accumulation.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12 / 2,
-  "NVIDIA A100-SXM4-40GB": 312e12,
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA A100-PCIE-40GB": 312e12,
-  "NVIDIA A100 80GB PCIe": 312e12,
-  "NVIDIA H100 80GB HBM3": 989.4e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H200": 989.4e12,
-  "NVIDIA H200 NVL": 835e12,
-  "NVIDIA GH200 480GB": 989.4e12,
-  "NVIDIA B200": 2250e12,
-  "NVIDIA GB200": 2500e12,
-  "NVIDIA L4": 121e12,
-  "NVIDIA L40S": 362e12,
-  "NVIDIA GeForce RTX 3090": 71e12,
-  "NVIDIA GeForce RTX 4090": 165.2e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 FLOP/s of a device; None when unknown: never guessed."""
-  return PEAK_FLOPS.get(device.device_kind)
-
 
 def short(number: float) -> str:
   """1234567 -> "1.23M"."""
@@ -102,6 +64,7 @@ class MetricsWriter:
     tokens_per_step: int,
     flops_per_token: float = 0.0,
     peak_flops: float | None = None,
+    predicted_seconds: float | None = None,
     stream=None,
   ):
     """Opens the files; forgets what was logged after `first_step`.
@@ -110,8 +73,11 @@ class MetricsWriter:
       first_step: finished steps: 0, or the step that was restored.
       flops_per_token: of models/flops.py; with `peak_flops` of a device, both non-zero,
         MFU is shown. Pass a peak only when the model computes in bfloat16.
+      predicted_seconds: of a step, by flaxlm.plan; its ratio to what is measured is
+        logged.
       stream: where the console lines go; sys.stdout by default.
     """
+    self._predicted = predicted_seconds
     self.num_steps, self.tokens_per_step = num_steps, tokens_per_step
     self._flops, self._peak = flops_per_token, peak_flops
     self._clock: tuple[int, float] | None = None
@@ -203,6 +169,9 @@ class MetricsWriter:
     }
     if self._peak and self._flops:
       speed["mfu"] = rate / jax.device_count() * self._flops / self._peak
+    if self._predicted:
+      speed["predicted_seconds"] = self._predicted
+      speed["predicted_over_measured"] = self._predicted * steps / seconds
     return speed
 
   def _line(self, step: int, values: dict, kind: str) -> str:
@@ -387,14 +356,14 @@ def print_summary(
     mesh: size by axis.
     bytes_per_device: bytes by what they hold, such as parameters and optimizer state.
     data: sources and tokens in words. epochs: passes over them in this run, if known.
-    resume: "from step 500" or "new run". pipeline: its schedule, if there is one.
-    xla: the settings of XLA:CPU, if any.
+    resume: "from step 500" or "new run". xla: the settings of XLA:CPU, if any.
     stream: sys.stdout by default.
   """
   stream = stream or sys.stdout
   groups = ", ".join(f"{name} {short(count)}" for name, count in parameters.items())
   total_tokens = tokens_per_step * num_steps
   axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
+  devices = f"{math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})"
   held = ", ".join(
     f"{name} {size / 2**20:,.1f} MiB" for name, size in bytes_per_device.items()
   )
@@ -410,10 +379,7 @@ def print_summary(
       f"{flops_per_token / 1e9:.4g} GFLOP a token (attention: visible pairs), "
       f"{flops_per_token * total_tokens:.3g} FLOP in all",
     ),
-    (
-      "mesh",
-      f"{axes} on {math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})",
-    ),
+    ("mesh", f"{axes} on {devices}"),
     ("pipeline", pipeline),
     ("each device", held),
     ("data", data + (f"; {epochs:.3g} epochs" if epochs is not None else "")),

@@ -204,7 +204,8 @@ def run(config, mesh, steps, skew=1.0):
 
 @pytest.mark.parametrize("capacity_factor", [0.0, 2.0])
 @pytest.mark.parametrize(
-  "split", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 4}]
+  "split",
+  [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "expert": 2}],
 )
 def test_several_devices_equal_one(config, one_device, split, capacity_factor):
   config.model.moe.capacity_factor = capacity_factor

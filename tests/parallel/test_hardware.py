@@ -58,3 +58,11 @@ def test_every_device_kind_has_a_row_and_rows_are_sane():
     assert 100 < chip.bf16_flops / chip.memory_bandwidth < 600
   unknown = types.SimpleNamespace(device_kind="cpu")
   assert hardware.peak_flops(unknown) is None and hardware.chip_of(unknown) is None
+
+
+def test_peak_is_never_guessed():
+  def peak(kind):
+    return hardware.peak_flops(types.SimpleNamespace(device_kind=kind))
+
+  assert peak("TPU v5 lite") == 197e12 and peak("TPU7x") == 1153.5e12
+  assert peak("NVIDIA H100 MIG 1g.10gb") is peak("TPU v9") is None

@@ -1,6 +1,7 @@
 """Eight devices, however split, compute what one does and hold only their share."""
 
 import itertools
+import math
 import re
 
 import jax
@@ -309,3 +310,17 @@ def test_an_axis_splits_an_array_once():
   assert spec(("mlp", "norm", None), rules) == P(("fsdp", "tensor"), None, None)
   rules = {"batch": ("data",), "length": ("context",), "stream": ("tensor",)}
   assert spec(("stream", None), rules) == P(("data", "context", "tensor"), None)
+
+
+def test_a_ring_never_holds_all_scores_nor_masks(config):
+  """JAX would compute the masks of all layers ahead, were they the same in each."""
+  config.model.attention, config.data.seq_len = "ring", 128
+  config, mesh = mesh_of(config, data=2, context=4)
+  program = programs.build(config, mesh)
+  with programs.use_config_mesh(config, mesh):
+    batch = programs.abstract_batch(config, mesh)
+    text = program.train_step.lower(program.target, batch, None).compile().as_text()
+  shapes = re.findall(r"(?:f32|pred)\[([\d,]+)\]", text)
+  largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+  rows, own, whole, heads = 4, 128 // 4, 128, 8
+  assert largest < rows * heads * own * whole / 2

@@ -6,6 +6,7 @@ import pytest
 
 from flaxlm.errors import ConfigError, MissingInputError
 from flaxlm.parallel import AXES
+from flaxlm.parallel.mesh import make_mesh
 from flaxlm.planning import calibrate, probes
 from flaxlm.planning.roofline import predict
 from flaxlm.planning.work import operations
@@ -32,8 +33,8 @@ def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
   assert machine.num_chips == 8 and machine.chip.link_bandwidth > 0
   found = predict(tiny, ONE | {"data": 8}, machine)
   assert 0 < found.low < found.mid < found.high < math.inf
-  logged = calibrate.expected_step(tiny, ONE | {"data": 8}, path)
-  assert logged["predicted_seconds"] == found.mid
+  tiny.log.calibration = str(path)
+  assert calibrate.expected_seconds(tiny, make_mesh()) == found.mid
   # Eight devices share the cores of this machine: each is as slow as all together.
   alone = calibrate.hardware(measured | {"num_devices": 1})
   key = calibrate.SQUARE_KEY
@@ -41,8 +42,8 @@ def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
 
 
 def test_an_unknown_machine_predicts_nothing(tiny, tmp_path):
-  assert calibrate.expected_step(tiny, ONE) == {}
-  assert calibrate.expected_step(tiny, ONE, tmp_path / "none.json") == {}
+  tiny.log.calibration = str(tmp_path / "none.json")
+  assert calibrate.expected_seconds(tiny, make_mesh()) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"num_devices": 1}'])

@@ -124,9 +124,10 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
     (
-      "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,3,0,1]) {'b'}",
-      [[2, 3], [0, 1]],
+      "replica_groups=mesh['a'=4], device_ids=([2,2]T(1,0)) {'a':(2)2}",
+      [[0, 2], [1, 3]],
     ),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=(2,3,0,1) {'b'}", [[2, 3], [0, 1]]),
     ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
   ],
 )

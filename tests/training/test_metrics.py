@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,6 @@ from tensorboardX.proto.event_pb2 import Event
 from flaxlm.errors import StorageError
 from flaxlm.training import metrics
 from flaxlm.training.metrics import MetricsWriter
-
-
-def test_peak_is_never_guessed():
-  def peak(kind):
-    return metrics.peak_flops(types.SimpleNamespace(device_kind=kind))
-
-  assert peak("NVIDIA H200") == 989.4e12
-  assert peak("TPU v5 lite") == 197e12
-  assert peak("TPU7x") == 1153.5e12
-  assert peak("cpu") is peak("NVIDIA H100 MIG 1g.10gb") is peak("TPU v9") is None
 
 
 def writer(path, first_step=0, tensorboard=False, stream=None, **options):
@@ -144,6 +133,18 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics, "drop_lines_after", lambda *_: None)
   with pytest.raises(StorageError, match="No space"), writer(tmp_path) as log:
     log.log(1, {"loss": 1.0})
+
+
+def test_a_prediction_is_logged_beside_what_is_measured(tmp_path, monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  with writer(tmp_path, predicted_seconds=0.3) as log:
+    log.restart_clock(1)
+    now[0] += 2.0
+    log.log(11, {"loss": 1.0})
+  (record,) = records(tmp_path)
+  assert record["predicted_seconds"] == 0.3
+  assert record["predicted_over_measured"] == pytest.approx(1.5)
 
 
 def test_console_lines_and_speed(tmp_path, monkeypatch):
