@@ -30,6 +30,8 @@ setup(
   extras_require={
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # Compiles for TPUs that are not here: flaxlm.plan.
+    "plan": ["libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     "gcs": ["gcsfs"],
     # tokenizer.json, vocab.txt and chat templates, as Hugging Face models bring them.
     "hf": ["tokenizers>=0.22", "jinja2>=3.1"],

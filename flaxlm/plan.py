@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     calibrate.save(calibrate.measure(list(loaded.values())), args.calibration)
     print(f"measured this machine: {args.calibration}, --hardware=this")
     return
+  if args.scaling:
+    scale(loaded, args)
+    return
   found = [plan_one(path, config, args) for path, config in loaded.items()]
   show(found, args)
 
@@ -49,12 +52,44 @@ def show(found: list[tuple], args) -> None:
     print(summary(found))
 
 
+def scale(loaded: dict, args) -> None:
+  """Prints, and draws, the predicted speed of each config on 8 to 8,192 chips."""
+  from flaxlm.planning import scaling
+
+  series = {}
+  for path, config in loaded.items():
+    hardware = hardware_of(path, config, args)
+    found = scaling.weak_scaling(config, hardware)
+    series[f"{pathlib.Path(path).stem} on {hardware.chip.name}"] = found
+  for name, found in series.items():
+    print(f"{name}, the same rows a chip:\n{scaling.scaling_table(found)}")
+  if args.html:
+    page = scaling.scaling_page("weak scaling, predicted", series)
+    pathlib.Path(args.html).write_text(page)
+
+
+def hardware_of(path: str, config, args):
+  """The hardware that was asked for, or that the config is for."""
+  from flaxlm.parallel import hardware as chips
+  from flaxlm.planning import calibrate
+
+  where = args.hardware or config.hardware
+  if not where:
+    needed = f"a name, as {path} has no config.hardware"
+    raise ConfigError("--hardware", "nothing", needed, "v5e:4x4")
+  here = calibrate.load(args.calibration) if where in ("this", "cpu") else None
+  return chips.parse(where, here)
+
+
 def make_parser():
   parser = cli.parser(__doc__, "plan")
   add = parser.add_argument
   add("--config", action="append", help="a config file; may be repeated")
   add("--hardware", help="v5e:16x16, 2xv5p:8x8x8, h100x64, this; default: the config's")
   add("--search", action="store_true", help="find the fastest mesh, remat and passes")
+  add(
+    "--scaling", action="store_true", help="predict 8 to 8,192 chips, rows a chip kept"
+  )
   add("--json", action="store_true", help="print JSON")
   add("--html", metavar="FILE", help="also write a page")
   add("--price", type=float, help="USD an hour and chip; default: from a dated table")
@@ -72,17 +107,11 @@ def plan_one(path: str, config, args) -> tuple:
   """Returns (report.Plan, what JSON has besides) of one config."""
   import jax
 
-  from flaxlm.parallel import hardware as chips
-  from flaxlm.planning import calibrate, roofline, search
+  from flaxlm.planning import roofline, search
   from flaxlm.planning.compiled import compile_step, count
   from flaxlm.planning.report import Plan
 
-  where = args.hardware or config.hardware
-  if not where:
-    needed = f"a name, as {path} has no config.hardware"
-    raise ConfigError("--hardware", "nothing", needed, "v5e:4x4")
-  here = calibrate.load(args.calibration) if where in ("this", "cpu") else None
-  hardware = chips.parse(where, here)
+  hardware = hardware_of(path, config, args)
   if hardware.chip.link == "ici":  # compiled for, never touched
     jax.config.update("jax_platforms", "cpu")
   step = count if args.no_compile else compile_step
@@ -104,7 +133,7 @@ def plan_one(path: str, config, args) -> tuple:
     )
   plan = Plan(
     pathlib.Path(path).stem,
-    where,
+    args.hardware or config.hardware,
     result.sizes,
     result.how,
     result.memory,

@@ -53,13 +53,10 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
   init = make_init(config, tx)
   with use_config_mesh(config, mesh):
-    target = with_shardings(
-      jax.eval_shape(lambda: init(jax.random.key(0))), mesh, config.mesh.rules.to_dict(),
-      config.step.offload_optimizer,
-    )  # fmt: skip
-    whole = with_shardings(
-      weights.abstract_model(config), mesh, config.mesh.rules.to_dict()
-    )
+    rules = config.mesh.rules.to_dict()
+    state = jax.eval_shape(lambda: init(jax.random.key(0)))
+    target = with_shardings(state, mesh, rules, config.step.offload_optimizer)
+    whole = with_shardings(weights.abstract_model(config), mesh, rules)
     check_split(named_leaves(whole), mesh)
   assemble = weights.assembler(config)
   train_step = jax.jit(

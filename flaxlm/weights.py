@@ -76,9 +76,7 @@ def template_path(config) -> str:
 def abstract_model(config) -> Transformer:
   """The model without memory: shapes and types alone."""
   model_config = TransformerConfig(**config.model)
-  return jax.eval_shape(
-    lambda: Transformer(model_config, nnx.Rngs(jax.random.key(0)))
-  )
+  return jax.eval_shape(lambda: Transformer(model_config, nnx.Rngs(jax.random.key(0))))
 
 
 def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:

@@ -69,6 +69,22 @@ def test_several_configs_are_one_line_each(capsys):
   assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
 
 
+def test_weak_scaling_keeps_the_rows_of_a_chip(capsys, tmp_path):
+  page = tmp_path / "scaling.html"
+  config = "--config=configs/gpt3_175b.py"
+  plan.main([config, "--scaling", f"--html={page}"])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith("gpt3_175b on v5p")
+  counts = ["8", "32", "128", "512", "2,048", "8,192"]
+  assert [line.split()[0] for line in lines[2:]] == counts
+  assert "<svg" in page.read_text()
+  # Beyond the largest slice the slow network joins several, and efficiency falls.
+  plan.main([LLAMA, "--hardware=v5e:8x8", "--scaling"])
+  rates = [line.split()[5] for line in capsys.readouterr().out.splitlines()[2:]]
+  small, large = (float(rate.replace(",", "")) for rate in (rates[2], rates[-1]))
+  assert 0.5 * small < large < 1.01 * small
+
+
 def test_overrides_and_the_hardware_of_the_config(capsys, tmp_path):
   file = tmp_path / "mine.py"
   file.write_text(

@@ -60,7 +60,13 @@ def use_mesh(
   microbatches = microbatches or mesh.shape["stage"]
   token = _layout.set(Layout(mesh, dict(rules), microbatches, stage_repeats))
   try:
-    with jax.set_mesh(mesh):
+    # What computes while it is traced (keys, tables of kernels) needs devices that are
+    # here, and a topology's are not.
+    if mesh.devices.flat[0] in jax.devices():
+      here = jax.set_mesh(mesh)
+    else:
+      here = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with here:
       yield mesh
   finally:
     _layout.reset(token)

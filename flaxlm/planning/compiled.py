@@ -27,6 +27,7 @@ from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning import hlo
 from flaxlm.planning.memory import expected_memory, on_device
 from flaxlm.planning.messages import Collective, expected_collectives
+from flaxlm.planning.roofline import keeps_no_scores
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import TrainState, with_shardings
 
@@ -119,7 +120,7 @@ def count(config, hardware: Hardware, state: TrainState | None = None) -> Compil
   return Compiled(
     "counted",
     sizes,
-    expected_memory(config, state, sizes)._asdict(),
+    expected_memory(config, state, sizes, keeps_no_scores(config, hardware))._asdict(),
     hardware.chip.memory_bytes,
     expected_collectives(config, sizes, hardware),
   )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxlm.kernels.splash_attention import can_splash
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import bytes_per_device
@@ -34,12 +35,15 @@ class Memory(NamedTuple):
     return sum(self)
 
 
-def expected_memory(config, target, sizes: dict[str, int]) -> Memory:
+def expected_memory(
+  config, target, sizes: dict[str, int], fused: bool = False
+) -> Memory:
   """Counts the memory of a training step.
 
   Args:
     target: the abstract TrainState with shardings (program.Program.target).
     sizes: of the mesh axes.
+    fused: whether attention is a kernel that keeps no scores.
   """
   parameters = bytes_per_device(target.model)
   part, step = share(config, sizes), config.step
@@ -53,7 +57,7 @@ def expected_memory(config, target, sizes: dict[str, int]) -> Memory:
     on_device(target.opt_state),
     gradients,
     2 * held * itemsize(config) * split,
-    activation_bytes(config, sizes),
+    activation_bytes(config, sizes, fused),
     logit_bytes(config, sizes, part.tokens),
   )
 
@@ -78,20 +82,25 @@ def logit_bytes(config, sizes: dict[str, int], tokens: float) -> float:
   return tokens * words * (4 + 4 + itemsize(config))
 
 
-def activation_bytes(config, sizes: dict[str, int]) -> float:
+def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   """What waits for the backward pass, and what one layer needs while it runs."""
   model = dict(config.model)
   # Offloaded tensors wait in the host's memory.
   model = TransformerConfig(**(model | {"offload": ()}))
   length, part = config.data.seq_len, share(config, sizes)
+  traced = min(length, 2048)  # without scores, all grows with the length
+  if fused and can_splash(traced, traced, model.head_dim, None):
+    model = dataclasses.replace(model, attention="splash")
+  else:
+    traced = length
   split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
-  rows = part.rows / split
-  waiting = rows * kept_bytes(model, length) / sizes["stage"]
+  rows = part.rows / split * length / traced
+  waiting = rows * kept_bytes(model, traced) / sizes["stage"]
   if sizes["stage"] > 1:  # each tick of the pipeline keeps its own
     waiting *= part.ticks / config.mesh.stage_repeats
   if model.remat == "none":
     return waiting
-  everything = kept_bytes(dataclasses.replace(model, remat="none", keep=()), length)
+  everything = kept_bytes(dataclasses.replace(model, remat="none", keep=()), traced)
   return waiting + rows * everything / model.num_layers
 
 

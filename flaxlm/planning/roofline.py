@@ -9,6 +9,7 @@ their measured times.
 import math
 from typing import NamedTuple
 
+from flaxlm.kernels.splash_attention import can_splash
 from flaxlm.models.flops import flops_per_token
 from flaxlm.parallel.hardware import Calibration, Hardware
 from flaxlm.parallel.pipeline import bubble
@@ -94,6 +95,8 @@ def keeps_no_scores(config, hardware: Hardware) -> bool:
   """Whether attention is a fused kernel there, which skips what is masked."""
   backend = config.model.attention
   automatic = backend == "auto" and hardware.chip.link in FUSED_BY_DEFAULT
+  length, model = config.data.seq_len, config.model
+  automatic &= can_splash(length, length, model.head_dim, None)
   return automatic or backend not in ("auto", "xla", "reference")
 
 

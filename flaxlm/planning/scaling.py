@@ -31,11 +31,11 @@ COUNTS = (8, 32, 128, 512, 2048, 8192)
 
 
 def weak_scaling(config, hardware: Hardware, counts=COUNTS) -> list:
-  """`scaling` of a config from the hardware that it is for, without a plot's freedom.
+  """`scaling` of a config, from its mesh and its rows a chip.
 
-  Each chip keeps its rows. The axes keep their sizes while they fit; on fewer chips fsdp
-  shrinks first, and on more `data` grows, or `slice` beyond the largest slice. Counts
-  that hold not even one group of the other axes are left out.
+  Each chip keeps its rows, and the axes their sizes: on fewer chips fsdp shrinks, on
+  more `data` grows, and `slice` beyond the largest slice. Counts that hold not even one
+  group of the other axes are left out.
   """
   rows = config.data.batch_size / hardware.num_chips
   own = axis_sizes(config.mesh)
