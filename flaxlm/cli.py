@@ -5,6 +5,8 @@ No JAX here: `--help` and a refused config answer before anything slow is import
 
 import argparse
 import contextlib
+import glob
+import importlib.util
 import os
 import sys
 import traceback
@@ -35,6 +37,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
   return args, [text.removeprefix(prefix) for text in rest]
 
 
+def choose_platform() -> None:
+  """Keeps JAX from asking a libtpu for TPUs that are not there: it complains at length.
+
+  `plan` needs libtpu on machines without a TPU; JAX_PLATFORMS, if set, is left alone.
+  """
+  if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+    return
+  if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+    gpu = os.path.exists("/dev/nvidia0")
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if gpu else "cpu"
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs a door and ends the process with the exit code of what happened.
 
@@ -42,6 +56,7 @@ def run(main: Callable[[], None]) -> None:
   the others wait five minutes for one that failed.
   """
   code = 0
+  choose_platform()
   try:
     main()
   except errors.UserError as error:

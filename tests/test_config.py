@@ -1,5 +1,7 @@
 """What is refused, where, and in how many lines; what is accepted and kept."""
 
+import fnmatch
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 import pytest
 
 from configs import base
+from flaxlm import cli
 from flaxlm import config as configs
 from flaxlm.errors import ConfigError, MissingInputError
 
@@ -174,3 +177,19 @@ def test_the_door_prints_five_lines_and_an_exit_code(arguments, code, message):
   assert done.returncode == code
   assert message in done.stderr and "Traceback" not in done.stderr
   assert len(done.stderr.strip().splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+  ("devices", "platforms"),
+  [((), "cpu"), (("/dev/nvidia0",), "cuda,cpu"), (("/dev/vfio/0",), None)],
+)
+def test_libtpu_is_asked_only_where_there_are_tpus(devices, platforms, monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(cli.os.path, "exists", lambda path: path in devices)
+  monkeypatch.setattr(cli.glob, "glob", lambda p: fnmatch.filter(devices, p))
+  cli.choose_platform()
+  assert os.environ.get("JAX_PLATFORMS") == platforms
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+  cli.choose_platform()
+  assert os.environ["JAX_PLATFORMS"] == "tpu"
