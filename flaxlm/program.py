@@ -17,6 +17,7 @@ from flaxlm import weights
 from flaxlm.data import masking
 from flaxlm.data.batches import SyntheticBatches
 from flaxlm.data.feed import batch_sharding
+from flaxlm.errors import ConfigError
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel.sharding import check_split, use_mesh
 from flaxlm.training import lora
@@ -49,14 +50,25 @@ def use_config_mesh(
 
 
 def build(config, mesh: jax.sharding.Mesh) -> Program:
-  """Returns what `config` computes on `mesh`; no weight is allocated."""
+  """Returns what `config` computes on `mesh`; no weight is allocated.
+
+  Raises:
+    ConfigError: the mesh, its rules or the kernel do not suit the model or the devices.
+  """
+  platform = mesh.devices.flat[0].platform
+  if config.model.attention == "splash" and platform != "tpu":
+    raise ConfigError(
+      "config.model.attention", "splash", f"a kernel for {platform}", "auto"
+    )
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
   init = make_init(config, tx)
   with use_config_mesh(config, mesh):
     rules = config.mesh.rules.to_dict()
     state = jax.eval_shape(lambda: init(jax.random.key(0)))
     target = with_shardings(state, mesh, rules, config.step.offload_optimizer)
-    whole = with_shardings(weights.abstract_model(config), mesh, rules)
+    whole = target.model
+    if config.lora.rank:  # what is trained are small additions
+      whole = with_shardings(weights.abstract_model(config), mesh, rules)
     check_split(named_leaves(whole), mesh)
   assemble = weights.assembler(config)
   train_step = jax.jit(

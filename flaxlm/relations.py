@@ -79,6 +79,15 @@ def mesh_relations(config: ConfigDict):
     divisors(max(experts, 1), mesh.expert),
   )
   yield from context_relations(config)
+  yield from splash_relations(config)
+
+
+def splash_relations(config: ConfigDict):
+  """What a kernel that knows no prefix cannot compute."""
+  asked = config.objective.kind if config.task.kind == "none" else config.task.kind
+  plain = config.model.attention != "splash" or asked not in ("prefix", "span")
+  needed = f"auto, for config.objective.kind={asked}: its prefix is seen by all"
+  yield plain, "model.attention", needed, "auto"
 
 
 def context_relations(config: ConfigDict):

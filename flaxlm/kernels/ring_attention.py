@@ -79,11 +79,6 @@ def zigzag(L: int, C: int) -> np.ndarray:
   return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(L)
 
 
-def unzigzag(L: int, C: int) -> np.ndarray:
-  """Returns the inverse of `zigzag`: the place of each slot."""
-  return np.argsort(zigzag(L, C))
-
-
 def ring_attention(
   q_BlNH: jax.Array,
   k_BmKH: jax.Array,

@@ -139,10 +139,12 @@ class Attention(nnx.Module):
     if cache is None:
       out_BLNH = attend(self.config, q_BLNH, k_BMKH, v_BMKH, view, window)
     else:
+      backend = self.config.attention
+      in_cache = "auto" if backend in ("ring", "splash") else backend
       out_BLNH = attention(
         q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL,
         k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, q_offset=offset,
-        window=window, **mask_and_scale(self.config),
+        window=window, backend=in_cache, **mask_and_scale(self.config),
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
@@ -179,6 +181,11 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, view: View, window
     q_BLNH, k_BMKH, v_BMKH = (constrain(x, *dims) for x in (q_BLNH, k_BMKH, v_BMKH))
     ids_BL = constrain(ids_BL, "batch", None)
   if backend == "splash":
+    if prefix_BL is not None:
+      raise ValueError(
+        "attention=splash cannot let a prefix be seen from both sides\n"
+        "  needed: config.model.attention = auto, xla or ring"
+      )
     # A kernel is a black box to the compiler: each device calls it on its own part.
     traced = () if isinstance(window, int) else (window,)
 

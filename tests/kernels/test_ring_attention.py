@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from flaxlm.kernels.attention import attention
-from flaxlm.kernels.ring_attention import ring_attention, unzigzag, zigzag
+from flaxlm.kernels.ring_attention import ring_attention, zigzag
 
 B, L, N, K, H = 2, 32, 4, 2, 8
 AXES = ("data", "context", "tensor")
@@ -89,7 +89,7 @@ def dealt(C, **static):
       out_specs=HEADS,
       check_vma=False,
     )
-    return ring(*arrays, window)[:, unzigzag(arrays[0].shape[1], C)]
+    return ring(*arrays, window)[:, np.argsort(zigzag(arrays[0].shape[1], C))]
 
   return function
 
@@ -204,7 +204,7 @@ def test_layers_of_a_scan_over_a_mesh_of_three_axes():
     0.3 * jax.random.normal(keys[1], (2, D, 2, N, H)),
     0.3 * jax.random.normal(keys[2], (2, N, H, D)),
   )
-  order, places = zigzag(L, 2), unzigzag(L, 2)
+  order, places = zigzag(L, 2), np.argsort(zigzag(L, 2))
 
   def ours(q, k, v, segments, window):
     def shard(q, k, v, segments):
@@ -255,7 +255,7 @@ def test_zigzag_deals_out_a_first_and_a_last_chunk(C):
   for c, shard in enumerate(order.reshape(C, 2, 3)):
     np.testing.assert_array_equal(shard[:, 0], [3 * c, 3 * (2 * C - 1 - c)])
     np.testing.assert_array_equal(shard - shard[:, :1], [[0, 1, 2]] * 2)
-  np.testing.assert_array_equal(order[unzigzag(6 * C, C)], np.arange(6 * C))
+  np.testing.assert_array_equal(np.sort(order), np.arange(6 * C))
 
 
 def test_what_does_not_fit_is_refused():

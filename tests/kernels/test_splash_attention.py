@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from flaxlm import config as configs
+from flaxlm import program as programs
+from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention import attention
 from flaxlm.kernels.splash_attention import splash_attention
+from flaxlm.models.layers import TransformerConfig
+from flaxlm.models.transformer import Transformer
 
 B, L, N, K, H = 1, 256, 4, 2, 64
 SEGMENTS = jnp.repeat(jnp.array([[1, 2, 3, 3]]), L // 4, axis=1)
@@ -60,3 +66,16 @@ def test_shapes_that_it_cannot_compute_are_refused():
   (q, k, v), _ = inputs()
   with pytest.raises(ValueError, match="attention = xla"):
     splash_attention(q[:, :100], k[:, :100], v[:, :100], SEGMENTS[:, :100])
+
+
+def test_a_prefix_or_another_machine_is_refused(tiny, one_device):
+  tiny.model.attention = "splash"
+  with pytest.raises(ConfigError, match="a kernel for cpu"):
+    programs.build(tiny, one_device)
+  model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(0))
+  ids = jnp.ones((1, 8), jnp.int32)
+  with pytest.raises(ValueError, match="cannot let a prefix"):
+    model(ids, ids, ids, prefix_BL=ids)
+  tiny.objective.kind = "prefix"
+  with pytest.raises(ConfigError, match="its prefix is seen by all"):
+    configs.check(tiny)
