@@ -252,11 +252,12 @@ def test_four_processes_then_two_then_one_are_one_run(home, straight, tmp_path):
     job.processes[1].kill()
     killed = time.time()
     codes, output = job.wait(60)
-  # JAX's own abort may come first where the machine is busy; the line is there by then.
-  assert codes[0] in (75, -signal.SIGABRT) and codes[1] == -9, output
+  # JAX's own abort comes first where process 0 waits for a save that both share.
+  line = "process 1 of 2 ended without a word; process 0 ends with it"
+  said = {75: line, -signal.SIGABRT: "CoordinationService"}
+  assert said[codes[0]] in output[0] and codes[1] == -9, output
   assert job.ended - killed < 15
   assert f"(from step {stopped})" in output[0] and "Traceback" not in output[0]
-  assert "process 1 of 2 ended without a word; process 0 ends with it" in output[0]
 
   with train(home, run, 1, 4) as job:
     codes, output = job.wait()

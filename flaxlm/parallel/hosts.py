@@ -293,7 +293,9 @@ class OneFate:
   POLL_SECONDS, GRACE_SECONDS, LINGER_SECONDS = 1.0, 0.5, 2.0
   NOTE = "flaxlm/failed"  # its value: the exit code, then what happened
   # Found in the errors of collectives and of JAX's service when a peer is gone.
-  BROKEN = ("gloo", "nccl", "coordination", "connection closed", "unavailable:")
+  BROKEN = (
+    "gloo", "nccl", "coordination", "barrier", "connection closed", "unavailable:"
+  )  # fmt: skip
 
   def __init__(self):
     self._done = threading.Event()

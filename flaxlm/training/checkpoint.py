@@ -83,7 +83,7 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self.keep_last, self.keep_every, self.every = keep_last, keep_every, every
     self._thread: threading.Thread | None = None
-    self._error: StorageError | None = None
+    self._error: Exception | None = None  # of the save in the background
     self._newest = -1  # the step that was saved or restored last
     # Weights hardly compress (6%), and the compressor keeps a second copy in memory.
     self._orbax = ocp.AsyncCheckpointer(
@@ -124,6 +124,7 @@ class Checkpointer:
       meta: a JSON object that is kept in the manifest.
     Raises:
       StorageError: this or the previous save failed.
+      jax.errors.JaxRuntimeError: another process is gone, or a device failed.
     """
     self._join()
     if step == self._newest:
@@ -151,9 +152,8 @@ class Checkpointer:
     except StorageError:
       raise
     except Exception as error:
-      raise _storage_error(
-        f"the checkpoint of step {step} cannot be saved", error
-      ) from error
+      what = f"the checkpoint of step {step} cannot be saved"
+      raise _explain(what, error) from error
     self._newest = step
     self._thread = threading.Thread(
       target=self._finish, args=(step, draft, manifest), name="checkpoint"
@@ -172,9 +172,7 @@ class Checkpointer:
         self._delete_old(step)
     except BaseException as error:
       self._newest = -1
-      self._error = _storage_error(
-        f"saving the checkpoint of step {step} failed", error
-      )
+      self._error = _explain(f"saving the checkpoint of step {step} failed", error)
 
   def _delete_old(self, newest: int) -> None:
     steps = list_steps(self.directory)
@@ -446,6 +444,19 @@ def check_leaves(path: pathlib.Path, stored: dict, leaves: dict, partial: bool) 
     describe(needed),
     "the config it was saved with (config.json beside it), or a new --workdir",
   )
+
+
+def _explain(what: str, error: BaseException) -> Exception:
+  """The error to raise: the storage's, or that of a lost process or a device.
+
+  Orbax's processes meet at barriers, and it calls a broken one a timeout.
+  """
+  cause: BaseException | None = error
+  while cause is not None:
+    if isinstance(cause, jax.errors.JaxRuntimeError):
+      return cause
+    cause = cause.__cause__
+  return _storage_error(what, error)
 
 
 def _storage_error(what: str, error: BaseException) -> StorageError:

@@ -331,6 +331,26 @@ def test_background_errors_surface_at_the_next_poll(tmp_path):
   assert_equal(latest(path)[0], host(make_state(5)))
 
 
+def test_a_lost_peer_is_not_called_a_storage_error(tmp_path, monkeypatch):
+  """Orbax meets the others at barriers: those break when another process has died."""
+
+  def lose_peer(*_, **__):
+    broken = jax.errors.JaxRuntimeError("UNAVAILABLE: barrier: a task is gone")
+    raise TimeoutError("Timeout waiting at barrier") from broken
+
+  saver = opened(tmp_path / "c")
+  with monkeypatch.context() as patch:
+    patch.setattr(saver._orbax, "save", lose_peer)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      saver.save(1, make_state(1), {})
+  with monkeypatch.context() as patch:
+    patch.setattr(saver._orbax, "wait_until_finished", lose_peer)
+    saver._finish(1, tmp_path / "draft", {})
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    saver.save(1, make_state(1), {})
+  saver.close()
+
+
 def test_directory_lost_during_the_run(tmp_path):
   path = tmp_path / "c"
   saver = opened(path)

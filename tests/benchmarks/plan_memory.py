@@ -1,0 +1,114 @@
+"""The memory that `plan` finds for a step on this machine, against what it really took.
+
+  python tests/benchmarks/plan_memory.py [--sizes baby gpt2_124m]
+
+Each size has a process of its own. Predicted: what XLA assigns in the compiled step, as
+`plan --hardware=this` reports it. Measured: by how much the process grew, at its
+largest, from before the state was made to after three steps (Linux). The library that
+multiplies matrices packs them into buffers of its own, which only the latter sees.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+sys.path[:0] = [
+  str(pathlib.Path(__file__).parents[2]),
+  str(pathlib.Path(__file__).parent),
+]
+
+import train_speed  # sets the allocator, before JAX is imported
+
+# isort: split
+import jax
+import jax.numpy as jnp
+
+from flaxlm import program
+from flaxlm.parallel.hardware import CHIPS, Calibration, Hardware
+from flaxlm.parallel.mesh import one_device
+from flaxlm.planning.compiled import compile_step
+
+# name: (a size of train_speed.py, what differs from it)
+SIZES = {
+  "baby": ("baby", {}),
+  "baby, batch 32": ("baby", {"data.batch_size": 32}),
+  "baby, batch 32, remat": (
+    "baby",
+    {"data.batch_size": 32, "model.remat": "full", "model.unroll": 1},
+  ),
+  "gpt2_124m": ("gpt2_124m", {}),
+  "gpt2_124m, batch 4": ("gpt2_124m", {"data.batch_size": 4}),
+  "gpt2_124m, batch 4, chunks": (
+    "gpt2_124m",
+    {"data.batch_size": 4, "step.chunk_size": 256, "model.remat": "dots"},
+  ),
+}
+
+
+def status(key: str) -> float:
+  """A size of this process, in bytes: VmRSS now, VmHWM the largest so far."""
+  text = pathlib.Path("/proc/self/status").read_text()
+  return 1024.0 * int(text.split(f"{key}:")[1].split()[0])
+
+
+def measure(name: str) -> dict[str, float]:
+  size, changes = SIZES[name]
+  config = train_speed.gpt2_like(*train_speed.SIZES[size][:-1])
+  for key, value in changes.items():
+    room, knob = key.split(".")
+    config[room][knob] = value
+  # A calibration says "here", where the step is compiled; of the chip nothing is used.
+  here = Hardware(CHIPS["h100"], 1, 1, "", Calibration({}, 0.0))
+  predicted = compile_step(config, here).peak
+  mesh = one_device()
+  built, batch = program.build(config, mesh), program.abstract_batch(config, mesh)
+  with program.use_config_mesh(config, mesh):
+    step = built.train_step.lower(built.target, batch, None).compile()
+    init = jax.jit(built.init).lower(jax.random.key(0)).compile()
+    key = jax.block_until_ready(jax.random.key(0))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling left must not be reused
+    before = status("VmRSS")
+    state = jax.block_until_ready(init(key))
+    tokens = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    for _ in range(3):
+      state, metrics = step(state, tokens, None)
+    jax.block_until_ready((state, metrics))
+  return {"predicted": predicted, "measured": status("VmHWM") - before}
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+  parser.add_argument("--one", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.one:
+    print(json.dumps(measure(args.one)))
+    return 0
+  print(f"{'size':<28}{'predicted':>12}{'measured':>12}{'ratio':>7}")
+  worst = 0.0
+  for name in args.sizes:
+    child = [sys.executable, __file__, "--one", name]
+    text = subprocess.run(
+      child, stdout=subprocess.PIPE, check=True, env=os.environ
+    ).stdout
+    found = json.loads(text.splitlines()[-1])
+    ratio = found["predicted"] / found["measured"]
+    worst = max(worst, abs(ratio - 1))
+    print(
+      f"{name:<28}{found['predicted'] / 2**20:>8,.0f} MiB"
+      f"{found['measured'] / 2**20:>8,.0f} MiB{ratio:>7.2f}",
+      flush=True,
+    )
+  print(f"worst error {worst:.0%}")
+  return int(worst > 0.1)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
