@@ -26,6 +26,7 @@ setup(
     "rich>=13.9",
     "tensorboardX>=2.6.2",
     "pytest>=8",
+    "pytest-xdist>=3.6",  # launch/test.sh: one worker a core
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],

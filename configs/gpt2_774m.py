@@ -1,8 +1,8 @@
-"""GPT-2 large (Radford et al. 2019): 774M parameters, for one GPU of 80 GB.
+"""GPT-2 large (Radford et al. 2019): 774M parameters, for 4 devices.
 
   python -m flaxlm.train --config=configs/gpt2_774m.py --workdir=runs/gpt2_774m
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 4n devices divide accumulation_steps by n.
 """
 
 from configs import gpt2_124m
@@ -18,5 +18,6 @@ def get_config():
   model.num_kv_heads = 20
   model.mlp_dim = 5120
   config.optim.peak_learning_rate = 2.5e-4
-  config.step.accumulation_steps = 128
+  config.mesh.fsdp = 4
+  config.step.accumulation_steps = 32
   return config

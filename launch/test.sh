@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite, in the same environment as quickstart.sh; arguments go to pytest.
+# One worker a core, and files whole, so that what a file prepares is prepared once.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-python -m pytest "$@"
+python -m pytest -n logical --dist loadfile "$@"

@@ -34,6 +34,15 @@ def corpora() -> pathlib.Path:
   return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Compiled programs are of no use to the next file, and fill gigabytes."""
+  yield
+  import jax
+
+  jax.clear_caches()
+
+
 @pytest.fixture
 def tiny():
   return tiny_config()

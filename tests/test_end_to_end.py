@@ -180,7 +180,12 @@ def test_evaluate_and_generate_work_from_the_run_alone(project):
 
 
 @pytest.mark.parametrize(
-  "moment", ["in a step", "while a checkpoint is written", "before any checkpoint"]
+  "moment",
+  [
+    "in a step",
+    "while a checkpoint is written",
+    pytest.param("before any checkpoint", marks=pytest.mark.slow),
+  ],
 )
 def test_killed_and_resumed_is_bit_equal(project, tmp_path, moment):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
@@ -203,7 +208,9 @@ def test_killed_and_resumed_is_bit_equal(project, tmp_path, moment):
   assert_same_run(project / "straight", tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_continues(project, tmp_path, number):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   process = start(*command)
@@ -255,6 +262,7 @@ def test_a_damaged_checkpoint_is_noticed_and_an_older_one_used(project, tmp_path
   assert_same_run(project / "straight", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_as_one(project, tmp_path):
   """The same batches and, up to the order of sums, the same losses; 2 hosts, then 1."""
   script = ["bash", str(ROOT / "launch/local.sh"), "-n", "2"]
