@@ -108,13 +108,13 @@ def plan_one(path: str, config, args) -> tuple:
   import jax
 
   from flaxlm.planning import roofline, search
-  from flaxlm.planning.compiled import compile_step, count
+  from flaxlm.planning.compiled import compile_apart, count
   from flaxlm.planning.report import Plan
 
   hardware = hardware_of(path, config, args)
   if hardware.chip.link == "ici":  # compiled for, never touched
     jax.config.update("jax_platforms", "cpu")
-  step = count if args.no_compile else compile_step
+  step = count if args.no_compile else compile_apart
   found, nearest = [], None
   if args.search:
     found = search.search(config, hardware, step)
@@ -128,7 +128,7 @@ def plan_one(path: str, config, args) -> tuple:
   notes = []
   if result.compile_seconds:
     notes.append(
-      f"compiled in {result.compile_seconds:.0f} s; this process grew to "
+      f"compiled in {result.compile_seconds:.0f} s; the process grew to "
       f"{result.host_bytes / 1e9:.1f} GB"
     )
   plan = Plan(

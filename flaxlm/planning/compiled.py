@@ -5,7 +5,9 @@ it also says when a step does not fit, in seconds. For GPUs that are not here, m
 counted (memory.py) instead.
 """
 
+import concurrent.futures
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import re
@@ -18,6 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh
 
+from flaxlm import config as configs
 from flaxlm import program
 from flaxlm.errors import ConfigError
 from flaxlm.parallel import AXES
@@ -103,6 +106,32 @@ def compile_step(config, hardware: Hardware) -> Compiled:
     "compiled", sizes, held, available, collectives,
     time.perf_counter() - start, host_bytes(),
   )  # fmt: skip
+
+
+def compile_apart(config, hardware: Hardware, step=compile_step) -> Compiled:
+  """`compile_step` in a process of its own, which libtpu may end: some steps do that.
+
+  Raises:
+    ConfigError: as compile_step does, or the compiler broke down.
+  """
+  if hardware.chip.link != "ici":
+    return step(config, hardware)
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    try:
+      return pool.submit(_on_cpu, step, configs.to_json(config), hardware).result()
+    except concurrent.futures.process.BrokenProcessPool:
+      raise ConfigError(
+        "config.mesh",
+        " ".join(f"{axis}={n}" for axis, n in axis_sizes(config.mesh).items()),
+        "a step that libtpu can compile: it ended with the message above",
+        "another mesh or remat, or --no_compile",
+      ) from None
+
+
+def _on_cpu(step, config: str, hardware: Hardware) -> Compiled:
+  jax.config.update("jax_platforms", "cpu")
+  return step(configs.from_json(config), hardware)
 
 
 def count(config, hardware: Hardware, state: TrainState | None = None) -> Compiled:

@@ -17,7 +17,7 @@ from flaxlm.parallel import AXES, BATCH
 from flaxlm.parallel.hardware import Hardware
 from flaxlm.parallel.mesh import axis_sizes, fill
 from flaxlm.planning import roofline, work
-from flaxlm.planning.compiled import Compiled, abstract_state, compile_step, count
+from flaxlm.planning.compiled import Compiled, abstract_state, compile_apart, count
 from flaxlm.relations import relations
 
 REMAT = ("none", "dots", "full")  # from the fastest to the smallest
@@ -47,11 +47,11 @@ def changed(config, changes: dict[str, object]):
   return config if all(holds for holds, *_ in relations(config)) else None
 
 
-def evaluate(config, hardware: Hardware, changes: dict, step=compile_step):
+def evaluate(config, hardware: Hardware, changes: dict, step=compile_apart):
   """Returns the `Candidate` of some changes, or None where they cannot work.
 
   Args:
-    step: compile_step, or count, which takes no time.
+    step: compile_apart, or count, which takes no time.
   """
   config = changed(config, changes)
   if config is None:
@@ -63,7 +63,7 @@ def evaluate(config, hardware: Hardware, changes: dict, step=compile_step):
   return Candidate(changes, prediction, result)
 
 
-def judge(config, hardware: Hardware, step=compile_step):
+def judge(config, hardware: Hardware, step=compile_apart):
   """Returns (Compiled, Prediction); what does not compile sends what it should."""
   result = step(config, hardware)
   messages = result.collectives or None
@@ -71,7 +71,7 @@ def judge(config, hardware: Hardware, step=compile_step):
 
 
 def search(
-  config, hardware: Hardware, step=compile_step, compiles: int = 6
+  config, hardware: Hardware, step=compile_apart, compiles: int = 6
 ) -> list[Candidate]:
   """Returns the best settings found that fit, fastest first, at most `compiles`.
 
@@ -153,7 +153,7 @@ def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:
 
 
 def nearest_that_fits(
-  config, hardware: Hardware, step=compile_step
+  config, hardware: Hardware, step=compile_apart
 ) -> Candidate | None:
   """Returns the smallest change with which `config` fits, as compiled; None if none."""
   by_hand = functools.partial(count, state=abstract_state(config))

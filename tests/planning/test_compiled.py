@@ -1,6 +1,7 @@
 """The compiled step: its memory, and the messages in it, counted exactly."""
 
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +188,18 @@ def test_a_slice_that_does_not_exist_is_an_error(tiny):
 def test_this_machine_is_compiled_for_and_other_gpus_are_counted(tiny):
   result = compiled.compile_step(tiny, parse("h100x8"))
   assert result.how == "counted" and result.peak > result.memory["parameters"] > 0
+
+
+def break_down(*_):
+  os.abort()
+
+
+def test_a_compiler_that_breaks_down_takes_nothing_with_it(tiny):
+  with pytest.raises(ConfigError, match="a step that libtpu can compile"):
+    compiled.compile_apart(tiny, HARDWARE, break_down)
+  assert compiled.compile_apart(tiny, HARDWARE, count_chips) == 8
+
+
+def count_chips(config, hardware):
+  assert jax.default_backend() == "cpu"
+  return hardware.num_chips
