@@ -104,7 +104,8 @@ def search(
       break
     tried += 1
     candidate = evaluate(config, hardware, changes, step)
-    if candidate is None:
+    if candidate is None:  # the compiler broke down, and would again
+      kinds.add(kind)
       continue
     more = candidate.compiled.peak / by_count.peak
     error[experts] = max(more, error.get(experts, 1.0))
