@@ -216,7 +216,6 @@ def lora_knobs() -> ConfigDict:
 def step_knobs() -> ConfigDict:
   step = ConfigDict()
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-  step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
   step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
   step.offload_optimizer = False  # its state waits in the memory of the host
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none

@@ -90,7 +90,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
-    eval_step = jax.jit(make_eval_step(config.step.chunk_size))
+    eval_step = jax.jit(make_eval_step())
     progress = stack.enter_context(Progress(config, workdir, first_step, mesh))
     profiler = stack.enter_context(Profiler(config.log, workdir))
     evaluated = jax.jit(program.assemble)
