@@ -126,6 +126,8 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   # | cudnn (NVIDIA, 16 bits)
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
+  # Products of the layers' matrices in 8 bits, beside that: none | fp8 | int8 (forward).
+  model.quantize = "none"
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   # With remat=full, of query key value attention hidden (of the MLP):
   model.keep = ()  # kept for the backward pass after all
