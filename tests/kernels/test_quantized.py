@@ -1,4 +1,4 @@
-"""Products in 8 bits: near the exact ones, where they are asked for and nowhere else."""
+"""Products in 8 bits: near the exact ones, where asked for and nowhere else."""
 
 import collections
 import re
