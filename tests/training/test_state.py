@@ -187,7 +187,7 @@ def test_evaluation_counts_every_token_once(tiny):
   result = evaluate(state.model, batches, jax.jit(make_eval_step()), 2.5)
   assert result["tokens"] == (8 + 8 + 4) * 32
   one = {"main": 1.0}
-  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 0, 1.0)[1]["loss"])
+  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 1.0)[1]["loss"])
   total = sum(float(loss(state.model, rows)) for rows in batches)
   assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
