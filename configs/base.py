@@ -126,7 +126,7 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   # | cudnn (NVIDIA, 16 bits)
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
-  # Products of the layers' matrices in 8 bits, beside that: none | fp8 | int8 (forward).
+  # Products of the layers' matrices in 8 bits: none | fp8 | int8 (forward alone).
   model.quantize = "none"
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   # With remat=full, of query key value attention hidden (of the MLP):
