@@ -141,7 +141,7 @@ def test_training_in_8_bits_ends_where_bfloat16_does(learner):
   assert final["none"] < 0.5 * first  # it has learnt something
   descent = first - final["none"]
   assert abs(final["fp8"] - final["none"]) < 0.02 * descent
-  assert abs(final["int8"] - final["none"]) < 0.005 * descent
+  assert abs(final["int8"] - final["none"]) < 0.02 * descent
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
