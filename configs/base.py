@@ -126,6 +126,8 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   # | cudnn (NVIDIA, 16 bits)
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
+  # Products of the layers' matrices in 8 bits: none | fp8 | int8 (forward alone).
+  model.quantize = "none"
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   # With remat=full, of query key value attention hidden (of the MLP):
   model.keep = ()  # kept for the backward pass after all
@@ -216,7 +218,6 @@ def lora_knobs() -> ConfigDict:
 def step_knobs() -> ConfigDict:
   step = ConfigDict()
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-  step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
   step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
   step.offload_optimizer = False  # its state waits in the memory of the host
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none

@@ -22,5 +22,4 @@ def get_config():
   model.moe.aux_loss = 1e-3 / 48  # theirs is a mean over layers, ours a sum
   config.mesh.fsdp = 16
   config.mesh.expert = 8
-  config.step.chunk_size = 131_072
   return config

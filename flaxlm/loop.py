@@ -5,6 +5,7 @@ after the next step has been dispatched, and a checkpoint is saved before anythi
 could fail.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from flaxlm import config as configs
 from flaxlm import weights
@@ -51,6 +53,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   seconds = config.mesh.start_seconds
   hosts.join(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
+    compiled = stack.enter_context(count_programs())
     fate = stack.enter_context(hosts.OneFate())
     knobs = {f"config.{key}": value for key, value in configs.flatten(config).items()}
     hosts.agree("the start", hosts.facts() | knobs, seconds)
@@ -90,8 +93,10 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
-    eval_step = jax.jit(make_eval_step(config.step.chunk_size))
-    progress = stack.enter_context(Progress(config, workdir, first_step, mesh))
+    eval_step = jax.jit(make_eval_step())
+    progress = stack.enter_context(
+      Progress(config, workdir, first_step, mesh, compiled)
+    )
     profiler = stack.enter_context(Profiler(config.log, workdir))
     evaluated = jax.jit(program.assemble)
     assess = functools.partial(
@@ -282,10 +287,33 @@ def count(tree) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
+@contextlib.contextmanager
+def count_programs() -> Iterator[collections.Counter]:
+  """Counts how many programs are asked of JAX's cache, and how many it has."""
+  events = collections.Counter()
+
+  def count(event: str, **_) -> None:
+    events[event.rpartition("/")[2]] += 1
+
+  jax.monitoring.register_event_listener(count)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_listener(count)
+
+
+def startup(compiled: collections.Counter) -> str:
+  """How long a user waited for the first step, and what of it was compiled anew."""
+  seconds = time.time() - psutil.Process().create_time()
+  asked, found = compiled["compile_requests_use_cache"], compiled["cache_hits"]
+  cache = f"{found} of {asked} programs came from the cache" if asked else "no cache"
+  return f"first step {seconds:.1f} s after the command; {cache}"
+
+
 class Progress:
   """Reads the numbers of each step one step late; logs every log.every steps."""
 
-  def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh):
+  def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh, compiled):
     self.every, self.num_steps = config.log.every, config.num_steps
     self.bad_steps = BadSteps(config.guards.max_bad_steps)
     bfloat16 = config.model.dtype == "bfloat16"
@@ -300,6 +328,7 @@ class Progress:
       expected_seconds(config, mesh),
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
+    self._compiled = compiled  # of count_programs
 
   def __enter__(self) -> "Progress":
     self.writer.__enter__()
@@ -338,6 +367,7 @@ class Progress:
       self.writer.log(step, values, "train", self._waited)
       self._waited = 0.0
     if first:  # its time was the compiler's
+      say(startup(self._compiled))
       self.writer.restart_clock(step)
 
   @contextlib.contextmanager

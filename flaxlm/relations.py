@@ -168,6 +168,12 @@ def model_relations(model: ConfigDict):
     model.norm_placement in ("pre", "both") and moe.num_experts == 0
   )
   yield alone, "model.first_norm", "True, unless norms come before dense layers", "True"
+  yield (
+    moe.num_experts == 0 or model.quantize == "none",
+    "model.quantize",
+    "none with experts, whose grouped products (ragged_dot) are not quantised",
+    "none",
+  )
   plain = model.attention != "cudnn" or model.attention_softcap == 0
   yield plain, "model.attention", "a backend that can soft-cap scores", "xla"
 

@@ -53,7 +53,7 @@ NEUTRAL = {
 }
 # Fields that decide how a model is trained or run, and not what it computes.
 NOT_COMPUTED = {
-  *("attention", "dtype", "remat", "keep", "offload", "unroll", "dropout"),
+  *("attention", "dtype", "quantize", "remat", "keep", "offload", "unroll", "dropout"),
   *("moe.balance", "moe.aux_loss", "moe.z_loss", "moe.bias_rate"),
   "moe.capacity_factor",  # drops tokens in training; others read such models dropless
 }

@@ -107,7 +107,8 @@ class Attention(nnx.Module):
     """Returns (output TD, cache with this layer's keys and values written)."""
 
     def heads(weight, bias):
-      y_TNH = add_bias(project(x_TD, weight, "TD,DNH->TNH"), bias)
+      y_TNH = project(x_TD, weight, "TD,DNH->TNH", self.config.quantize)
+      y_TNH = add_bias(y_TNH, bias)
       y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
       return constrain(y_BLNH, "batch", "length", "heads", None)
 
@@ -148,7 +149,8 @@ class Attention(nnx.Module):
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
-    return add_bias(project(out_TNH, self.out, "TNH,NHD->TD"), self.out_bias), cache
+    out_TD = project(out_TNH, self.out, "TNH,NHD->TD", self.config.quantize)
+    return add_bias(out_TD, self.out_bias), cache
 
 
 def mask_and_scale(config: TransformerConfig) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from flaxlm.kernels.quantized import quantized_matmul
 from flaxlm.parallel.sharding import constrain, gather
 
 
@@ -94,6 +95,7 @@ class TransformerConfig:
   moe: MoeConfig
   attention: str
   dtype: str
+  quantize: str
   remat: str
   keep: tuple[str, ...]
   offload: tuple[str, ...]
@@ -149,10 +151,19 @@ def residual_scale(config: TransformerConfig) -> float:
   return 0.02 * (2 * config.num_layers) ** -0.5
 
 
-def project(x: jax.Array, weight: nnx.Param, equation: str) -> jax.Array:
-  """einsum of activations with a weight, in the type of the activations."""
+def project(
+  x: jax.Array, weight: nnx.Param, equation: str, quantize: str = "none"
+) -> jax.Array:
+  """einsum of activations with a weight, in the type of the activations.
+
+  In 8 bits with quantize = fp8 | int8, for `TI..., I...O... -> TO...`.
+  """
   w = gather(weight[...].astype(x.dtype), weight.axes)
-  return jnp.einsum(equation, x, w)
+  if quantize == "none":
+    return jnp.einsum(equation, x, w)
+  x_TI = x.reshape(len(x), -1)
+  y_TO = quantized_matmul(x_TI, w.reshape(x_TI.shape[1], -1), quantize)
+  return y_TO.reshape(len(x), *w.shape[x.ndim - 1 :])
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -262,7 +273,7 @@ class Mlp(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, mlp_dim: int):
     D, F = config.embed_dim, mlp_dim
-    self.activation = config.activation
+    self.activation, self.quantize = config.activation, config.quantize
     self.up = weight(rngs, (D, F), ("embed", "mlp"))
     self.gate = weight(rngs, (D, F), ("embed", "mlp")) if config.gated_mlp else None
     self.down = weight(rngs, (F, D), ("mlp", "embed"), residual_scale(config))
@@ -274,14 +285,16 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
-    hidden_TF = add_bias(project(x_TD, self.up, "TD,DF->TF"), self.up_bias)
+    hidden_TF = project(x_TD, self.up, "TD,DF->TF", self.quantize)
+    hidden_TF = add_bias(hidden_TF, self.up_bias)
     hidden_TF = checkpoint_name(hidden_TF, "hidden")
     if self.gate is None:
       hidden_TF = activate(hidden_TF)
     else:
-      gate_TF = add_bias(project(x_TD, self.gate, "TD,DF->TF"), self.gate_bias)
+      gate_TF = project(x_TD, self.gate, "TD,DF->TF", self.quantize)
+      gate_TF = add_bias(gate_TF, self.gate_bias)
       gate_TF = checkpoint_name(gate_TF, "hidden")
       hidden_TF = activate(gate_TF) * hidden_TF
     hidden_TF = constrain(hidden_TF, "tokens", "mlp")
-    out_TD = project(hidden_TF, self.down, "TF,FD->TD")
+    out_TD = project(hidden_TF, self.down, "TF,FD->TD", self.quantize)
     return add_bias(out_TD, self.down_bias)

@@ -88,7 +88,6 @@ def make_train_step(
   learning_rate: Callable,
   *,
   z_loss: float,
-  chunk_size: int,
   accumulation_steps: int,
   ema_decay: float,
   offload_optimizer: bool,
@@ -110,7 +109,7 @@ def make_train_step(
 
     def loss(trained, part, share, key):
       model = assemble(trained, base)
-      return summed_loss(model, part, counts, z_loss, chunk_size, share, key)
+      return summed_loss(model, part, counts, z_loss, share, key)
 
     metrics, grads = gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
