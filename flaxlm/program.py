@@ -18,8 +18,10 @@ from flaxlm.data import masking
 from flaxlm.data.batches import SyntheticBatches
 from flaxlm.data.feed import batch_sharding
 from flaxlm.errors import ConfigError
+from flaxlm.kernels.backends import why_not
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel.sharding import check_split, use_mesh
+from flaxlm.relations import attention_case
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import named_leaves
 from flaxlm.training.optim import make_optimizer
@@ -55,11 +57,10 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
   Raises:
     ConfigError: the mesh, its rules or the kernel do not suit the model or the devices.
   """
-  platform = mesh.devices.flat[0].platform
-  if config.model.attention == "splash" and platform != "tpu":
-    raise ConfigError(
-      "config.model.attention", "splash", f"a kernel for {platform}", "auto"
-    )
+  backend, platform = config.model.attention, mesh.devices.flat[0].platform
+  why = why_not(backend, attention_case(config, platform))
+  if backend != "auto" and why:
+    raise ConfigError("config.model.attention", backend, why, "auto")
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
   init = make_init(config, tx)
   with use_config_mesh(config, mesh):

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from flaxlm.kernels.attention import visible
+from flaxlm.kernels.masks import visible
 
 # Scores of masked keys, and where the running maximum starts: so far apart that a
 # masked key weighs 0 even in a row that has seen nothing yet.

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.kernels import blockwise
-from flaxlm.kernels.attention import check_shapes
 from flaxlm.kernels.blockwise import Keys, Queries, Rule
+from flaxlm.kernels.masks import check_shapes
 
 
 def zigzag(L: int, C: int) -> np.ndarray:
