@@ -82,12 +82,10 @@ def choose(case: Case, measured: dict) -> str:
     return "splash" if fused == "splash" else "xla"
   if not found["conforms"]:
     return "xla"
-  plain = measured.get("xla", {"tflops": {}})["tflops"]
-  lengths = [int(L) for L in found["tflops"] if L in plain]
-  if not lengths:
-    return fused
-  nearest = str(min(lengths, key=lambda L: abs(L - case.L)))
-  return fused if found["tflops"][nearest] >= plain[nearest] else "xla"
+  plain = [measured[form]["tflops"] for form in FORMS if form in measured]
+  nearest = min(found["tflops"], key=lambda L: abs(int(L) - case.L))
+  fastest = max((form[nearest] for form in plain), default=0.0)
+  return fused if found["tflops"][nearest] >= fastest else "xla"
 
 
 def cache_path() -> pathlib.Path:
@@ -104,7 +102,7 @@ def load_measured(device_kind: str, version: str) -> dict:
   """
   try:
     found = json.loads(cache_path().read_text())[f"{device_kind}, jax {version}"]
-    return {name: found[name] for name in BACKENDS if name in found}
+    return {name: found[name] for name in (*BACKENDS, *FORMS) if name in found}
   except (OSError, ValueError, KeyError, TypeError):
     return {}
 

@@ -6,9 +6,11 @@ and gradients of those others may not move by one bit. The tests run this for wh
 can run, `python -m flaxlm.doctor` on the user's machine for the rest.
 """
 
+import concurrent.futures
 import functools
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -28,7 +30,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 class Mask(NamedTuple):
-  """What tokens see. Rows of `packed`: two documents and padding, one, padding alone."""
+  """What tokens see. Rows of `packed`: two documents and padding; one; padding."""
 
   causal: bool = True
   packed: bool = False
@@ -45,15 +47,13 @@ class Mask(NamedTuple):
 MASKS = (
   Mask(),
   Mask(packed=True),
-  Mask(window=50),
-  Mask(window=50, packed=True),
+  Mask(packed=True, window=50),
   Mask(causal=False),
-  Mask(causal=False, packed=True),
-  Mask(causal=False, window=50, packed=True),
-  Mask(prefix=True, packed=True),
-  Mask(softcap=2.0, packed=True),
-  Mask(sinks=True),
-  Mask(sinks=True, window=50, softcap=2.0, packed=True),
+  Mask(causal=False, packed=True, window=50),
+  Mask(packed=True, prefix=True),
+  Mask(packed=True, softcap=2.0),
+  Mask(packed=True, sinks=True),
+  Mask(packed=True, window=50, softcap=2.0, sinks=True),
 )
 
 
@@ -82,22 +82,37 @@ class Inputs(NamedTuple):
   prefix_BL: np.ndarray | None
 
 
+def check_all(function: Callable, cases: Iterable[tuple]) -> list[Result]:
+  """`check` for each (mask, dtype, layout, length); compilers run side by side."""
+  with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    return list(pool.map(lambda case: check(function, *case), cases))
+
+
 def check(
   function: Callable, mask: Mask, dtype: str, layout: str, length: int
 ) -> Result:
   """Compares `function(inputs, mask)`, as `kernels` gives it, with the definition."""
-  given = inputs(mask, dtype, layout, length)
+  given, expected = truth(mask, dtype, layout, length)
   # Accelerators would round float32 to fewer bits before they multiply.
   with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-    run = jax.jit(lambda x: pull(functools.partial(function, mask=mask), x))
-    found = jax.device_get(run(given))
-    leaks = tuple(leaked(lambda x: jax.device_get(run(x)), given, found, mask))
-  expected = exact(given, mask)
+    compiled = jax.jit(lambda x: pull(functools.partial(function, mask=mask), x))
+
+    def run(given: Inputs) -> tuple:
+      return jax.device_get(compiled(given))
+
+    found = run(given)
+    leaks = tuple(leaked(run, given, found, mask))
   error = max(
     np.max(np.abs(np.asarray(x, np.float64) - y)) / np.max(np.abs(y))
     for x, y in zip(found, expected, strict=True)
   )
   return Result(f"{mask}, {dtype}, {layout}", float(error), TOLERANCE[dtype], leaks)
+
+
+@functools.lru_cache(maxsize=64)
+def truth(mask: Mask, dtype: str, layout: str, length: int) -> tuple[Inputs, tuple]:
+  given = inputs(mask, dtype, layout, length)
+  return given, exact(given, mask)
 
 
 def pull(function: Callable, given: Inputs) -> tuple:
@@ -179,7 +194,7 @@ def exact(given: Inputs, mask: Mask) -> tuple:
 
 
 def leaked(run: Callable, given: Inputs, found: tuple, mask: Mask) -> Iterator[str]:
-  """Yields the name of each number that moves when tokens are disturbed it must not see."""
+  """Yields the name of each number that moves with tokens that it must not see."""
   L = given.q_BLNH.shape[1]
   a, b = borders(L)
   spans = {"first": slice(0, a), "second": slice(a, b), "padding": slice(b, L)}
@@ -273,17 +288,52 @@ def case_of(mask: Mask, dtype: str, length: int, platform: str) -> Case:
 
 
 def cases(backend: str, length: int, platform: str) -> Iterator[tuple]:
-  """Yields (mask, dtype, layout) of all that a backend says it can compute.
+  """Yields (mask, dtype, layout, length) of what a backend says it can compute.
 
-  Each mask meets each dtype and each layout, the last mask all pairs of them: the heads
+  Each mask meets each dtype, and the layouts by turns; the last mask meets all: heads
   are a dimension of batch to every kernel here, whatever the mask.
   """
+  names = list(LAYOUTS)
   for i, mask in enumerate(MASKS):
     for j, dtype in enumerate(TOLERANCE):
       if why_not(backend, case_of(mask, dtype, length, platform)) is None:
-        names = list(LAYOUTS)
-        last = mask == MASKS[-1]
-        yield from ((mask, dtype, x) for x in (names if last else [names[(i + j) % 3]]))
+        turn = names if mask == MASKS[-1] else [names[(i + j) % 3]]
+        yield from ((mask, dtype, layout, length) for layout in turn)
+
+
+def examine(backend: str, platform: str) -> dict:
+  """Checks every case that `backend` can compute here, and measures its speed.
+
+  Returns:
+    Plain values: `checked` cases, the `failed` ones in words, whether it `conforms`,
+    the largest `error` as a share of its tolerance, `tflops` by the length of a row;
+    where nothing can run, what it `needs`.
+  """
+  length = 384 if platform == "tpu" else 160  # several blocks of each kernel
+  dtype = "float32" if platform == "cpu" else "bfloat16"
+  needs = why_not(backend, case_of(MASKS[0], dtype, length, platform))
+  if backend == "ring" and jax.device_count() == 1:
+    needs = "more than one device"
+  if needs:
+    return {"checked": 0, "needs": needs}
+  kernel = kernels(backend)
+  results = check_all(kernel, cases(backend, length, platform))
+  failed = [
+    f"{r.name}: error {r.error:.1e} of {r.tolerance:.0e}; {', '.join(r.leaks)}"
+    for r in results
+    if not r.conforms
+  ]
+  lengths = (256, 512, 1024) if platform == "cpu" else (1024, 2048, 4096, 8192)
+  speeds = {}
+  if backend not in ("reference", "ring"):
+    speeds = {str(L): teraflops(backend, L, dtype) for L in lengths}
+  return {
+    "checked": len(results),
+    "failed": failed,
+    "conforms": not failed,
+    "error": max(r.error / r.tolerance for r in results),
+    "tflops": speeds,
+  }
 
 
 def teraflops(backend: str, L: int, dtype: str, seconds: float = 0.4) -> float:
@@ -294,7 +344,9 @@ def teraflops(backend: str, L: int, dtype: str, seconds: float = 0.4) -> float:
   B, N, H = max(1, 8192 // L) if jax.default_backend() != "cpu" else 1, 12, 64
   q, k, v, dout = jax.random.normal(jax.random.key(0), (4, B, L, N, H), dtype)
   given = Inputs(q, k, v, None, dout, None, None)
-  run = jax.jit(functools.partial(pull, functools.partial(kernels(backend), mask=Mask())))
+  run = jax.jit(
+    functools.partial(pull, functools.partial(kernels(backend), mask=Mask()))
+  )
   jax.block_until_ready(run(given))
   best, end = float("inf"), time.perf_counter() + seconds
   while best == float("inf") or time.perf_counter() < end:

@@ -148,7 +148,8 @@ class Attention(nnx.Module):
       out_BLNH = attention(
         q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL,
         k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, q_offset=offset,
-        sinks_N=value_of(self.sinks), window=window, backend=in_cache, **mask_and_scale(self.config),
+        sinks_N=value_of(self.sinks), window=window, backend=in_cache,
+        **mask_and_scale(self.config),
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
