@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flaxlm.kernels.backends import FORMS, Case, why_not
 from flaxlm.kernels.chunked_attention import chunked_attention, pays
-from flaxlm.kernels.masks import check_shapes, visible
+from flaxlm.kernels.masks import check_masks, check_shapes, visible
 
 # `xla` is by shape `dense`, whose scores exist as a whole, or `chunked`.
 HERE = ("reference", "xla", "cudnn", *FORMS)
@@ -47,43 +47,29 @@ def attention(
   if backend not in HERE:
     raise ValueError(f"attention={backend} is not one of {HERE}")
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
-  if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
-    raise ValueError("segment ids are needed for queries and keys, or for neither")
-  if k_prefix_BM is not None and not causal:
-    raise ValueError("a prefix is defined for causal attention only")
+  check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal)
   L, H, M = *q_BLNH.shape[1::2], k_BMKH.shape[1]
   scale = scale or H**-0.5
   if backend == "xla":
     backend = "chunked" if pays(jax.default_backend(), L, M) else "dense"
+  arrays = (q_BLNH, k_BMKH, v_BMKH, sinks_N)
+  masks = (q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window)
   if backend == "chunked":
-    return chunked_attention(
-      q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=q_segment_ids_BL,
-      k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, sinks_N=sinks_N,
-      q_offset=q_offset, causal=causal, window=window, scale=scale, softcap=softcap,
-    )  # fmt: skip
-  # A mask that is causal alone need not exist as an array.
-  static = isinstance(q_offset, int) and isinstance(window, int)
-  masks = q_segment_ids_BL is not None or k_prefix_BM is not None or window
-  plain = static and not masks and q_offset == 0 and L == M
-  ours = backend == "reference" or softcap or sinks_N is not None
-  mask_BLM = None
-  if ours or not plain:
-    mask_BLM = visible(
-      L, M, q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window
-    )
+    return chunked_attention(*arrays, *masks, scale, softcap)
   if backend == "cudnn":
-    here = jax.default_backend()
-    refuse(
-      "cudnn",
-      Case(here, q_BLNH.dtype.name, L, M, H, softcap, sinks=sinks_N is not None),
-    )
+    case = Case(jax.default_backend(), q_BLNH.dtype.name, L, M, H, softcap)
+    refuse("cudnn", case._replace(sinks=sinks_N is not None))
   if backend == "reference":
-    q, k, v = (x.astype(jnp.float32) for x in (q_BLNH, k_BMKH, v_BMKH))
-    return dense(q, k, v, mask_BLM, sinks_N, scale, softcap).astype(q_BLNH.dtype)
-  if ours:
-    return dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, sinks_N, scale, softcap)
+    arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
+    out_BLNH = dense(*arrays, visible(L, M, *masks), scale, softcap)
+    return out_BLNH.astype(q_BLNH.dtype)
+  if softcap or sinks_N is not None:
+    return dense(*arrays, visible(L, M, *masks), scale, softcap)
+  # A mask that is causal alone need not exist as an array.
+  plain = q_segment_ids_BL is None and k_prefix_BM is None and L == M
+  plain = plain and all(isinstance(x, int) and x == 0 for x in (q_offset, window))
   return jax.nn.dot_product_attention(
-    q_BLNH, k_BMKH, v_BMKH, mask=None if mask_BLM is None else mask_BLM[:, None],
+    q_BLNH, k_BMKH, v_BMKH, mask=None if plain else visible(L, M, *masks)[:, None],
     scale=scale, is_causal=causal and plain,
     implementation="cudnn" if backend == "cudnn" else "xla",
   )  # fmt: skip
@@ -100,7 +86,7 @@ def refuse(backend: str, case: Case) -> None:
 
 
 def dense(
-  q_BLNH, k_BMKH, v_BMKH, mask_BLM, sinks_N, scale: float, softcap: float
+  q_BLNH, k_BMKH, v_BMKH, sinks_N, mask_BLM, scale: float, softcap: float
 ) -> jax.Array:
   """The definition; scores in float32. `mask_BLM`: where a query sees a key."""
   B, L, N, H = q_BLNH.shape

@@ -13,6 +13,13 @@ def check_shapes(q_BLNH, k_BMKH, v_BMKH) -> None:
     )
 
 
+def check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal: bool) -> None:
+  if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
+    raise ValueError("segment ids are needed for queries and keys, or for neither")
+  if k_prefix_BM is not None and not causal:
+    raise ValueError("a prefix is defined for causal attention only")
+
+
 def visible(
   L: int,
   M: int,

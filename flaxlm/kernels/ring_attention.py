@@ -21,7 +21,7 @@ import numpy as np
 
 from flaxlm.kernels import blockwise
 from flaxlm.kernels.blockwise import Keys, Queries, Rule
-from flaxlm.kernels.masks import check_shapes
+from flaxlm.kernels.masks import check_masks, check_shapes
 
 
 def zigzag(L: int, C: int) -> np.ndarray:
@@ -78,10 +78,7 @@ def ring_attention(
       "ring attention needs as many keys as queries, and an even number of them\n"
       f"  given:  {L} queries and {k_BmKH.shape[1]} keys on each device"
     )
-  if (q_segment_ids_Bl is None) != (k_segment_ids_Bm is None):
-    raise ValueError("segment ids are needed for queries and keys, or for neither")
-  if k_prefix_Bm is not None and not causal:
-    raise ValueError("a prefix is defined for causal attention only")
+  check_masks(q_segment_ids_Bl, k_segment_ids_Bm, k_prefix_Bm, causal)
   half = L // 2
   block_size = max(m for m in range(1, min(half, block_size) + 1) if half % m == 0)
 

@@ -1,5 +1,6 @@
 """Every backend against the definition in float64, and no bit moves that must not."""
 
+import functools
 import importlib.util
 
 import jax
@@ -62,11 +63,8 @@ def test_the_tpu_kernel_compiles_for_a_tpu():
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), given
     )
-    run = jax.jit(
-      lambda x, mask=mask: conformance.pull(
-        lambda given: kernels("splash")(given, mask), x
-      )
-    )
+    kernel = functools.partial(kernels("splash"), mask=mask)
+    run = jax.jit(functools.partial(conformance.pull, kernel))
     text = run.trace(shapes).lower(lowering_platforms=("tpu",)).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # out, dkv, dq
 
