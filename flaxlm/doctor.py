@@ -22,11 +22,6 @@ def main(argv: list[str] | None = None) -> None:
   parser = cli.parser(__doc__, "doctor")
   parser.add_argument("--json", metavar="FILE", help="also write what was found")
   args, _ = cli.parse(parser, argv)
-  # More than one device on a CPU, for the ring; before JAX starts.
-  flags = os.environ.get("XLA_FLAGS", "")
-  if "device_count" not in flags:
-    one = "--xla_force_host_platform_device_count=2"
-    os.environ["XLA_FLAGS"] = f"{flags} {one}".strip()
   found = {"machine": machine()}
   for name, value in found["machine"].items():
     print(f"{name:12}  {value}", flush=True)
@@ -57,7 +52,7 @@ def machine() -> dict[str, str]:
     "memory": memory,
     "cores": f"{os.cpu_count()}",
     "allocator": hosts.keep_freed_memory().removeprefix("allocator: "),
-    "programs": f"compiled ones are kept in {jax.config.jax_compilation_cache_dir}",
+    "programs": f"kept in {jax.config.jax_compilation_cache_dir or 'no directory'}",
   }
 
 

@@ -154,8 +154,9 @@ def sinks_gradient(sinks_KG: jax.Array | None, queries: Queries) -> jax.Array | 
   """Of all queries, with blocks in front: a sink only takes weight away."""
   if sinks_KG is None:
     return None
-  sinks_KG1 = sinks_KG.astype(jnp.float32)[..., None]
-  taken_BKGl = jnp.exp(sinks_KG1 - queries.lse_BKGl) * queries.delta_BKGl
+  lse_BKGl = queries.lse_BKGl
+  sinks_BKGl = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[..., None], lse_BKGl.shape)
+  taken_BKGl = jnp.exp(sinks_BKGl - lse_BKGl) * queries.delta_BKGl
   return -jnp.einsum("...KGl->KG", taken_BKGl).astype(sinks_KG.dtype)
 
 

@@ -152,7 +152,8 @@ def test_the_definition_is_the_definition():
   out, _, dk, _, dsinks = conformance.exact(given, mask)
   seen = given.segments_BL[0] == 2
   seen &= np.arange(60) <= 40
-  q, k, v = given.q_BLNH[0, 40, 3], given.k_BMKH[0, seen, 1], given.v_BMKH[0, seen, 1]
+  q, k, v = (x[0].astype(np.float64) for x in given[:3])
+  q, k, v = q[40, 3], k[seen, 1], v[seen, 1]
   powers = np.exp(2.0 * np.tanh(k @ q / 8 / 2.0))
   expected = powers @ v / (powers.sum() + np.exp(given.sinks_N[3]))
   np.testing.assert_allclose(out[0, 40, 3], expected, rtol=1e-5)
