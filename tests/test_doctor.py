@@ -1,4 +1,4 @@
-"""The doctor says what it found, keeps it for attention=auto, and fails if one is wrong."""
+"""The doctor says what it found, keeps it for attention=auto, fails if it is wrong."""
 
 import json
 import types
@@ -16,6 +16,7 @@ def own_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   # All cases take most of a minute: tests/kernels/test_conformance.py runs them.
   monkeypatch.setattr(conformance, "MASKS", conformance.MASKS[1:2])
+  monkeypatch.setattr(conformance, "LAYOUTS", {"GQA": 2})
   monkeypatch.setattr(conformance, "teraflops", lambda *_: 0.5)
   monkeypatch.setattr(jax, "device_count", lambda: 1)
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flaxlm.kernels import blockwise
 from flaxlm.kernels.blockwise import Keys, Queries, Rule
 
-BLOCK = 128  # tokens; of 64, 128 and 256 the fastest on a CPU, where it stays in cache
-# From so many tokens a row on chunks are faster. On a CPU, forward and backward with the
-# heads of GPT-2 124M, they take 1/1.4 of the time at 256, 1/2 at 512 and 1/6 at 4,096
-# (tests/benchmarks/attention_speed.py), and are as fast at 128. On accelerators that is
-# unmeasured: there it is where scores as a whole would outgrow all else.
+BLOCK = 128  # tokens; of 64, 128 and 256 the fastest on a CPU, whose cache it fits
+# From so many tokens a row on chunks are faster. On a CPU, forward and backward with
+# the heads of GPT-2 124M, they take 1/1.4 of the time at 256 tokens, 1/2 at 512 and 1/6
+# at 4,096, and are as fast at 128 (tests/benchmarks/attention_speed.py). On
+# accelerators that is unmeasured: there it is where whole scores outgrow all else.
 LEAST = {"cpu": 256}
 LEAST_ELSEWHERE = 4096
 

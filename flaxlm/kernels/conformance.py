@@ -307,7 +307,7 @@ def cases(backend: str, length: int, platform: str) -> Iterator[tuple]:
     for j, dtype in enumerate(TOLERANCE):
       full = mask == MASKS[-1] and dtype == "float32"
       if why_not(backend, case_of(mask, dtype, length, platform)) is None:
-        turn = names if full else [names[(i + j) % 3]]
+        turn = names if full else [names[(i + j) % len(names)]]
         yield from ((mask, dtype, layout, length) for layout in turn)
 
 

@@ -30,7 +30,10 @@ def inputs(length=L):
   return Inputs(q, k, v, None, dout, None, None)
 
 
-def program(given, mask=Mask(), backend="chunked"):
+CAUSAL = Mask()
+
+
+def program(given, mask=CAUSAL, backend="chunked"):
   kernel = functools.partial(kernels(backend), mask=mask)
   return jax.jit(functools.partial(pull, kernel)).lower(given).compile()
 
