@@ -109,6 +109,7 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.layer_pattern = ("local",)  # local | global, repeated over the layers
   model.attention_scale = 0.0  # factor of the scores; 0 = head_dim ** -0.5
   model.attention_softcap = 0.0  # c * tanh(scores / c) (Gemma 2); 0 = none
+  model.attention_sinks = False  # a learned logit a head joins the softmax (gpt-oss)
   model.logit_softcap = 0.0
   model.head = "lm"  # lm | mlm | sequence | token | span | choice: what is predicted
   model.num_labels = 0  # classes of the heads sequence and token

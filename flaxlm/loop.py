@@ -32,7 +32,7 @@ from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.calibrate import expected_seconds
-from flaxlm.program import build, use_config_mesh
+from flaxlm.program import KERNEL, build, settle_attention, use_config_mesh
 from flaxlm.training import lora
 from flaxlm.training import metrics as reports
 from flaxlm.training.checkpoint import Checkpointer
@@ -63,7 +63,8 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     if feed.examples:  # kept with the run, so that classes keep their numbers
       config.task.labels = feed.examples.label_names
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
-    hosts.agree("the data", data, seconds)
+    asked, kernel = config.model.attention, settle_attention(config, mesh, workdir)
+    hosts.agree("the data", data | {"the attention kernel": kernel}, seconds)
     program = build(config, mesh)
     target, train_step = program.target, program.train_step
     stack.enter_context(use_config_mesh(config, mesh))
@@ -83,7 +84,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     if config.init_from and (fresh or config.lora.rank):
       state, base = start_from(config, state, target, feed, mesh, fresh)
     first_step = int(state.step)
-    store_run(workdir, config, feed)
+    store_run(workdir, config, feed, asked, kernel)
     summarize(config, workdir, target, feed, mesh, first_step, allocator)
     # Killed between a checkpoint and its evaluation, a run owes that evaluation still.
     owed = evaluation_is_due(config, feed, first_step) and not reports.is_logged(
@@ -229,10 +230,14 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
   return state
 
 
-def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
+def store_run(workdir: pathlib.Path, config, feed: Feed, asked: str, kernel: str):
   """Keeps the config and the tokenizer with the run: later doors need nothing else."""
   if jax.process_index() == 0:
-    write_atomically(workdir / "config.json", configs.to_json(config).encode())
+    if config.model.attention != asked:
+      write_atomically(workdir / KERNEL, kernel.encode())
+    kept = config.copy_and_resolve_references()
+    kept.model.attention = asked  # other machines have other kernels
+    write_atomically(workdir / "config.json", configs.to_json(kept).encode())
     if feed.chat_template:
       template = feed.chat_template.source.encode()
       write_atomically(workdir / weights.TEMPLATE, template)
@@ -253,7 +258,8 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
   reports.print_summary(
     model=f"{model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
-    f"{model.norm}, {model.activation}, {model.dtype}{trained}",
+    f"{model.norm}, {model.activation}, {model.dtype}, attention {model.attention}"
+    f"{trained}",
     parameters={"layers": total - embedded, "embeddings": embedded},
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,

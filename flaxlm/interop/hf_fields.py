@@ -26,6 +26,7 @@ NEUTRAL = {
   "layer_pattern": ("local",),
   "attention_scale": 0.0,
   "attention_softcap": 0.0,
+  "attention_sinks": False,
   "logit_softcap": 0.0,
   "num_labels": 0,
   "pooling": "first",

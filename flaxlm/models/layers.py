@@ -82,6 +82,7 @@ class TransformerConfig:
   layer_pattern: tuple[str, ...]
   attention_scale: float
   attention_softcap: float
+  attention_sinks: bool
   logit_softcap: float
   head: str
   num_labels: int

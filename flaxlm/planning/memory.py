@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxlm.kernels.backends import why_not
 from flaxlm.kernels.cross_entropy import chunk_tokens
-from flaxlm.kernels.splash_attention import can_splash
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.work import itemsize, layer_parameters, share
+from flaxlm.relations import attention_case
 
 
 class Memory(NamedTuple):
@@ -91,10 +92,13 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   model = TransformerConfig(**(model | {"offload": ()}))
   length, part = config.data.seq_len, share(config, sizes)
   traced = min(length, 2048)  # without scores, all grows with the length
-  if fused and can_splash(traced, traced, model.head_dim, None):
+  case = attention_case(config)._replace(L=traced, M=traced)
+  if fused and why_not("splash", case) is None:
     model = dataclasses.replace(model, attention="splash")
   else:
     traced = length
+    if model.attention in ("auto", "xla"):
+      model = dataclasses.replace(model, attention="dense")
   split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
   rows = part.rows / split * length / traced
   waiting = rows * kept_bytes(model, traced) / sizes["stage"]
