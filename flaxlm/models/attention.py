@@ -26,6 +26,7 @@ from flaxlm.models.layers import (
 )
 from flaxlm.parallel.sharding import (
   constrain,
+  gather,
   join_rows,
   layout,
   part_rows,
@@ -36,26 +37,42 @@ from flaxlm.parallel.sharding import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-  """Keys and values of the tokens seen so far, for all layers.
+  """Keys and values of the tokens seen so far: for each layer an array BKHM.
 
-  Slots from `length` on are empty; their segment id is -1, which no query has.
+  B or K that is 1 is left out, and slots stand last: of other arrays XLA:CPU makes a
+  copy for each token. Slots from `length` on are empty; their segment id is -1, which
+  no query has.
   """
 
-  k_SBMKH: jax.Array
-  v_SBMKH: jax.Array
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
   segment_ids_BM: jax.Array
   length: jax.Array
 
   @classmethod
   def empty(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
-    S, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    shape = (S, batch_size, max_len, K, H)
-    return cls(
-      jnp.zeros(shape, config.dtype),
-      jnp.zeros(shape, config.dtype),
-      jnp.full((batch_size, max_len), -1, jnp.int32),
-      jnp.zeros((), jnp.int32),
+    rows = (n for n in (batch_size, config.num_kv_heads) if n > 1)
+    shape = (*rows, config.head_dim, max_len)
+    k, v = (
+      tuple(jnp.zeros(shape, config.dtype) for _ in config.layers) for _ in range(2)
     )
+    segment_ids_BM = jnp.full((batch_size, max_len), -1, jnp.int32)
+    return cls(k, v, segment_ids_BM, jnp.zeros((), jnp.int32))
+
+  def append(self, layer: int, k_BLKH, v_BLKH):
+    """Returns (the cache with these at its end, all of this layer's k and v, BMKH)."""
+    B, L, K, H = k_BLKH.shape
+
+    def write(layers, new_BLKH):
+      new = new_BLKH.transpose(0, 2, 3, 1).reshape(*layers[layer].shape[:-1], L)
+      at = (0,) * (new.ndim - 1) + (self.length,)
+      new = jax.lax.dynamic_update_slice(layers[layer], new, at)
+      layers = (*layers[:layer], new, *layers[layer + 1 :])
+      return layers, new.reshape(B, K, H, -1).transpose(0, 3, 1, 2)
+
+    k, k_BMKH = write(self.k, k_BLKH)
+    v, v_BMKH = write(self.v, v_BLKH)
+    return dataclasses.replace(self, k=k, v=v), k_BMKH, v_BMKH
 
 
 class View(NamedTuple):
@@ -129,13 +146,7 @@ class Attention(nnx.Module):
     k_segment_ids_BM, k_prefix_BM, offset = view.segment_ids_BL, view.prefix_BL, 0
     if cache is not None:
       offset, k_segment_ids_BM = cache.length, cache.segment_ids_BM
-      at = (layer, 0, offset, 0, 0)
-      cache = dataclasses.replace(
-        cache,
-        k_SBMKH=jax.lax.dynamic_update_slice(cache.k_SBMKH, k_BMKH[None], at),
-        v_SBMKH=jax.lax.dynamic_update_slice(cache.v_SBMKH, v_BMKH[None], at),
-      )
-      k_BMKH, v_BMKH = cache.k_SBMKH[layer], cache.v_SBMKH[layer]
+      cache, k_BMKH, v_BMKH = cache.append(layer, k_BMKH, v_BMKH)
       if k_prefix_BM is not None:  # tokens of the cache come before: seen anyway
         none_BM = jnp.zeros_like(cache.segment_ids_BM)
         k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, k_prefix_BM, (0, offset))

@@ -1,4 +1,4 @@
-"""Training speed against this machine's limit, and the loader's against the model's.
+"""Training speed against this machine's limit; data_speed.py has the loader's.
 
   bash launch/bench.sh                      all sizes, about 2 minutes on 2 cores
   bash launch/bench.sh --sizes char --json=speed.json
@@ -11,7 +11,6 @@ length: the full attention square, as the published figures count it.
 import argparse
 import functools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -25,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from flaxlm.data.batches import Batches, SyntheticBatches, read_ahead
-from flaxlm.data.store import Store
+from flaxlm.data.batches import SyntheticBatches
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import init_state, make_train_step
@@ -104,29 +102,12 @@ def measure(name: str, turns: int) -> dict:
   }
 
 
-def loader_tokens_per_second(store: str, loader: str) -> float:
-  """One thread on one core that makes the quickstart's batches, without a model."""
-  seq_len, batch_size = 128, 16
-  found = Store(store)
-  streams = {name: found.stream(name, "train") for name in found.manifest["sources"]}
-  weights = [1.0] * len(streams)
-  batches = Batches(
-    streams, weights, seq_len, batch_size, 0, found.vocab_size, found.pad_id
-  )
-  num_batches = 2000
-  for i, _ in enumerate(read_ahead(batches, range(20 + num_batches), loader, 1, 4)):
-    if i == 19:  # warm
-      start = time.perf_counter()
-  return num_batches * seq_len * batch_size / (time.perf_counter() - start)
-
-
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
   parser.add_argument("--turns", type=int, default=7)
-  parser.add_argument("--store", default="data/stdlib", help="to time the loader on")
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   about = {
@@ -151,19 +132,9 @@ def main():
       f"{row['first_step_seconds']:>11.1f}s",
       flush=True,
     )
-  result = {"about": about, "sizes": rows}
-  if not os.path.exists(args.store):
-    print(f"loader: not measured, {args.store} is not prepared")
-  else:
-    if hasattr(os, "sched_setaffinity"):
-      os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for loader in ("tfdata", "numpy"):
-      rate = loader_tokens_per_second(args.store, loader)
-      result[f"{loader}_tokens_per_second"] = rate
-      print(f"loader {loader}, one core: {rate:,.0f} tokens/s", flush=True)
   if args.json:
     with open(args.json, "w") as file:
-      json.dump(result, file, indent=2)
+      json.dump({"about": about, "sizes": rows}, file, indent=2)
 
 
 if __name__ == "__main__":
