@@ -165,8 +165,26 @@ def test_the_search_uses_every_chip_and_puts_the_fastest_first(small):
 def test_the_search_takes_the_compilers_word(small):
   step, tried = play(64 * 32 / 8)
   found = search.search(small, GPUS, step, compiles=4)
-  assert len(tried) <= 4 and all(one.compiled.fits for one in found)
+  assert len(tried) <= 8 and all(one.compiled.fits for one in found)
   assert all(isinstance(one.compiled, Compiled) for one in found)
+
+
+def test_the_search_goes_on_after_what_does_not_fit_or_breaks_the_compiler(small):
+  first = search.search(small, GPUS, count, compiles=1)[0].compiled
+  factor, tried = 2 * first.available / first.peak, []
+
+  def step(config, hardware):
+    result = count(config, hardware)
+    tried.append(result.peak)
+    if len(tried) == 2:
+      raise ConfigError("config.mesh", "x", "a step that libtpu can compile", "y")
+    return result._replace(memory={"all": factor * result.peak})
+
+  found = search.search(small, GPUS, step, compiles=2)
+  assert found and len(tried) > 2
+  # The fastest did not fit, and taught what is too large.
+  assert tried[0] == first.peak and all(peak <= first.peak / 2 for peak in tried[1:])
+  assert all(one.compiled.fits for one in found)
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,29 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
       model = dataclasses.replace(model, attention="dense")
   split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
   rows = part.rows / split * length / traced
-  waiting = rows * kept_bytes(model, traced) / sizes["stage"]
+
+  def kept(model):
+    # Dropless experts have room for all tokens of their group of devices.
+    room = sizes["expert"] if model.moe.capacity_factor == 0 else 1
+    return kept_bytes(model, traced) + (room - 1) * expert_bytes(model, traced)
+
+  waiting = rows * kept(model) / sizes["stage"]
   if sizes["stage"] > 1:  # each tick of the pipeline keeps its own
     waiting *= part.ticks / config.mesh.stage_repeats
   if model.remat == "none":
     return waiting
-  everything = kept_bytes(dataclasses.replace(model, remat="none", keep=()), traced)
+  everything = kept(dataclasses.replace(model, remat="none", keep=()))
   return waiting + rows * everything / model.num_layers
+
+
+def expert_bytes(model: TransformerConfig, length: int) -> float:
+  """The part of `kept_bytes` that the tokens of experts take: with one more a token."""
+  moe = model.moe
+  if not moe.num_experts:
+    return 0.0
+  one_more = dataclasses.replace(moe, experts_per_token=moe.experts_per_token + 1)
+  more = kept_bytes(dataclasses.replace(model, moe=one_more), length)
+  return moe.experts_per_token * (more - kept_bytes(model, length))
 
 
 @functools.lru_cache(maxsize=64)

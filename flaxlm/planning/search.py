@@ -76,7 +76,7 @@ def search(
   """Returns the best settings found that fit, fastest first, at most `compiles`.
 
   Args:
-    step: as in `evaluate`; it judges the best `compiles` candidates.
+    step: as in `evaluate`; it judges the best candidates, twice `compiles` at most.
   """
   by_hand = functools.partial(count, state=abstract_state(config))
   counted = []
@@ -88,20 +88,30 @@ def search(
         candidate = evaluate(config, hardware, changes, by_hand)
         if candidate and candidate.compiled.fits:
           fitting.append(candidate)
-        if len(fitting) == 2:  # the most rows that fit, and the next
+        if len(fitting) == 4:  # the most rows that fit, and the next
           break
       counted += fitting
   counted.sort(key=lambda candidate: candidate.prediction.mid)
-  best = {}  # of each kind: what differs in replicas alone is as good as equal
-  for candidate in counted:
-    kind = [candidate.changes[key] for key in ALIKE]
-    best.setdefault(tuple(kind), candidate)
-  found = []
-  for candidate in list(best.values())[:compiles]:
-    compiled = evaluate(config, hardware, candidate.changes, step)
-    if compiled and compiled.compiled.fits:
-      new = difference(config, hardware, candidate.changes)
-      found.append(compiled._replace(changes=new))
+  found, tried = [], 0
+  kinds = set()  # what differs in replicas alone is as good as equal
+  error = {}  # experts' split -> compiled over counted bytes, the largest so far
+  for changes, _, by_count in counted:
+    kind, experts = tuple(changes[key] for key in ALIKE), changes["mesh.expert"]
+    expected = by_count.peak * error.get(experts, 1.0)
+    if kind in kinds or expected > by_count.available:
+      continue
+    if len(found) == compiles or tried == 2 * compiles:
+      break
+    tried += 1
+    candidate = evaluate(config, hardware, changes, step)
+    if candidate is None:  # the compiler broke down, and would again
+      kinds.add(kind)
+      continue
+    more = candidate.compiled.peak / by_count.peak
+    error[experts] = max(more, error.get(experts, 1.0))
+    if candidate.compiled.fits:
+      kinds.add(kind)
+      found.append(candidate._replace(changes=difference(config, hardware, changes)))
   return sorted(found, key=lambda candidate: candidate.prediction.mid)
 
 

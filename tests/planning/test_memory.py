@@ -33,6 +33,19 @@ def test_memory_is_what_xla_allocates(tiny, remat):
   assert found.total == pytest.approx(peak, rel=0.25)
 
 
+def test_experts_of_other_devices_send_all_they_might(tiny):
+  tiny.model.moe.num_experts = 4
+  tiny.data.seq_len, tiny.data.batch_size = 128, 32
+  tiny.mesh.data, tiny.mesh.expert = 2, 4
+  found, built, mesh = counted(tiny)
+  with program.use_config_mesh(tiny, mesh):
+    batch = program.abstract_batch(tiny, mesh)
+    step = built.train_step.lower(built.target, batch, None).compile()
+  memory = step.memory_analysis()
+  peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  assert found.total == pytest.approx(peak, rel=0.3)
+
+
 def test_each_knob_saves_what_it_should(tiny, monkeypatch):
   tiny.data.batch_size = 128
   whole, *_ = counted(tiny)
