@@ -107,7 +107,7 @@ class Attention(nnx.Module):
     """Returns (output TD, cache with this layer's keys and values written)."""
 
     def heads(weight, bias):
-      y_TNH = add_bias(project(x_TD, weight, "TD,DNH->TNH"), bias)
+      y_TNH = add_bias(project(x_TD, weight), bias)
       y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
       return constrain(y_BLNH, "batch", "length", "heads", None)
 
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
-    return add_bias(project(out_TNH, self.out, "TNH,NHD->TD"), self.out_bias), cache
+    return add_bias(project(out_TNH, self.out, 2), self.out_bias), cache
 
 
 def mask_and_scale(config: TransformerConfig) -> dict:

@@ -149,10 +149,17 @@ def residual_scale(config: TransformerConfig) -> float:
   return 0.02 * (2 * config.num_layers) ** -0.5
 
 
-def project(x: jax.Array, weight: nnx.Param, equation: str) -> jax.Array:
-  """einsum of activations with a weight, in the type of the activations."""
+def project(x: jax.Array, weight: nnx.Param, num_summed: int = 1) -> jax.Array:
+  """Product of the last `num_summed` dimensions of `x` with the first of a weight.
+
+  As one product of two matrices: with heads as dimensions of their own, XLA transposes
+  the weights and their gradients in every step.
+  """
   w = gather(weight[...].astype(x.dtype), weight.axes)
-  return jnp.einsum(equation, x, w)
+  rows, out = x.shape[: x.ndim - num_summed], w.shape[num_summed:]
+  summed = math.prod(w.shape[:num_summed])
+  y_TO = jnp.einsum("TI,IO->TO", x.reshape(-1, summed), w.reshape(summed, -1))
+  return y_TO.reshape(*rows, *out)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -274,14 +281,14 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
-    hidden_TF = add_bias(project(x_TD, self.up, "TD,DF->TF"), self.up_bias)
+    hidden_TF = add_bias(project(x_TD, self.up), self.up_bias)
     hidden_TF = checkpoint_name(hidden_TF, "hidden")
     if self.gate is None:
       hidden_TF = activate(hidden_TF)
     else:
-      gate_TF = add_bias(project(x_TD, self.gate, "TD,DF->TF"), self.gate_bias)
+      gate_TF = add_bias(project(x_TD, self.gate), self.gate_bias)
       gate_TF = checkpoint_name(gate_TF, "hidden")
       hidden_TF = activate(gate_TF) * hidden_TF
     hidden_TF = constrain(hidden_TF, "tokens", "mlp")
-    out_TD = project(hidden_TF, self.down, "TF,FD->TD")
+    out_TD = project(hidden_TF, self.down)
     return add_bias(out_TD, self.down_bias)

@@ -32,7 +32,9 @@ def about() -> dict:
 def cpu_name() -> str:
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
-  names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+  names = [
+    line.split(":")[1].strip() for line in lines if line.startswith("model name")
+  ]
   wide = any("avx512f" in line for line in lines)
   return (names or [platform.processor()])[0] + " AVX-512" * wide
 
@@ -58,7 +60,9 @@ def report(title: str, rows: list[dict], json_file: str | None, **more) -> None:
   at = record["about"]
   versions = " ".join(f"{name} {number}" for name, number in at["versions"].items())
   print(f"\n{title}")
-  print(f"{at['cpu']}, {at['cores']} cores, load {at['load']:.1f}; commit {at['commit']}")
+  print(
+    f"{at['cpu']}, {at['cores']} cores, load {at['load']:.1f}; commit {at['commit']}"
+  )
   print(versions)
   print_table(rows)
 

@@ -125,9 +125,7 @@ def nanogpt(size: str, path: str, compiled: bool = False) -> Callable:
   model = GPT(config)
   optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
   called = torch.compile(model) if compiled else model
-  return torch_steps(
-    size, optimizer, model.parameters(), lambda x, y: called(x, y)[1]
-  )
+  return torch_steps(size, optimizer, model.parameters(), lambda x, y: called(x, y)[1])
 
 
 def nanogpt_compiled(size: str, path: str) -> Callable:
