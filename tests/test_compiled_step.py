@@ -39,8 +39,8 @@ def bert(config):
   model.positions, model.norm, model.norm_placement = "learned", "layernorm", "residual"
   model.embedding_norm = model.use_bias = True
   model.gated_mlp, model.activation, model.num_kv_heads = False, "gelu", 4
-  # Smaller, biases would be too large a share to be left whole by fsdp.
-  model.embed_dim, model.mlp_dim = 96, 384
+  # So large that what a mesh leaves whole (biases, the head) is a small share.
+  model.num_layers, model.embed_dim, model.mlp_dim = 4, 64, 1024
   return config
 
 

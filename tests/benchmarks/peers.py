@@ -32,6 +32,8 @@ KEEP_MEMORY = {
 
 def gpt2_like(layers, heads, width, length, batch, vocabulary):
   """nanoGPT's model of that size, without dropout and biases, as a flaxlm config."""
+  import common  # noqa: F401  makes this clone importable
+
   from configs import base
 
   config = base.get_config()
@@ -190,5 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
   main()

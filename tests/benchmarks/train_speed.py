@@ -12,7 +12,6 @@ layers * width * length: the full attention square, as the published figures cou
 import argparse
 import importlib.util
 import os
-import pathlib
 import signal
 import statistics
 import subprocess
@@ -91,7 +90,8 @@ class MaxText:
     )  # fmt: skip
     start = time.perf_counter()
     self.process = subprocess.Popen(
-      [python, "-m", "maxtext.trainers.pre_train.train", *(f"{k}={v}" for k, v in knobs.items())],
+      [python, "-m", "maxtext.trainers.pre_train.train"]
+      + [f"{key}={value}" for key, value in knobs.items()],
       env=os.environ | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"},
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -215,5 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-  main()
+  sys.exit(main())
