@@ -7,6 +7,8 @@ equal it; one that cannot honour a mask or a type raises and computes nothing el
 import jax
 import jax.numpy as jnp
 
+from flaxlm.kernels.dense_attention import dense_attention
+
 BACKENDS = ("reference", "xla", "cudnn")
 
 
@@ -52,7 +54,7 @@ def attention(
   masks = q_segment_ids_BL is not None or k_prefix_BM is not None or window
   plain = static and not masks and q_offset == 0 and L == M
   mask_BLM = None
-  if backend == "reference" or softcap or not plain:
+  if backend != "cudnn" or softcap or not plain:
     mask_BLM = visible(
       L, M, q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window
     )
@@ -63,6 +65,10 @@ def attention(
     return dense(q, k, v, mask_BLM, scale, softcap).astype(q_BLNH.dtype)
   if softcap:
     return dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale, softcap)
+  if backend == "xla":
+    square = isinstance(q_offset, int) and q_offset == 0 and L == M
+    only_before = causal and square and k_prefix_BM is None
+    return dense_attention(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale, only_before)
   return jax.nn.dot_product_attention(
     q_BLNH, k_BMKH, v_BMKH, mask=None if mask_BLM is None else mask_BLM[:, None],
     scale=scale, is_causal=causal and plain, implementation=backend,
