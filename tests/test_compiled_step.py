@@ -110,6 +110,7 @@ def count(config, axes) -> dict:
     "temporary bytes": memory.temp_size_in_bytes,
     "dots": found["dot"],
     "fusions": found["fusion"],
+    "copies": found["copy"],
   } | kinds
 
 

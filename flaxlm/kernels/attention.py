@@ -66,8 +66,7 @@ def attention(
   if softcap:
     return dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale, softcap)
   if backend == "xla":
-    square = isinstance(q_offset, int) and q_offset == 0 and L == M
-    only_before = causal and square and k_prefix_BM is None
+    only_before = causal and static and q_offset == 0 and L == M and k_prefix_BM is None
     return dense_attention(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale, only_before)
   return jax.nn.dot_product_attention(
     q_BLNH, k_BMKH, v_BMKH, mask=None if mask_BLM is None else mask_BLM[:, None],

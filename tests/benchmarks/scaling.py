@@ -167,7 +167,8 @@ def around_the_step(quick: bool) -> list[dict]:
     knobs = {
       "data.store": store, "data.seq_len": 32, "num_steps": steps, "eval.every": steps,
       "checkpoint.every": steps, "log.every": every, "log.tensorboard": False,
-      "model.num_layers": 1, "model.embed_dim": 16, "model.mlp_dim": 16,
+      "model.num_layers": 1, "model.unroll": 1, "model.embed_dim": 16,
+      "model.mlp_dim": 16,
     }  # fmt: skip
     quickstart = common.ROOT / "configs/quickstart.py"
     lines = train(folder / "tiny", quickstart, **knobs)
