@@ -143,7 +143,7 @@ def hugging_face(size: str, path: str, attention: str = "sdpa") -> Callable:
   config = transformers.GPT2Config(
     vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers,
     n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    attn_implementation=attention, loss_type="ForCausalLM",
+    attn_implementation=attention,
   )  # fmt: skip
   model = transformers.GPT2LMHeadModel(config).train()
   optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)

@@ -160,7 +160,7 @@ def train(workdir: pathlib.Path, config_file: pathlib.Path, **knobs) -> list[dic
 
 def around_the_step(quick: bool) -> list[dict]:
   """What the trainer's loop adds: memory, the wait for data, asynchronous saves."""
-  steps, every = (600, 100) if quick else (10_000, 1000)
+  steps, every = (400, 50) if quick else (10_000, 1000)
   with tempfile.TemporaryDirectory() as directory:
     folder = pathlib.Path(directory)
     store = prepare(folder)
@@ -231,8 +231,8 @@ def main():
   args = parser.parse_args()
   rows = []
   for what in args.series:
-    sizes = SERIES[what][:3] if args.quick else SERIES[what]
-    rows += grow(what, sizes, 0.3 if args.quick else 3.0)
+    sizes = SERIES[what][:2] if args.quick else SERIES[what]
+    rows += grow(what, sizes, 0.2 if args.quick else 3.0)
   fitted = fits(rows)
   around = [{
     "of": "dispatch of a step", "unit": "ms",

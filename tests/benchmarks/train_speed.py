@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import common
@@ -37,9 +38,11 @@ class Peer:
 
   def __init__(self, name: str, size: str, path: str = ""):
     extra = peers.KEEP_MEMORY if "allocator" in name else {}
+    self.said = tempfile.TemporaryFile("w+")
     self.process = subprocess.Popen(
       [sys.executable, peers.__file__, name, size, f"--path={path}"],
-      env=os.environ | extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+      env=os.environ | extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      stderr=self.said, text=True,
     )  # fmt: skip
     self.name, self.first_step = name, self.answer()
     self.per_step = self.steps(1)
@@ -47,7 +50,9 @@ class Peer:
   def answer(self) -> float:
     line = self.process.stdout.readline()
     if not line:
-      raise RuntimeError(f"{self.name} ended with code {self.process.wait()}")
+      code = self.process.wait()
+      self.said.seek(0)
+      raise RuntimeError(f"{self.name} ended with {code}\n{self.said.read()[-2000:]}")
     return float(line)
 
   def steps(self, number: int) -> float:
@@ -65,6 +70,7 @@ class Peer:
   def end(self) -> None:
     self.process.stdin.close()
     self.process.wait()
+    self.said.close()
 
 
 class MaxText:
