@@ -16,8 +16,11 @@ mkdir -p runs/bench
 failed=()
 for name in train_speed loss first_step decoding data_speed scaling; do
   [ -e "tests/benchmarks/$name.py" ] || continue
-  more=("${quick[@]}")
-  if [ "$name" = train_speed ]; then more+=("${speed[@]}"); fi
+  case "$name" in
+    train_speed) more=("${quick[@]}" "${speed[@]}") ;;
+    scaling) more=("${quick[@]}") ;;
+    *) more=("${quick[@]/--quick/--turns=1}") ;;
+  esac
   python "tests/benchmarks/$name.py" --json="runs/bench/$name.json" "${more[@]}" || failed+=("$name")
 done
 if [ ${#failed[@]} -gt 0 ]; then

@@ -38,7 +38,7 @@ class Peer:
 
   def __init__(self, name: str, size: str, path: str = ""):
     extra = peers.KEEP_MEMORY if "allocator" in name else {}
-    self.said = tempfile.TemporaryFile("w+")
+    self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 until `end`
     self.process = subprocess.Popen(
       [sys.executable, peers.__file__, name, size, f"--path={path}"],
       env=os.environ | extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
