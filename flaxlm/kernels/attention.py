@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flaxlm.kernels.backends import FORMS, Case, why_not
 from flaxlm.kernels.chunked_attention import chunked_attention, pays
+from flaxlm.kernels.dense_attention import dense_attention
 from flaxlm.kernels.masks import check_masks, check_shapes, visible
 
 # `xla` is by shape `dense`, whose scores exist as a whole, or `chunked`.
@@ -61,17 +62,21 @@ def attention(
     refuse("cudnn", case._replace(sinks=sinks_N is not None))
   if backend == "reference":
     arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
-    out_BLNH = dense(*arrays, visible(L, M, *masks), scale, softcap)
+    out_BLNH = define(*arrays, visible(L, M, *masks), scale, softcap)
     return out_BLNH.astype(q_BLNH.dtype)
-  if softcap or sinks_N is not None:
-    return dense(*arrays, visible(L, M, *masks), scale, softcap)
+  if backend == "dense" and (softcap or sinks_N is not None):
+    return define(*arrays, visible(L, M, *masks), scale, softcap)
+  square = (
+    isinstance(q_offset, int) and q_offset == 0 and L == M and k_prefix_BM is None
+  )
+  if backend == "dense":
+    mask_BLM = visible(L, M, *masks)
+    return dense_attention(*arrays[:3], mask_BLM, scale, only_before=causal and square)
   # A mask that is causal alone need not exist as an array.
-  plain = q_segment_ids_BL is None and k_prefix_BM is None and L == M
-  plain = plain and all(isinstance(x, int) and x == 0 for x in (q_offset, window))
+  plain = square and q_segment_ids_BL is None and isinstance(window, int) and not window
   return jax.nn.dot_product_attention(
     q_BLNH, k_BMKH, v_BMKH, mask=None if plain else visible(L, M, *masks)[:, None],
-    scale=scale, is_causal=causal and plain,
-    implementation="cudnn" if backend == "cudnn" else "xla",
+    scale=scale, is_causal=causal and plain, implementation="cudnn",
   )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def refuse(backend: str, case: Case) -> None:
     )
 
 
-def dense(
+def define(
   q_BLNH, k_BMKH, v_BMKH, sinks_N, mask_BLM, scale: float, softcap: float
 ) -> jax.Array:
   """The definition; scores in float32. `mask_BLM`: where a query sees a key."""

@@ -26,7 +26,6 @@ from flaxlm.models.layers import (
 )
 from flaxlm.parallel.sharding import (
   constrain,
-  gather,
   join_rows,
   layout,
   part_rows,
@@ -127,8 +126,7 @@ class Attention(nnx.Module):
     """Returns (output TD, cache with this layer's keys and values written)."""
 
     def heads(weight, bias):
-      y_TNH = project(x_TD, weight, "TD,DNH->TNH", self.config.quantize)
-      y_TNH = add_bias(y_TNH, bias)
+      y_TNH = add_bias(project(x_TD, weight, quantize=self.config.quantize), bias)
       y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
       return constrain(y_BLNH, "batch", "length", "heads", None)
 
@@ -165,7 +163,7 @@ class Attention(nnx.Module):
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
-    out_TD = project(out_TNH, self.out, "TNH,NHD->TD", self.config.quantize)
+    out_TD = project(out_TNH, self.out, 2, self.config.quantize)
     return add_bias(out_TD, self.out_bias), cache
 
 

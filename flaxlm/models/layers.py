@@ -153,18 +153,23 @@ def residual_scale(config: TransformerConfig) -> float:
 
 
 def project(
-  x: jax.Array, weight: nnx.Param, equation: str, quantize: str = "none"
+  x: jax.Array, weight: nnx.Param, num_summed: int = 1, quantize: str = "none"
 ) -> jax.Array:
-  """einsum of activations with a weight, in the type of the activations.
+  """Product of the last `num_summed` dimensions of `x` with the first of a weight.
 
-  In 8 bits with quantize = fp8 | int8, for `TI..., I...O... -> TO...`.
+  As one product of two matrices, in the type of `x` or in 8 bits (quantize = fp8 |
+  int8): with heads as dimensions of their own, XLA transposes the weights and their
+  gradients in every step.
   """
   w = gather(weight[...].astype(x.dtype), weight.axes)
+  rows, out = x.shape[: x.ndim - num_summed], w.shape[num_summed:]
+  summed = math.prod(w.shape[:num_summed])
+  x_TI, w_IO = x.reshape(-1, summed), w.reshape(summed, -1)
   if quantize == "none":
-    return jnp.einsum(equation, x, w)
-  x_TI = x.reshape(len(x), -1)
-  y_TO = quantized_matmul(x_TI, w.reshape(x_TI.shape[1], -1), quantize)
-  return y_TO.reshape(len(x), *w.shape[x.ndim - 1 :])
+    y_TO = jnp.einsum("TI,IO->TO", x_TI, w_IO)
+  else:
+    y_TO = quantized_matmul(x_TI, w_IO, quantize)
+  return y_TO.reshape(*rows, *out)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -286,16 +291,16 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
-    hidden_TF = project(x_TD, self.up, "TD,DF->TF", self.quantize)
+    hidden_TF = project(x_TD, self.up, quantize=self.quantize)
     hidden_TF = add_bias(hidden_TF, self.up_bias)
     hidden_TF = checkpoint_name(hidden_TF, "hidden")
     if self.gate is None:
       hidden_TF = activate(hidden_TF)
     else:
-      gate_TF = project(x_TD, self.gate, "TD,DF->TF", self.quantize)
+      gate_TF = project(x_TD, self.gate, quantize=self.quantize)
       gate_TF = add_bias(gate_TF, self.gate_bias)
       gate_TF = checkpoint_name(gate_TF, "hidden")
       hidden_TF = activate(gate_TF) * hidden_TF
     hidden_TF = constrain(hidden_TF, "tokens", "mlp")
-    out_TD = project(hidden_TF, self.down, "TF,FD->TD", self.quantize)
+    out_TD = project(hidden_TF, self.down, quantize=self.quantize)
     return add_bias(out_TD, self.down_bias)

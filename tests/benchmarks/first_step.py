@@ -21,10 +21,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 import sys
 sys.path.insert(0, {benchmarks!r})
-import train_speed
+import peers
 
 def get_config():
-  config = train_speed.gpt2_like(*train_speed.SIZES[{size!r}][:6])
+  config = peers.gpt2_like(*peers.SIZES[{size!r}])
   config.num_steps = config.log.every = config.optim.warmup_steps = 1
   config.data.loader = "synthetic"
   config.log.tensorboard = False
