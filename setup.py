@@ -14,7 +14,7 @@ setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
     "ml-collections>=1.1",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.2",
     "tensorflow-cpu>=2.20",
     "tensorflow-datasets>=4.9.9",
     "importlib_resources",  # TFDS needs it to build a data set, and does not say so

@@ -109,6 +109,7 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.layer_pattern = ("local",)  # local | global, repeated over the layers
   model.attention_scale = 0.0  # factor of the scores; 0 = head_dim ** -0.5
   model.attention_softcap = 0.0  # c * tanh(scores / c) (Gemma 2); 0 = none
+  model.attention_sinks = False  # a learned logit a head joins the softmax (gpt-oss)
   model.logit_softcap = 0.0
   model.head = "lm"  # lm | mlm | sequence | token | span | choice: what is predicted
   model.num_labels = 0  # classes of the heads sequence and token
@@ -126,6 +127,8 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   # | cudnn (NVIDIA, 16 bits)
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
+  # Products of the layers' matrices in 8 bits: none | fp8 | int8 (forward alone).
+  model.quantize = "none"
   model.remat = "none"  # none | full | dots: what the backward pass computes again
   # With remat=full, of query key value attention hidden (of the MLP):
   model.keep = ()  # kept for the backward pass after all
@@ -216,7 +219,6 @@ def lora_knobs() -> ConfigDict:
 def step_knobs() -> ConfigDict:
   step = ConfigDict()
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-  step.chunk_size = 0  # tokens whose logits exist at once; 0 = all of them
   step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
   step.offload_optimizer = False  # its state waits in the memory of the host
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none

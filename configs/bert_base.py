@@ -54,5 +54,4 @@ def get_config():
   config.optim.b2 = 0.999
   config.optim.epsilon = 1e-6
   config.step.accumulation_steps = 8
-  config.step.chunk_size = 8192
   return config

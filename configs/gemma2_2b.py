@@ -47,5 +47,4 @@ def get_config():
   config.optim.warmup_steps = 2000
   config.mesh.fsdp = 8
   config.step.accumulation_steps = 64
-  config.step.chunk_size = 8192
   return config

@@ -19,5 +19,4 @@ def get_config():
   model.mlp_dim = 14_336
   config.mesh.fsdp = 64
   config.step.accumulation_steps = 8
-  config.step.chunk_size = 65_536
   return config

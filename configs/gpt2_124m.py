@@ -40,5 +40,4 @@ def get_config():
   config.optim.warmup_steps = 700
   model.remat = "dots"
   config.step.accumulation_steps = 32
-  config.step.chunk_size = 8192
   return config

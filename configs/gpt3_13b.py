@@ -26,6 +26,5 @@ def get_config():
   config.optim.peak_learning_rate = 1e-4
   config.optim.warmup_steps = 179
   config.mesh.fsdp = 64
-  config.step.chunk_size = 65_536
   config.step.accumulation_steps = 8
   return config

@@ -27,6 +27,5 @@ def get_config():
   config.mesh.fsdp = 128
   config.mesh.tensor = 8
   config.mesh.rules.vocab = ()
-  config.step.chunk_size = 65_536
   config.step.accumulation_steps = 3
   return config

@@ -24,6 +24,5 @@ def get_config():
   config.optim.peak_learning_rate = 1.2e-4
   config.optim.warmup_steps = 179
   config.mesh.fsdp = 64
-  config.step.chunk_size = 65_536
   config.step.accumulation_steps = 4
   return config

@@ -21,5 +21,4 @@ def get_config():
   config.mesh.slice = 2
   config.mesh.fsdp = 512
   config.step.accumulation_steps = 1
-  config.step.chunk_size = 262_144
   return config

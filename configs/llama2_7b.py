@@ -39,5 +39,4 @@ def get_config():
   config.optim.epsilon = 1e-5
   config.mesh.fsdp = 64
   config.step.accumulation_steps = 8
-  config.step.chunk_size = 65_536
   return config

@@ -22,5 +22,4 @@ def get_config():
   config.mesh.data = -1
   config.mesh.fsdp = 8
   config.step.accumulation_steps = 64
-  config.step.chunk_size = 8192
   return config

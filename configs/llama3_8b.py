@@ -34,7 +34,6 @@ def get_config():
 
   config.optim.peak_learning_rate = 3e-4
   config.optim.warmup_steps = 2000
-  config.step.chunk_size = 262_144
   config.mesh.data = 1
   config.mesh.fsdp = 256
   return config

@@ -21,5 +21,4 @@ def get_config():
   config.mesh.fsdp = 16
   config.mesh.expert = 8
   config.step.accumulation_steps = 4
-  config.step.chunk_size = 131_072
   return config

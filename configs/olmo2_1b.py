@@ -23,5 +23,4 @@ def get_config():
   config.optim.warmup_steps = 4000
   config.mesh.fsdp = 8
   config.step.accumulation_steps = 16
-  config.step.chunk_size = 8192
   return config

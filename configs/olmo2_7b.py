@@ -45,5 +45,4 @@ def get_config():
   config.mesh.fsdp = 64
   config.step.z_loss = 1e-5
   config.step.accumulation_steps = 8
-  config.step.chunk_size = 65_536
   return config

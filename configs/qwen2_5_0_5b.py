@@ -23,5 +23,4 @@ def get_config():
   model.tie_embeddings = True
   config.mesh.fsdp = 1
   config.step.accumulation_steps = 256
-  config.step.chunk_size = 8192
   return config

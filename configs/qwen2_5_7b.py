@@ -44,5 +44,4 @@ def get_config():
   config.optim.warmup_steps = 2000
   config.mesh.fsdp = 64
   config.step.accumulation_steps = 8
-  config.step.chunk_size = 65_536
   return config

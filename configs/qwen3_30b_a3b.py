@@ -26,5 +26,4 @@ def get_config():
   config.mesh.tensor = 2
   config.step.accumulation_steps = 16
   model.remat = "none"
-  config.step.chunk_size = 131_072
   return config

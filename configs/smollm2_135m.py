@@ -41,5 +41,4 @@ def get_config():
   config.optim.end_factor = 0.0
   config.optim.weight_decay = 0.01
   config.step.accumulation_steps = 64
-  config.step.chunk_size = 8192
   return config

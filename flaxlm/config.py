@@ -37,6 +37,7 @@ CHOICES = {
   "task.kind": ("none", "classify", "tag", "qa", "choice", "chat"),
   "model.attention": ("auto", "reference", "xla", "splash", "ring", "cudnn"),
   "model.dtype": ("float32", "bfloat16"),
+  "model.quantize": ("none", "fp8", "int8"),
   "model.remat": ("none", "full", "dots"),
   "optim.name": ("adamw", "lion", "adafactor", "muon"),
   "optim.schedule": ("cosine", "linear", "wsd", "constant"),

@@ -91,7 +91,7 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
     result = evaluate(
       model,
       feed.read_validation(),
-      jax.jit(make_eval_step(config.step.chunk_size)),
+      jax.jit(make_eval_step()),
       feed.bytes_per_token(),
       score=scorer(feed),
     )

@@ -5,6 +5,7 @@ after the next step has been dispatched, and a checkpoint is saved before anythi
 could fail.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from flaxlm import config as configs
 from flaxlm import weights
@@ -30,7 +32,7 @@ from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.calibrate import expected_seconds
-from flaxlm.program import build, use_config_mesh
+from flaxlm.program import KERNEL, build, settle_attention, use_config_mesh
 from flaxlm.training import lora
 from flaxlm.training import metrics as reports
 from flaxlm.training.checkpoint import Checkpointer
@@ -51,6 +53,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
   seconds = config.mesh.start_seconds
   hosts.join(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
+    compiled = stack.enter_context(count_programs())
     fate = stack.enter_context(hosts.OneFate())
     knobs = {f"config.{key}": value for key, value in configs.flatten(config).items()}
     hosts.agree("the start", hosts.facts() | knobs, seconds)
@@ -60,7 +63,8 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     if feed.examples:  # kept with the run, so that classes keep their numbers
       config.task.labels = feed.examples.label_names
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
-    hosts.agree("the data", data, seconds)
+    asked, kernel = config.model.attention, settle_attention(config, mesh, workdir)
+    hosts.agree("the data", data | {"the attention kernel": kernel}, seconds)
     program = build(config, mesh)
     target, train_step = program.target, program.train_step
     stack.enter_context(use_config_mesh(config, mesh))
@@ -80,7 +84,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     if config.init_from and (fresh or config.lora.rank):
       state, base = start_from(config, state, target, feed, mesh, fresh)
     first_step = int(state.step)
-    store_run(workdir, config, feed)
+    store_run(workdir, config, feed, asked, kernel)
     summarize(config, workdir, target, feed, mesh, first_step, allocator)
     # Killed between a checkpoint and its evaluation, a run owes that evaluation still.
     owed = evaluation_is_due(config, feed, first_step) and not reports.is_logged(
@@ -90,8 +94,10 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
 
-    eval_step = jax.jit(make_eval_step(config.step.chunk_size))
-    progress = stack.enter_context(Progress(config, workdir, first_step, mesh))
+    eval_step = jax.jit(make_eval_step())
+    progress = stack.enter_context(
+      Progress(config, workdir, first_step, mesh, compiled)
+    )
     profiler = stack.enter_context(Profiler(config.log, workdir))
     evaluated = jax.jit(program.assemble)
     assess = functools.partial(
@@ -224,10 +230,14 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
   return state
 
 
-def store_run(workdir: pathlib.Path, config, feed: Feed) -> None:
+def store_run(workdir: pathlib.Path, config, feed: Feed, asked: str, kernel: str):
   """Keeps the config and the tokenizer with the run: later doors need nothing else."""
   if jax.process_index() == 0:
-    write_atomically(workdir / "config.json", configs.to_json(config).encode())
+    if config.model.attention != asked:
+      write_atomically(workdir / KERNEL, kernel.encode())
+    kept = config.copy_and_resolve_references()
+    kept.model.attention = asked  # other machines have other kernels
+    write_atomically(workdir / "config.json", configs.to_json(kept).encode())
     if feed.chat_template:
       template = feed.chat_template.source.encode()
       write_atomically(workdir / weights.TEMPLATE, template)
@@ -248,7 +258,8 @@ def summarize(config, workdir, target, feed: Feed, mesh, first_step, allocator) 
   reports.print_summary(
     model=f"{model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
-    f"{model.norm}, {model.activation}, {model.dtype}{trained}",
+    f"{model.norm}, {model.activation}, {model.dtype}, attention {model.attention}"
+    f"{trained}",
     parameters={"layers": total - embedded, "embeddings": embedded},
     tokens_per_step=data.batch_size * data.seq_len,
     num_steps=config.num_steps,
@@ -282,10 +293,33 @@ def count(tree) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
+@contextlib.contextmanager
+def count_programs() -> Iterator[collections.Counter]:
+  """Counts how many programs are asked of JAX's cache, and how many it has."""
+  events = collections.Counter()
+
+  def count(event: str, **_) -> None:
+    events[event.rpartition("/")[2]] += 1
+
+  jax.monitoring.register_event_listener(count)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_listener(count)
+
+
+def startup(compiled: collections.Counter) -> str:
+  """How long a user waited for the first step, and what of it was compiled anew."""
+  seconds = time.time() - psutil.Process().create_time()
+  asked, found = compiled["compile_requests_use_cache"], compiled["cache_hits"]
+  cache = f"{found} of {asked} programs came from the cache" if asked else "no cache"
+  return f"first step {seconds:.1f} s after the command; {cache}"
+
+
 class Progress:
   """Reads the numbers of each step one step late; logs every log.every steps."""
 
-  def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh):
+  def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh, compiled):
     self.every, self.num_steps = config.log.every, config.num_steps
     self.bad_steps = BadSteps(config.guards.max_bad_steps)
     bfloat16 = config.model.dtype == "bfloat16"
@@ -300,6 +334,7 @@ class Progress:
       expected_seconds(config, mesh),
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
+    self._compiled = compiled  # of count_programs
 
   def __enter__(self) -> "Progress":
     self.writer.__enter__()
@@ -338,6 +373,7 @@ class Progress:
       self.writer.log(step, values, "train", self._waited)
       self._waited = 0.0
     if first:  # its time was the compiler's
+      say(startup(self._compiled))
       self.writer.restart_clock(step)
 
   @contextlib.contextmanager

@@ -211,4 +211,4 @@ def summary(found: list[tuple]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, cache=False)  # programs for machines elsewhere cannot be read back

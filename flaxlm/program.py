@@ -5,6 +5,7 @@ The loop runs this; `flaxlm.plan` compiles the same for machines that are not he
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +19,11 @@ from flaxlm.data import masking
 from flaxlm.data.batches import SyntheticBatches
 from flaxlm.data.feed import batch_sharding
 from flaxlm.errors import ConfigError
+from flaxlm.kernels import backends
+from flaxlm.kernels.backends import why_not
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.parallel.sharding import check_split, use_mesh
+from flaxlm.relations import attention_case
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import named_leaves
 from flaxlm.training.optim import make_optimizer
@@ -30,6 +34,8 @@ from flaxlm.training.state import (
   shardings_of,
   with_shardings,
 )
+
+KERNEL = "attention.txt"  # in the directory of a run whose kernel was chosen
 
 
 class Program(NamedTuple):
@@ -55,11 +61,10 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
   Raises:
     ConfigError: the mesh, its rules or the kernel do not suit the model or the devices.
   """
-  platform = mesh.devices.flat[0].platform
-  if config.model.attention == "splash" and platform != "tpu":
-    raise ConfigError(
-      "config.model.attention", "splash", f"a kernel for {platform}", "auto"
-    )
+  backend, platform = config.model.attention, mesh.devices.flat[0].platform
+  why = why_not(backend, attention_case(config, platform))
+  if backend != "auto" and why:
+    raise ConfigError("config.model.attention", backend, why, "auto")
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
   init = make_init(config, tx)
   with use_config_mesh(config, mesh):
@@ -80,6 +85,27 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
     out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
   )  # fmt: skip
   return Program(tx, learning_rate, init, target, assemble, train_step)
+
+
+def settle_attention(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
+  """Makes attention=auto one kernel, where it depends on what the doctor measured.
+
+  A resumed run keeps the kernel that it began with, whatever the doctor has found
+  since: the loop writes it to KERNEL.
+
+  Returns:
+    What that file is to say: device, version of JAX and kernel.
+  """
+  device, model = mesh.devices.flat[0], config.model
+  where = f"{device.device_kind}, jax {jax.__version__}: "
+  if model.attention == "auto" and device.platform in backends.FUSED:
+    file = workdir / KERNEL
+    before = file.read_text() if file.is_file() else ""
+    measured = backends.load_measured(device.device_kind, jax.__version__)
+    chosen = backends.choose(attention_case(config, device.platform), measured)
+    begun = before.startswith(where)
+    model.attention = before.removeprefix(where).strip() if begun else chosen
+  return f"{where}{model.attention}\n"
 
 
 def make_init(config, tx) -> Callable:

@@ -7,6 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from flaxlm.kernels.backends import Case, why_not
 from flaxlm.parallel import AXES, BATCH
 
 
@@ -79,15 +80,25 @@ def mesh_relations(config: ConfigDict):
     divisors(max(experts, 1), mesh.expert),
   )
   yield from context_relations(config)
-  yield from splash_relations(config)
+  # What a kernel cannot compute; what it needs of the devices is seen later.
+  why = why_not(model.attention, attention_case(config))
+  yield model.attention == "auto" or why is None, "model.attention", f"{why}", "auto"
 
 
-def splash_relations(config: ConfigDict):
-  """What a kernel that knows no prefix cannot compute."""
+def attention_case(config: ConfigDict, platform: str = "") -> Case:
+  """What the config asks of a kernel for attention."""
+  model, length = config.model, config.data.seq_len
   asked = config.objective.kind if config.task.kind == "none" else config.task.kind
-  plain = config.model.attention != "splash" or asked not in ("prefix", "span")
-  needed = f"auto, for config.objective.kind={asked}: its prefix is seen by all"
-  yield plain, "model.attention", needed, "auto"
+  return Case(
+    platform,
+    model.dtype,
+    length,
+    length,
+    model.head_dim,
+    model.attention_softcap,
+    prefix=asked in ("prefix", "span"),
+    sinks=model.attention_sinks,
+  )
 
 
 def context_relations(config: ConfigDict):
@@ -168,8 +179,12 @@ def model_relations(model: ConfigDict):
     model.norm_placement in ("pre", "both") and moe.num_experts == 0
   )
   yield alone, "model.first_norm", "True, unless norms come before dense layers", "True"
-  plain = model.attention != "cudnn" or model.attention_softcap == 0
-  yield plain, "model.attention", "a backend that can soft-cap scores", "xla"
+  yield (
+    moe.num_experts == 0 or model.quantize == "none",
+    "model.quantize",
+    "none with experts, whose grouped products (ragged_dot) are not quantised",
+    "none",
+  )
 
 
 # Which head the model needs for what it is asked to do.

@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+# Processes that tests start keep no programs in the cache of who runs them.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import pytest

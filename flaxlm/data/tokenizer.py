@@ -9,7 +9,6 @@ are pieces of their own, so a text cut after a newline has the ids of the whole.
 import codecs
 import hashlib
 import io
-import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -101,13 +100,12 @@ class Tokenizer:
           marks.append(len(chunks))
           chunks.append(part)
       counts.append(len(chunks) - before)
-    ids = self._sp.encode(chunks, num_threads=num_threads)
+    ids = self._sp.encode(chunks, num_threads=num_threads, return_type="numpy")
     for number in marks:
-      ids[number] = self._mark + ids[number]
+      ids[number] = np.concatenate([np.array(self._mark, np.int32), ids[number]])
     batch, start = [], 0
     for count in counts:
-      flat = itertools.chain.from_iterable(ids[start : start + count])
-      batch.append(np.fromiter(flat, np.int32))
+      batch.append(np.concatenate(ids[start : start + count]))
       start += count
     return batch
 

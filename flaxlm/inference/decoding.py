@@ -92,6 +92,20 @@ def decode(
   return tokens_PB.T, logits_BV, cache
 
 
+def unstack(model: Transformer) -> Transformer:
+  """Returns the model with arrays for each layer: of a stack of layers XLA:CPU would
+  copy each layer's part out for every token. `generate` does it where it is not done.
+  """
+  model = jax.tree.map(lambda x: x, model)  # the caller's keeps its stack
+  for name in ("first_blocks", "blocks"):
+    blocks = getattr(model, name)
+    if blocks is not None and not isinstance(blocks, tuple):
+      layers = range(len(jax.tree.leaves(blocks)[0]))
+      split = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in layers]
+      setattr(model, name, tuple(split))
+  return model
+
+
 def generate(
   model: Transformer,
   prompts: list[list[int]],
@@ -109,7 +123,7 @@ def generate(
     allowed_V: which ids may be drawn.
   """
   assert prompts and all(prompts), "a prompt needs at least one token"
-  context = model.config.max_len
+  model, context = unstack(model), model.config.max_len
   if context < 2 * PORTION:
     raise ConfigError(
       "config.model.max_len", context, f"at least {2 * PORTION} to decode"
@@ -120,9 +134,8 @@ def generate(
     if room < PORTION:
       keep = context - PORTION if made == 0 else context // 2
       texts = [text[-keep:] for text in texts]
-      logits_BV, cache, length = _start(model, texts, context)
+      logits_BV, cache, room = _start(model, texts, max_tokens - made)
       next_position_B = jnp.array([len(text) for text in texts], jnp.int32)
-      room = context - length
     tokens_BP, logits_BV, cache = decode(
       model, logits_BV, cache, next_position_B, made, allowed_V, sampling
     )
@@ -135,16 +148,25 @@ def generate(
     yield new
 
 
-def _start(model: Transformer, texts: list[list[int]], context: int):
-  """Prefills a cache with left-padded texts; lengths are rounded up to compile less."""
-  longest = max(map(len, texts))
-  length = min(1 << (longest - 1).bit_length(), context - PORTION)
-  length = max(length, longest)
+def _start(model: Transformer, texts: list[list[int]], max_tokens: int):
+  """Prefills a cache with left-padded texts; returns (scores, cache, its empty slots).
+
+  Lengths are rounded up, to compile less; the cache has no more slots than will be
+  filled, as each token reads all of them.
+  """
+  context, longest = model.config.max_len, max(map(len, texts))
+  length = max(longest, min(round_up(longest), context - PORTION))
+  slots = min(round_up(length + -(-max_tokens // PORTION) * PORTION), context)
   tokens = np.zeros((len(texts), length), np.int32)
   segment_ids = np.zeros((len(texts), length), np.int32)
   for i, text in enumerate(texts):
     tokens[i, length - len(text) :] = text
     segment_ids[i, length - len(text) :] = 1
-  cache = KVCache.empty(model.config, len(texts), context)
+  cache = KVCache.empty(model.config, len(texts), slots)
   logits_BV, cache = prefill(model, tokens, segment_ids, cache)
-  return logits_BV, cache, length
+  return logits_BV, cache, slots - length
+
+
+def round_up(length: int) -> int:
+  """The next power of two."""
+  return 1 << (length - 1).bit_length()

@@ -26,6 +26,7 @@ NEUTRAL = {
   "layer_pattern": ("local",),
   "attention_scale": 0.0,
   "attention_softcap": 0.0,
+  "attention_sinks": False,
   "logit_softcap": 0.0,
   "num_labels": 0,
   "pooling": "first",
@@ -53,7 +54,7 @@ NEUTRAL = {
 }
 # Fields that decide how a model is trained or run, and not what it computes.
 NOT_COMPUTED = {
-  *("attention", "dtype", "remat", "keep", "offload", "unroll", "dropout"),
+  *("attention", "dtype", "quantize", "remat", "keep", "offload", "unroll", "dropout"),
   *("moe.balance", "moe.aux_loss", "moe.z_loss", "moe.bias_rate"),
   "moe.capacity_factor",  # drops tokens in training; others read such models dropless
 }

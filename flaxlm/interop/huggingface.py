@@ -50,6 +50,7 @@ FLOATS = (*DTYPES.values(), np.dtype(np.float64))
 RUNTIME = {
   "attention": "auto",
   "dtype": "float32",
+  "quantize": "none",
   "remat": "none",
   "keep": (),
   "offload": (),

@@ -7,7 +7,13 @@ equal it; one that cannot honour a mask or a type raises and computes nothing el
 import jax
 import jax.numpy as jnp
 
-BACKENDS = ("reference", "xla", "cudnn")
+from flaxlm.kernels.backends import FORMS, Case, why_not
+from flaxlm.kernels.chunked_attention import chunked_attention, pays
+from flaxlm.kernels.dense_attention import dense_attention
+from flaxlm.kernels.masks import check_masks, check_shapes, visible
+
+# `xla` is by shape `dense`, whose scores exist as a whole, or `chunked`.
+HERE = ("reference", "xla", "cudnn", *FORMS)
 
 
 def attention(
@@ -18,12 +24,13 @@ def attention(
   q_segment_ids_BL: jax.Array | None = None,
   k_segment_ids_BM: jax.Array | None = None,
   k_prefix_BM: jax.Array | None = None,
+  sinks_N: jax.Array | None = None,
   q_offset: jax.Array | int = 0,
   causal: bool = True,
   window: jax.Array | int = 0,
   scale: float = 0.0,
   softcap: float = 0.0,
-  backend: str = "auto",
+  backend: str = "xla",
 ) -> jax.Array:
   """Returns softmax(scale * q k^T) v as BLNH, in the type of `q_BLNH`.
 
@@ -31,54 +38,60 @@ def attention(
   m <= its own slot or `k_prefix_BM` is set there (causal), its own slot and m are less
   than `window` apart (window > 0), and the segment ids are equal (both given). N must
   be a multiple of K: query head n reads k/v head n // (N/K). scale 0 is H ** -0.5; a
-  softcap c bends scores to c * tanh(scores / c) (Gemma 2, arXiv 2408.00118).
+  softcap c bends scores to c * tanh(scores / c) (Gemma 2, arXiv 2408.00118). A sink is
+  one more score of each query, neither scaled nor bent, of a key whose value is 0
+  (gpt-oss, arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453).
 
   Raises:
     ValueError: the backend cannot compute this, or the shapes do not fit.
   """
-  if backend == "auto":  # cudnn, once its masks have been tested on a GPU
-    backend = "xla"
-  if backend not in BACKENDS:
-    raise ValueError(f"attention={backend} is not one of {BACKENDS}")
+  if backend not in HERE:
+    raise ValueError(f"attention={backend} is not one of {HERE}")
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
-  if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
-    raise ValueError("segment ids are needed for queries and keys, or for neither")
-  if k_prefix_BM is not None and not causal:
-    raise ValueError("a prefix is defined for causal attention only")
+  check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal)
   L, H, M = *q_BLNH.shape[1::2], k_BMKH.shape[1]
   scale = scale or H**-0.5
-  # A mask that is causal alone need not exist as an array.
-  static = isinstance(q_offset, int) and isinstance(window, int)
-  masks = q_segment_ids_BL is not None or k_prefix_BM is not None or window
-  plain = static and not masks and q_offset == 0 and L == M
-  mask_BLM = None
-  if backend == "reference" or softcap or not plain:
-    mask_BLM = visible(
-      L, M, q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window
-    )
+  if backend == "xla":
+    backend = "chunked" if pays(jax.default_backend(), L, M) else "dense"
+  arrays = (q_BLNH, k_BMKH, v_BMKH, sinks_N)
+  masks = (q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window)
+  if backend == "chunked":
+    return chunked_attention(*arrays, *masks, scale, softcap)
   if backend == "cudnn":
-    check_cudnn(q_BLNH, softcap)
+    case = Case(jax.default_backend(), q_BLNH.dtype.name, L, M, H, softcap)
+    refuse("cudnn", case._replace(sinks=sinks_N is not None))
   if backend == "reference":
-    q, k, v = (x.astype(jnp.float32) for x in (q_BLNH, k_BMKH, v_BMKH))
-    return dense(q, k, v, mask_BLM, scale, softcap).astype(q_BLNH.dtype)
-  if softcap:
-    return dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale, softcap)
+    arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
+    out_BLNH = define(*arrays, visible(L, M, *masks), scale, softcap)
+    return out_BLNH.astype(q_BLNH.dtype)
+  if backend == "dense" and (softcap or sinks_N is not None):
+    return define(*arrays, visible(L, M, *masks), scale, softcap)
+  at_home = isinstance(q_offset, int) and q_offset == 0
+  square = at_home and L == M and k_prefix_BM is None
+  if backend == "dense":
+    arrays = (*arrays[:3], visible(L, M, *masks))
+    return dense_attention(*arrays, scale, only_before=causal and square)
+  # A mask that is causal alone need not exist as an array.
+  plain = square and q_segment_ids_BL is None and isinstance(window, int) and not window
   return jax.nn.dot_product_attention(
-    q_BLNH, k_BMKH, v_BMKH, mask=None if mask_BLM is None else mask_BLM[:, None],
-    scale=scale, is_causal=causal and plain, implementation=backend,
+    q_BLNH, k_BMKH, v_BMKH, mask=None if plain else visible(L, M, *masks)[:, None],
+    scale=scale, is_causal=causal and plain, implementation="cudnn",
   )  # fmt: skip
 
 
-def check_shapes(q_BLNH, k_BMKH, v_BMKH) -> None:
-  B, _, N, H = q_BLNH.shape
-  K = k_BMKH.shape[2]
-  if N % K or v_BMKH.shape != k_BMKH.shape or k_BMKH.shape[::3] != (B, H):
+def refuse(backend: str, case: Case) -> None:
+  """Raises ValueError if the backend cannot compute this."""
+  if reason := why_not(backend, case):
     raise ValueError(
-      f"shapes do not fit: q {q_BLNH.shape} k {k_BMKH.shape} v {v_BMKH.shape}"
+      f"attention={backend} cannot compute this\n"
+      f"  needed: {reason}\n"
+      "  try:    config.model.attention=auto"
     )
 
 
-def dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale: float, softcap: float) -> jax.Array:
+def define(
+  q_BLNH, k_BMKH, v_BMKH, sinks_N, mask_BLM, scale: float, softcap: float
+) -> jax.Array:
   """The definition; scores in float32. `mask_BLM`: where a query sees a key."""
   B, L, N, H = q_BLNH.shape
   K = k_BMKH.shape[2]
@@ -88,54 +101,12 @@ def dense(q_BLNH, k_BMKH, v_BMKH, mask_BLM, scale: float, softcap: float) -> jax
   )
   if softcap:
     scores = softcap * jnp.tanh(scores / softcap)
-  weights = jax.nn.softmax(jnp.where(mask_BLM[:, None, None], scores, -1e30))
+  scores = jnp.where(mask_BLM[:, None, None], scores, -1e30)
+  if sinks_N is None:
+    weights = jax.nn.softmax(scores)
+  else:
+    sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.logaddexp(lse, sinks_KG11))
   out_BLKGH = jnp.einsum("BKGLM,BMKH->BLKGH", weights.astype(v_BMKH.dtype), v_BMKH)
   return out_BLKGH.reshape(B, L, N, H)
-
-
-def visible(
-  L: int,
-  M: int,
-  q_segment_ids_BL,
-  k_segment_ids_BM,
-  k_prefix_BM,
-  q_offset,
-  causal: bool,
-  window,
-) -> jax.Array:
-  """The mask as booleans, BLM (B is 1 where no rows differ)."""
-  q_slot = (q_offset + jnp.arange(L))[None, :, None]
-  k_slot = jnp.arange(M)[None, None, :]
-  mask = jnp.ones((1, L, M), bool)
-  if causal:
-    mask = k_slot <= q_slot
-    if k_prefix_BM is not None:
-      mask = mask | (k_prefix_BM[:, None, :] > 0)
-  if not isinstance(window, int):  # the layers of a scan have different ones
-    mask = mask & ((window == 0) | (jnp.abs(q_slot - k_slot) < window))
-  elif window:
-    mask = mask & (jnp.abs(q_slot - k_slot) < window)
-  if q_segment_ids_BL is not None:
-    mask = mask & (q_segment_ids_BL[:, :, None] == k_segment_ids_BM[:, None, :])
-  return mask
-
-
-def check_cudnn(q_BLNH: jax.Array, softcap: float) -> None:
-  if jax.default_backend() != "gpu":
-    raise ValueError(
-      "attention=cudnn needs an NVIDIA GPU\n"
-      f"  given:  {jax.default_backend()}\n"
-      "  needed: config.model.attention = auto, xla or reference"
-    )
-  if q_BLNH.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(
-      "attention=cudnn computes in 16 bits only\n"
-      f"  given:  {q_BLNH.dtype}\n"
-      "  needed: config.model.dtype = bfloat16, or config.model.attention = xla"
-    )
-  if softcap:
-    raise ValueError(
-      "attention=cudnn cannot soft-cap scores\n"
-      f"  given:  config.model.attention_softcap = {softcap}\n"
-      "  needed: config.model.attention = xla"
-    )

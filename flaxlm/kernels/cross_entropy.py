@@ -1,59 +1,201 @@
 """Cross entropy of a linear layer's logits, without keeping all logits at once.
 
-The logits of V words for T tokens are the largest array of a step. `chunk_size` tokens
-of them exist at a time; the backward pass computes each chunk again.
+The logits of V words for T tokens are the largest array of a step. Here they exist a
+chunk of tokens at a time, and a chunk's gradients are made while its logits are there:
+three matrix products, as without chunks, and nothing is computed again. For that the
+weight of each token in the loss must be known beforehand (Liger, arXiv 2410.10989).
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+# Of one device's logits in float32. Each chunk reads and writes the gradient of the
+# matrix once, which takes as long as its products where it has few tokens (GPU: 600).
+LOGITS_BYTES = 1 << 30
+
+
+class Split(NamedTuple):
+  """The mesh axes that split the arrays; () is none."""
+
+  tokens: tuple[str, ...] = ()
+  words: tuple[str, ...] = ()
+  embed: tuple[str, ...] = ()  # of `tokens`: they split the gradient of the matrix by D
+
+
+def chunk_tokens(tokens: int, words: int) -> int:
+  """How many of a device's tokens have their logits at once, for `words` a device."""
+  chunks = -(-tokens * words * 4 // LOGITS_BYTES)
+  if chunks <= 1:
+    return tokens
+  size = -(-tokens // chunks)
+  return min(size + -size % 128, tokens)  # whole tiles of a matrix unit
 
 
 def linear_cross_entropy(
   x_TD: jax.Array,
   weight_DV: jax.Array,
   targets_T: jax.Array,
+  scale_T: jax.Array,
   *,
   bias_V: jax.Array | None = None,
   softcap: float = 0.0,
   z_loss: float = 0.0,
-  chunk_size: int = 0,
+  split: Split | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns each token's loss in nats, and log(Z)^2 times `z_loss`; both float32, T.
+  """Returns (sum of scaled losses, each token's cross entropy in nats, T); float32.
 
-  loss = log(sum_v exp(logits_v)) - logits_target, and z_loss * log(Z)^2 keeps the
-  logits from drifting (PaLM, arXiv 2204.02311, section 5). A softcap c bends logits to
-  c * tanh(logits / c) (Gemma 2). chunk_size 0 takes all tokens at once; otherwise T
-  need not be a multiple of it.
+  The sum is of scale * (nats + z_loss * log(Z)^2), where nats = log(Z) - logits_target
+  and Z = sum_v exp(logits_v); z_loss keeps the logits from drifting (PaLM, arXiv
+  2204.02311, section 5). A softcap c bends logits to c * tanh(logits / c) (Gemma 2).
+  Gradients flow through the sum alone, to x, weight and bias.
+
+  Args:
+    scale_T: of each token's loss; a constant, float32.
+    split: how the mesh splits T and V. D is whole on each device.
   """
-  T = x_TD.shape[0]
-
-  def losses(x_TD, targets_T):
-    logits_TV = jnp.einsum(
-      "TD,DV->TV", x_TD, weight_DV, preferred_element_type=jnp.float32
-    )
-    if bias_V is not None:
-      logits_TV += bias_V[None, :]
-    if softcap:
-      logits_TV = softcap * jnp.tanh(logits_TV / softcap)
-    log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
-    # A comparison instead of a gather: its gradient is elementwise, and it needs no
-    # communication when V is split over devices.
-    words_V = jax.lax.iota(jnp.int32, logits_TV.shape[1])
-    is_target_TV = words_V[None, :] == targets_T[:, None]
-    target_logits_T = jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1)
-    return log_z_T - target_logits_T, z_loss * jnp.square(log_z_T)
-
-  if not chunk_size or chunk_size >= T:
-    return losses(x_TD, targets_T)
-  num_chunks = -(-T // chunk_size)
-  padding = num_chunks * chunk_size - T
-  # Chunk i takes tokens i, i + n, i + 2n ...: each device then has its share of every
-  # chunk, and none has to gather the tokens of others.
-  x_TD = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(chunk_size, num_chunks, -1)
-  x_TD = jnp.swapaxes(x_TD, 0, 1)
-  targets_T = jnp.pad(targets_T, (0, padding)).reshape(chunk_size, num_chunks).T
-  _, chunks = jax.lax.scan(
-    lambda _, chunk: (None, jax.checkpoint(losses)(*chunk)), None, (x_TD, targets_T)
+  options = _Options(float(softcap), float(z_loss), split or Split())
+  total, nats_T = _scaled_sum(
+    options, x_TD, weight_DV, bias_V, targets_T, jax.lax.stop_gradient(scale_T)
   )
-  loss, penalty = jax.tree.map(lambda chunk: chunk.T.reshape(-1)[:T], chunks)
-  return loss, penalty
+  return total, jax.lax.stop_gradient(nats_T)
+
+
+class _Options(NamedTuple):
+  softcap: float
+  z_loss: float
+  split: Split
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled_sum(options, *arrays):
+  return _on_each_device(options, False, *arrays)[:2]
+
+
+def _forward(options, *arrays):
+  total, nats_T, gradients = _on_each_device(options, True, *arrays)
+  return (total, nats_T), gradients
+
+
+def _backward(options, gradients, cotangents):
+  factor = cotangents[0]  # 1, and gone when compiled, where the sum is what is trained
+  scaled = jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
+  return *scaled, None, None
+
+
+_scaled_sum.defvjp(_forward, _backward)
+
+
+def _on_each_device(options, with_gradients: bool, *arrays):
+  """Returns (sum, nats T, gradients of x, weight and bias, or None)."""
+  compute = functools.partial(_compute, options, with_gradients)
+  tokens, words, embed = options.split
+  if not tokens and not words:
+    return compute(*arrays)
+  P = jax.sharding.PartitionSpec
+  of_tokens, of_words = P(tokens or None), P(words or None)
+  gradients = (of_tokens, P(embed or None, words or None), of_words)
+  if not with_gradients:
+    gradients = None
+  elif arrays[2] is None:
+    gradients = (*gradients[:2], None)
+  return jax.shard_map(
+    compute,
+    in_specs=(of_tokens, P(None, words or None), of_words, of_tokens, of_tokens),
+    out_specs=(P(), of_tokens, gradients),
+    check_vma=False,
+  )(*arrays)
+
+
+def _compute(
+  options, with_gradients: bool, x_TD, weight_DV, bias_V, targets_T, scale_T
+):
+  """The part of one device: its own tokens, chunk by chunk, and its own words."""
+  tokens, words, embed = options.split
+  (T, D), V = x_TD.shape, weight_DV.shape[1]
+  size = chunk_tokens(T, V)
+  # Sums over chunks are kept in float32; a single product rounds its result itself.
+  sum_type = weight_DV.dtype if size == T else jnp.float32
+  dw_type = sum_type if with_gradients else None
+  part = functools.partial(_chunk, options, dw_type, weight_DV, bias_V)
+  if size == T:
+    total, nats_T, gradients = part(x_TD, targets_T, scale_T)
+  else:
+
+    def cut(x):
+      padding = ((0, -T % size),) + ((0, 0),) * (x.ndim - 1)
+      return jnp.pad(x, padding).reshape(-1, size, *x.shape[1:])
+
+    def step(sums, chunk):
+      total, nats_C, gradients = part(*chunk)
+      dx_CD, *rest = gradients or (None,)
+      return jax.tree.map(jnp.add, sums, (total, rest)), (nats_C, dx_CD)
+
+    rest = [jnp.zeros((D, V)), None if bias_V is None else jnp.zeros(V)]
+    zero = jnp.zeros(()), rest if with_gradients else []
+    chunks = cut(x_TD), cut(targets_T), cut(scale_T)
+    (total, rest), (nats_T, dx_TD) = jax.lax.scan(step, zero, chunks)
+    nats_T = nats_T.reshape(-1)[:T]
+    gradients = None
+    if with_gradients:
+      gradients = dx_TD.reshape(-1, D)[:T], *rest
+  total = jax.lax.psum(total, tokens) if tokens else total
+  if gradients is None:
+    return total, nats_T, None
+  # Rounded before they travel, as the gradients of all other weights.
+  dx_TD, *rest = gradients
+  dw_DV, db_V = (
+    None if g is None else g.astype(p.dtype)
+    for g, p in zip(rest, (weight_DV, bias_V), strict=True)
+  )
+  if words:
+    dx_TD = jax.lax.psum(dx_TD, words)
+  if embed:
+    dw_DV = jax.lax.psum_scatter(dw_DV, embed, tiled=True)
+  if replicas := tuple(axis for axis in tokens if axis not in embed):
+    dw_DV = jax.lax.psum(dw_DV, replicas)
+  if tokens and db_V is not None:
+    db_V = jax.lax.psum(db_V, tokens)
+  return total, nats_T, (dx_TD, dw_DV, db_V)
+
+
+def _chunk(options, dw_type, weight_DV, bias_V, x_TD, targets_T, scale_T):
+  """Returns (sum, nats T, gradients or None) of a chunk; dw_type None asks for none."""
+  softcap, z_loss, (_, words, _) = options
+  logits_TV = jnp.einsum(
+    "TD,DV->TV", x_TD, weight_DV, preferred_element_type=jnp.float32
+  )
+  if bias_V is not None:
+    logits_TV += bias_V[None, :]
+  if softcap:
+    logits_TV = softcap * jnp.tanh(logits_TV / softcap)
+  top_T = jnp.max(logits_TV, axis=-1)
+  if words:
+    top_T = jax.lax.pmax(top_T, words)
+  exp_TV = jnp.exp(logits_TV - top_T[:, None])
+  # A comparison instead of a gather: elementwise, and any device may hold the word.
+  V = logits_TV.shape[1]
+  words_V = jax.lax.iota(jnp.int32, V) + (V * jax.lax.axis_index(words) if words else 0)
+  is_target_TV = words_V[None, :] == targets_T[:, None]
+  sums_2T = jnp.stack(
+    [jnp.sum(exp_TV, axis=-1), jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), -1)]
+  )
+  if words:
+    sums_2T = jax.lax.psum(sums_2T, words)
+  z_T, target_logits_T = sums_2T
+  log_z_T = top_T + jnp.log(z_T)
+  nats_T = log_z_T - target_logits_T
+  total = jnp.sum(scale_T * (nats_T + z_loss * jnp.square(log_z_T)))
+  if dw_type is None:
+    return total, nats_T, None
+  share_T = scale_T * (1 + 2 * z_loss * log_z_T) / z_T
+  d_TV = share_T[:, None] * exp_TV - jnp.where(is_target_TV, scale_T[:, None], 0.0)
+  if softcap:
+    d_TV *= 1 - jnp.square(logits_TV / softcap)
+  db_V = None if bias_V is None else jnp.sum(d_TV, axis=0)
+  d_TV = d_TV.astype(x_TD.dtype)
+  dx_TD = jnp.einsum("TV,DV->TD", d_TV, weight_DV)
+  dw_DV = jnp.einsum("TD,TV->DV", x_TD, d_TV, preferred_element_type=dw_type)
+  return total, nats_T, (dx_TD, dw_DV, db_V)

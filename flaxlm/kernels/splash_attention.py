@@ -9,15 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flaxlm.kernels.attention import check_shapes
+from flaxlm.kernels.attention import refuse
+from flaxlm.kernels.backends import LANES, Case
+from flaxlm.kernels.masks import check_shapes
 
-LANES = 128  # the kernel works on so many tokens at least
 BLOCK = 512  # tokens of a block; larger ones do not fit beside each other
-
-
-def can_splash(L: int, M: int, head_dim: int, prefix_BM) -> bool:
-  """Whether the kernel can compute this; `attention=auto` asks."""
-  return L == M and L % LANES == 0 and head_dim % 64 == 0 and prefix_BM is None
 
 
 @functools.lru_cache(maxsize=32)
@@ -55,6 +51,7 @@ def splash_attention(
   v_BMKH: jax.Array,
   segment_ids_BL: jax.Array,
   *,
+  sinks_N: jax.Array | None = None,
   causal: bool = True,
   window: jax.Array | int = 0,
   sliding_window: int = 0,
@@ -72,13 +69,7 @@ def splash_attention(
   """
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
   L, N, H = q_BLNH.shape[1:]
-  if not can_splash(L, k_BMKH.shape[1], H, None):
-    raise ValueError(
-      "attention=splash cannot compute these shapes\n"
-      f"  given:  {L} queries, {k_BMKH.shape[1]} keys, head_dim {H}\n"
-      f"  needed: rows of a multiple of {LANES} tokens, head_dim a multiple of 64,\n"
-      "          or config.model.attention = xla"
-    )
+  refuse("splash", Case("", q_BLNH.dtype.name, L, k_BMKH.shape[1], H, softcap))
   q_BNLH, k_BKMH, v_BKMH = (
     jnp.swapaxes(x, 1, 2) for x in (q_BLNH * (scale or H**-0.5), k_BMKH, v_BMKH)
   )
@@ -87,7 +78,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     kernel = make_kernel(N, L, causal, window, softcap, interpret)
-    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, SegmentIds(s, s)))(
+    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, SegmentIds(s, s), sinks_N))(
       q_BNLH, k_BKMH, v_BKMH, segment_ids_BL
     )
 

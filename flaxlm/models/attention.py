@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.attention import attention
+from flaxlm.kernels.attention import attention, refuse
+from flaxlm.kernels.backends import Case, choose, load_measured
+from flaxlm.kernels.chunked_attention import pays
 from flaxlm.kernels.ring_attention import ring_attention
-from flaxlm.kernels.splash_attention import can_splash, splash_attention
+from flaxlm.kernels.splash_attention import splash_attention
 from flaxlm.models.layers import (
   Norm,
   TransformerConfig,
@@ -34,26 +36,42 @@ from flaxlm.parallel.sharding import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-  """Keys and values of the tokens seen so far, for all layers.
+  """Keys and values of the tokens seen so far: for each layer an array BKHM.
 
-  Slots from `length` on are empty; their segment id is -1, which no query has.
+  B or K that is 1 is left out, and slots stand last: of other arrays XLA:CPU makes a
+  copy for each token. Slots from `length` on are empty; their segment id is -1, which
+  no query has.
   """
 
-  k_SBMKH: jax.Array
-  v_SBMKH: jax.Array
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
   segment_ids_BM: jax.Array
   length: jax.Array
 
   @classmethod
   def empty(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
-    S, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    shape = (S, batch_size, max_len, K, H)
-    return cls(
-      jnp.zeros(shape, config.dtype),
-      jnp.zeros(shape, config.dtype),
-      jnp.full((batch_size, max_len), -1, jnp.int32),
-      jnp.zeros((), jnp.int32),
+    rows = (n for n in (batch_size, config.num_kv_heads) if n > 1)
+    shape = (*rows, config.head_dim, max_len)
+    k, v = (
+      tuple(jnp.zeros(shape, config.dtype) for _ in config.layers) for _ in range(2)
     )
+    segment_ids_BM = jnp.full((batch_size, max_len), -1, jnp.int32)
+    return cls(k, v, segment_ids_BM, jnp.zeros((), jnp.int32))
+
+  def append(self, layer: int, k_BLKH, v_BLKH):
+    """Returns (the cache with these at its end, all of this layer's k and v, BMKH)."""
+    B, L, K, H = k_BLKH.shape
+
+    def write(layers, new_BLKH):
+      new = new_BLKH.transpose(0, 2, 3, 1).reshape(*layers[layer].shape[:-1], L)
+      at = (0,) * (new.ndim - 1) + (self.length,)
+      new = jax.lax.dynamic_update_slice(layers[layer], new, at)
+      layers = (*layers[:layer], new, *layers[layer + 1 :])
+      return layers, new.reshape(B, K, H, -1).transpose(0, 3, 1, 2)
+
+    k, k_BMKH = write(self.k, k_BLKH)
+    v, v_BMKH = write(self.v, v_BLKH)
+    return dataclasses.replace(self, k=k, v=v), k_BMKH, v_BMKH
 
 
 class View(NamedTuple):
@@ -101,13 +119,14 @@ class Attention(nnx.Module):
     self.out_bias = bias((D,), ("norm",)) if config.use_bias else None
     self.query_norm = head_norm(config, N)
     self.key_norm = head_norm(config, K)
+    self.sinks = bias((N,), ("heads",)) if config.attention_sinks else None
     self.config = config
 
   def __call__(self, x_TD, view: View, window, cache: KVCache | None, layer):
     """Returns (output TD, cache with this layer's keys and values written)."""
 
     def heads(weight, bias):
-      y_TNH = add_bias(project(x_TD, weight, "TD,DNH->TNH"), bias)
+      y_TNH = add_bias(project(x_TD, weight, quantize=self.config.quantize), bias)
       y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
       return constrain(y_BLNH, "batch", "length", "heads", None)
 
@@ -125,30 +144,27 @@ class Attention(nnx.Module):
     k_segment_ids_BM, k_prefix_BM, offset = view.segment_ids_BL, view.prefix_BL, 0
     if cache is not None:
       offset, k_segment_ids_BM = cache.length, cache.segment_ids_BM
-      at = (layer, 0, offset, 0, 0)
-      cache = dataclasses.replace(
-        cache,
-        k_SBMKH=jax.lax.dynamic_update_slice(cache.k_SBMKH, k_BMKH[None], at),
-        v_SBMKH=jax.lax.dynamic_update_slice(cache.v_SBMKH, v_BMKH[None], at),
-      )
-      k_BMKH, v_BMKH = cache.k_SBMKH[layer], cache.v_SBMKH[layer]
+      cache, k_BMKH, v_BMKH = cache.append(layer, k_BMKH, v_BMKH)
       if k_prefix_BM is not None:  # tokens of the cache come before: seen anyway
         none_BM = jnp.zeros_like(cache.segment_ids_BM)
         k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, k_prefix_BM, (0, offset))
 
     if cache is None:
-      out_BLNH = attend(self.config, q_BLNH, k_BMKH, v_BMKH, view, window)
+      out_BLNH = attend(
+        self.config, q_BLNH, k_BMKH, v_BMKH, value_of(self.sinks), view, window
+      )
     else:
-      backend = self.config.attention
-      in_cache = "auto" if backend in ("ring", "splash") else backend
+      in_cache = "reference" if self.config.attention == "reference" else "xla"
       out_BLNH = attention(
         q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL,
         k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, q_offset=offset,
-        window=window, backend=in_cache, **mask_and_scale(self.config),
+        sinks_N=value_of(self.sinks), window=window, backend=in_cache,
+        **mask_and_scale(self.config),
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
-    return add_bias(project(out_TNH, self.out, "TNH,NHD->TD"), self.out_bias), cache
+    out_TD = project(out_TNH, self.out, 2, self.config.quantize)
+    return add_bias(out_TD, self.out_bias), cache
 
 
 def mask_and_scale(config: TransformerConfig) -> dict:
@@ -159,81 +175,78 @@ def mask_and_scale(config: TransformerConfig) -> dict:
   }
 
 
-def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, view: View, window):
+def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, window):
   """Attention within the rows of a batch, by the backend and the mesh of the config.
 
   Where the length is split and the backend is not a ring, each device gets whole rows
   of some heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al.
   2023, arXiv 2309.14509).
   """
-  now, backend = layout(), config.attention
+  now = layout()
   split = now is not None and now.ways("length") > 1
+  backend = form_of(config, view, q_BLNH.shape[1], split)
+  rows, heads = ("batch", None), "all_heads" if split else "heads"
   if backend == "ring":
-    if split:
-      return ring(config, q_BLNH, k_BMKH, v_BMKH, view, window)
-    backend = "auto"
-  if backend == "auto" and on_tpu(now):
-    L, H = q_BLNH.shape[1], q_BLNH.shape[3]
-    backend = "splash" if can_splash(L, L, H, view.prefix_BL) else "xla"
-  dims = ("batch", None, "all_heads" if split else "heads", None)
-  ids_BL, prefix_BL = view.segment_ids_BL, view.prefix_BL
-  if split:
+    rows, heads = ("batch", "length"), "heads"
+  dims = (*rows, heads, None)
+  ids_BL = view.segment_ids_BL
+  if split and backend != "ring":
     q_BLNH, k_BMKH, v_BMKH = (constrain(x, *dims) for x in (q_BLNH, k_BMKH, v_BMKH))
-    ids_BL = constrain(ids_BL, "batch", None)
-  if backend == "splash":
-    if prefix_BL is not None:
-      raise ValueError(
-        "attention=splash cannot let a prefix be seen from both sides\n"
-        "  needed: config.model.attention = auto, xla or ring"
-      )
-    # A kernel is a black box to the compiler: each device calls it on its own part.
-    traced = () if isinstance(window, int) else (window,)
+    ids_BL = constrain(ids_BL, *rows)
 
-    def local(q, k, v, ids, *traced):
-      return splash_attention(
-        q, k, v, ids, window=traced[0] if traced else window,
-        sliding_window=config.sliding_window, **mask_and_scale(config),
+  def local(q, k, v, ids, prefix, sinks, traced):
+    options = mask_and_scale(config) | {"sinks_N": sinks}
+    options["window"] = window if traced is None else traced
+    if backend == "splash":
+      width = config.sliding_window
+      return splash_attention(q, k, v, ids, sliding_window=width, **options)
+    if backend == "ring":
+      (axis,) = now.axes("length")
+      return ring_attention(
+        q, k, v, axis_name=axis, q_segment_ids_Bl=ids, k_segment_ids_Bm=ids,
+        k_prefix_Bm=prefix, **options,
       )  # fmt: skip
-
-    arrays = (q_BLNH, k_BMKH, v_BMKH, ids_BL, *traced)
-    if now is None:
-      return local(*arrays)
-    in_dims = [dims, dims, dims, ("batch", None), *((),) * len(traced)]
-    return shard_map(local, in_dims, dims)(*arrays)
-  out_BLNH = attention(
-    q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=ids_BL, k_segment_ids_BM=ids_BL,
-    k_prefix_BM=prefix_BL, window=window, backend=backend, **mask_and_scale(config),
-  )  # fmt: skip
-  return constrain(out_BLNH, *dims) if split else out_BLNH
-
-
-def on_tpu(now) -> bool:
-  """Of the mesh, which may be that of a machine that is not here."""
-  if now is None:
-    return jax.default_backend() == "tpu"
-  return now.mesh.devices.flat[0].platform == "tpu"
-
-
-def ring(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, view: View, window):
-  """Attention where the length is split in zig-zag: keys and values go round."""
-  (axis,) = layout().axes("length")
-  rows, heads = ("batch", "length"), ("batch", "length", "heads", None)
-  arrays = [q_BLNH, k_BMKH, v_BMKH, view.segment_ids_BL]
-  dims = [heads, heads, heads, rows]
-  if has_prefix := view.prefix_BL is not None:
-    arrays, dims = [*arrays, view.prefix_BL], [*dims, rows]
-  if not isinstance(window, int):
-    arrays, dims = [*arrays, window], [*dims, ()]
-
-  def local(q, k, v, segment_ids, *rest):
-    return ring_attention(
-      q, k, v, axis_name=axis, q_segment_ids_Bl=segment_ids,
-      k_segment_ids_Bm=segment_ids, k_prefix_Bm=rest[0] if has_prefix else None,
-      window=window if isinstance(window, int) else rest[-1],
-      **mask_and_scale(config),
+    return attention(
+      q, k, v, q_segment_ids_BL=ids, k_segment_ids_BM=ids, k_prefix_BM=prefix,
+      backend=backend, **options,
     )  # fmt: skip
 
-  return shard_map(local, dims, heads)(*arrays)
+  # The layers of a scan have windows that are not known when it is traced.
+  traced = None if isinstance(window, int) else window
+  arrays = (q_BLNH, k_BMKH, v_BMKH, ids_BL, view.prefix_BL, sinks_N, traced)
+  if now is None or backend not in ("splash", "ring", "chunked"):
+    out_BLNH = local(*arrays)
+    return constrain(out_BLNH, *dims) if split else out_BLNH
+  # Kernels and loops are black boxes to the compiler: each device runs its own part.
+  return shard_map(local, [dims, dims, dims, rows, rows, (heads,), ()], dims)(*arrays)
+
+
+def form_of(config: TransformerConfig, view: View, L: int, split: bool) -> str:
+  """The backend of whole rows, by config, device and shape.
+
+  Raises:
+    ValueError: the config names one that cannot compute this.
+  """
+  now, backend = layout(), config.attention
+  if backend == "ring" and split:
+    return backend
+  # Of the mesh, which may be that of a machine that is not here.
+  device = jax.devices()[0] if now is None else now.mesh.devices.flat[0]
+  case = Case(
+    device.platform, config.dtype, L, L, config.head_dim, config.attention_softcap,
+    view.prefix_BL is not None, config.attention_sinks,
+  )  # fmt: skip
+  if backend in ("auto", "ring"):
+    backend = choose(case, load_measured(device.device_kind, jax.__version__))
+  # Whether the device suits was checked by program.build; plan traces for others.
+  refuse(backend, case._replace(platform=""))
+  if backend == "xla":
+    return "chunked" if pays(device.platform, L, L) else "dense"
+  return backend
+
+
+def value_of(weight: nnx.Param | None) -> jax.Array | None:
+  return None if weight is None else weight[...]
 
 
 def head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:

@@ -47,7 +47,7 @@ class Head(nnx.Module):
   def transform(self, x: jax.Array) -> jax.Array:
     """The dense part, on the last dimension."""
     if self.dense is not None:
-      x = add_bias(project(x, self.dense, "...D,DE->...E"), self.dense_bias)
+      x = add_bias(project(x, self.dense), self.dense_bias)
       x = ACTIVATIONS[self.activation](x)
     return x if self.norm is None else self.norm(x)
 

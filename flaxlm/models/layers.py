@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from flaxlm.kernels.quantized import quantized_matmul
 from flaxlm.parallel.sharding import constrain, gather
 
 
@@ -81,6 +82,7 @@ class TransformerConfig:
   layer_pattern: tuple[str, ...]
   attention_scale: float
   attention_softcap: float
+  attention_sinks: bool
   logit_softcap: float
   head: str
   num_labels: int
@@ -94,6 +96,7 @@ class TransformerConfig:
   moe: MoeConfig
   attention: str
   dtype: str
+  quantize: str
   remat: str
   keep: tuple[str, ...]
   offload: tuple[str, ...]
@@ -149,10 +152,24 @@ def residual_scale(config: TransformerConfig) -> float:
   return 0.02 * (2 * config.num_layers) ** -0.5
 
 
-def project(x: jax.Array, weight: nnx.Param, equation: str) -> jax.Array:
-  """einsum of activations with a weight, in the type of the activations."""
+def project(
+  x: jax.Array, weight: nnx.Param, num_summed: int = 1, quantize: str = "none"
+) -> jax.Array:
+  """Product of the last `num_summed` dimensions of `x` with the first of a weight.
+
+  As one product of two matrices, in the type of `x` or in 8 bits (quantize = fp8 |
+  int8): with heads as dimensions of their own, XLA transposes the weights and their
+  gradients in every step.
+  """
   w = gather(weight[...].astype(x.dtype), weight.axes)
-  return jnp.einsum(equation, x, w)
+  rows, out = x.shape[: x.ndim - num_summed], w.shape[num_summed:]
+  summed = math.prod(w.shape[:num_summed])
+  x_TI, w_IO = x.reshape(-1, summed), w.reshape(summed, -1)
+  if quantize == "none":
+    y_TO = jnp.einsum("TI,IO->TO", x_TI, w_IO)
+  else:
+    y_TO = quantized_matmul(x_TI, w_IO, quantize)
+  return y_TO.reshape(*rows, *out)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
@@ -262,7 +279,7 @@ class Mlp(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, mlp_dim: int):
     D, F = config.embed_dim, mlp_dim
-    self.activation = config.activation
+    self.activation, self.quantize = config.activation, config.quantize
     self.up = weight(rngs, (D, F), ("embed", "mlp"))
     self.gate = weight(rngs, (D, F), ("embed", "mlp")) if config.gated_mlp else None
     self.down = weight(rngs, (F, D), ("mlp", "embed"), residual_scale(config))
@@ -274,14 +291,16 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
-    hidden_TF = add_bias(project(x_TD, self.up, "TD,DF->TF"), self.up_bias)
+    hidden_TF = project(x_TD, self.up, quantize=self.quantize)
+    hidden_TF = add_bias(hidden_TF, self.up_bias)
     hidden_TF = checkpoint_name(hidden_TF, "hidden")
     if self.gate is None:
       hidden_TF = activate(hidden_TF)
     else:
-      gate_TF = add_bias(project(x_TD, self.gate, "TD,DF->TF"), self.gate_bias)
+      gate_TF = project(x_TD, self.gate, quantize=self.quantize)
+      gate_TF = add_bias(gate_TF, self.gate_bias)
       gate_TF = checkpoint_name(gate_TF, "hidden")
       hidden_TF = activate(gate_TF) * hidden_TF
     hidden_TF = constrain(hidden_TF, "tokens", "mlp")
-    out_TD = project(hidden_TF, self.down, "TF,FD->TD")
+    out_TD = project(hidden_TF, self.down, quantize=self.quantize)
     return add_bias(out_TD, self.down_bias)

@@ -111,7 +111,7 @@ class MoeMlp(nnx.Module):
     if self.shared is not None:
       shared_TD = self.shared(x_TD)
       if self.shared_gate is not None:
-        gate_TO = project(x_TD, self.shared_gate, "TD,DO->TO")
+        gate_TO = project(x_TD, self.shared_gate)
         shared_TD *= jax.nn.sigmoid(gate_TO)
       out_TD += shared_TD
     return out_TD, Routing(load_E, loss, dropped)

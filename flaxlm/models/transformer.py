@@ -210,33 +210,44 @@ class Transformer(nnx.Module):
 
   def run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
     """Runs one stack of layers; returns (x_TD, cache, Routing with a leading S)."""
+    if cache is not None:
+      return self.append(blocks, layers, x_TD, view, cache)
     windows_S = np.array([self.config.windows[i] for i in layers], np.int32)
     stack = blocks, jnp.arange(layers.start, layers.stop), windows_S
     now = layout()
     if now is None or now.ways("layer") == 1 or blocks is self.first_blocks:
-      return self.scan(stack, x_TD, view, cache, dropout_key)
-    assert cache is None, "decoding has no pipeline"
-    x_TD, routing = self.run_pipeline(now, stack, x_TD, view, dropout_key)
+      x_TD, routing = self.scan(stack, x_TD, view, dropout_key)
+    else:
+      x_TD, routing = self.run_pipeline(now, stack, x_TD, view, dropout_key)
     return x_TD, None, routing
 
-  def scan(self, stack, x_TD, view: View, cache, dropout_key):
+  def append(self, blocks, layers: range, x_TD, view: View, cache):
+    """`run` with a cache, unrolled: a scan would copy weights and cache every time."""
+    for i, number in enumerate(layers):
+      if isinstance(blocks, tuple):
+        block = blocks[i]
+      else:
+        block = jax.tree.map(lambda x, i=i: x[i], blocks)
+      window = self.config.windows[number]
+      x_TD, cache, _ = block(x_TD, view, window, cache, number, None)
+    return x_TD, cache, None
+
+  def scan(self, stack, x_TD, view: View, dropout_key):
     """`run`, one layer after the other; stack is (blocks, their numbers, windows)."""
     windows = self.config.windows
     same = len(set(windows)) == 1
 
-    def layer(carry, xs):
-      x_TD, cache = carry
+    def layer(x_TD, xs):
       block, number, window = xs
       window = windows[0] if same else window  # a number, where a kernel may want one
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-      x_TD, cache, routing = block(x_TD, view, window, cache, number, key)
-      return (x_TD, cache), routing
+      x_TD, _, routing = block(x_TD, view, window, None, number, key)
+      return x_TD, routing
 
     if self.config.remat != "none":
       layer = jax.checkpoint(layer, policy=remat_policy(self.config))
     unroll = min(self.config.unroll, len(stack[1]))
-    (x_TD, cache), routing = jax.lax.scan(layer, (x_TD, cache), stack, unroll=unroll)
-    return x_TD, cache, routing
+    return jax.lax.scan(layer, x_TD, stack, unroll=unroll)
 
   def run_pipeline(self, now: Layout, stack, x_TD, view: View, dropout_key):
     """`run`, by the stages of the mesh: returns (x_TD, Routing with a leading S)."""
@@ -249,8 +260,7 @@ class Transformer(nnx.Module):
 
     def apply(stack, x_TD, view, number):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-      x_TD, _, routing = self.scan(stack, x_TD, view, None, key)
-      return x_TD, routing
+      return self.scan(stack, x_TD, view, key)
 
     x_MTD, routing = pipeline(
       apply, stack, jax.vmap(join_rows)(cut(part_rows(x_TD, B))),
@@ -277,10 +287,14 @@ class Transformer(nnx.Module):
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """Scores of the words, float32, BLV."""
+    weight = self.embed if self.unembed is None else self.unembed
+    # No transpose: for one token XLA:CPU would copy the whole table to make it.
     logits_BLV = jnp.einsum(
-      "BLD,DV->BLV", self.for_vocabulary(x_BLD), self.unembedding(),
+      "BLD,VD->BLV" if self.unembed is None else "BLD,DV->BLV",
+      self.for_vocabulary(x_BLD),
+      gather(weight[...].astype(self.config.dtype), weight.axes),
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     bias_V, cap = self.vocab_bias(), self.config.logit_softcap
     if bias_V is not None:
       logits_BLV += bias_V[None, None, :]

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxlm.kernels.splash_attention import can_splash
+from flaxlm.kernels.backends import why_not
+from flaxlm.kernels.cross_entropy import chunk_tokens
 from flaxlm.models.layers import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.work import itemsize, layer_parameters, share
+from flaxlm.relations import attention_case
 
 
 class Memory(NamedTuple):
@@ -70,16 +72,17 @@ def on_device(tree) -> float:
 
 
 def logit_bytes(config, sizes: dict[str, int], tokens: float) -> float:
-  """Logits, their gradient in float32, and a copy in the type of the activations."""
-  model, chunk = config.model, config.step.chunk_size
+  """Of a chunk of tokens: logits, and their gradient in the type of the activations.
+
+  With them the sum of the matrix's gradient over chunks, whole in float32.
+  """
+  model = config.model
   if model.head not in ("lm", "mlm"):
     return 0.0
-  if chunk:
-    passes = config.step.accumulation_steps
-    whole = config.data.batch_size * config.data.seq_len / passes
-    tokens *= min(chunk / whole, 1.0)
   words = model.vocab_size / (sizes["tensor"] if config.mesh.rules.vocab else 1)
-  return tokens * words * (4 + 4 + itemsize(config))
+  chunk = chunk_tokens(math.ceil(tokens), math.ceil(words))
+  total = 4.0 * model.embed_dim * words if chunk < tokens else 0.0
+  return min(chunk, tokens) * words * (4 + itemsize(config)) + total
 
 
 def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
@@ -89,10 +92,13 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   model = TransformerConfig(**(model | {"offload": ()}))
   length, part = config.data.seq_len, share(config, sizes)
   traced = min(length, 2048)  # without scores, all grows with the length
-  if fused and can_splash(traced, traced, model.head_dim, None):
+  case = attention_case(config)._replace(L=traced, M=traced)
+  if fused and why_not("splash", case) is None:
     model = dataclasses.replace(model, attention="splash")
   else:
     traced = length
+    if model.attention in ("auto", "xla"):
+      model = dataclasses.replace(model, attention="dense")
   split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
   rows = part.rows / split * length / traced
 

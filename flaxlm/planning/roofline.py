@@ -9,13 +9,14 @@ their measured times.
 import math
 from typing import NamedTuple
 
-from flaxlm.kernels.splash_attention import can_splash
+from flaxlm.kernels.backends import why_not
 from flaxlm.models.flops import flops_per_token
 from flaxlm.parallel.hardware import Calibration, Hardware
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.planning import messages
 from flaxlm.planning.messages import Collective, expected_collectives, link_of
 from flaxlm.planning.work import Op, operations
+from flaxlm.relations import attention_case
 
 __all__ = [
   "Budget", "Collective", "Prediction", "Terms", "budget", "expected_collectives",
@@ -95,8 +96,7 @@ def keeps_no_scores(config, hardware: Hardware) -> bool:
   """Whether attention is a fused kernel there, which skips what is masked."""
   backend = config.model.attention
   automatic = backend == "auto" and hardware.chip.link in FUSED_BY_DEFAULT
-  length, model = config.data.seq_len, config.model
-  automatic &= can_splash(length, length, model.head_dim, None)
+  automatic &= why_not("splash", attention_case(config)) is None
   return automatic or backend not in ("auto", "xla", "reference")
 
 

@@ -208,10 +208,6 @@ def shrinking(config, hardware: Hardware, mesh: dict[str, int]) -> Iterator[dict
   yield {"model.remat": "full"}
   least = least | {"model.remat": "full"}
   yield least
-  chunk = 1024 * hardware.num_chips
-  if config.data.batch_size * config.data.seq_len % chunk == 0:
-    least = least | {"step.chunk_size": min(config.step.chunk_size or chunk, chunk)}
-    yield least
   replicas = mesh["mesh.data"] * mesh["mesh.fsdp"]
   wider = [mesh | {"mesh.data": 1, "mesh.fsdp": replicas}]
   for axis, limit in (("tensor", 8), ("context", config.data.seq_len // 4096)):

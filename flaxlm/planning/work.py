@@ -7,6 +7,7 @@ attention, and the passes over memory between them. roofline.py gives each its s
 import math
 from typing import NamedTuple
 
+from flaxlm.kernels.cross_entropy import chunk_tokens
 from flaxlm.models.flops import mean_keys
 
 
@@ -148,19 +149,21 @@ def mlp_ops(config, sizes, part: Share, full: bool) -> list[Op]:
 
 
 def head_ops(config, sizes, part: Share) -> list[Op]:
-  model, chunk = config.model, config.step.chunk_size
+  model = config.model
   D, T, width = model.embed_dim, part.tokens, itemsize(config)
   words = model.vocab_size if model.head in ("lm", "mlm") else model.num_labels
   words = max(words / sizes["tensor"] if config.mesh.rules.vocab else words, 1)
-  total = config.data.batch_size * config.data.seq_len / config.step.accumulation_steps
-  chunked = bool(chunk) and chunk < total
   rows = max(round(T), 1)
-  ops = [matmul(config, T, D, words, part.passes, chunked)]
+  product = matmul(config, T, D, words, part.passes, False)
+  chunks = math.ceil(rows / chunk_tokens(rows, math.ceil(words)))
+  if chunks > 1:  # each adds to the gradient of the matrix, in float32
+    product = product._replace(bytes=product.bytes + chunks * 2 * 4 * words * D)
+  ops = [product]
   if model.head == "mlm":
     ops.append(matmul(config, T, D, D, part.passes, False))
   # Logits in float32: written, read twice for the loss, and so again for the gradient.
   moved = 6 * rows * words * 4
-  ops.append(Op("logits", (rows, round(words)), part.passes, 0, moved, chunked / 3))
+  ops.append(Op("logits", (rows, round(words)), part.passes, 0, moved))
   # A gather, and a scatter into a gradient of the whole table that starts as zeros.
   table = (rows, round(words), D)
   moved = 4 * rows * D * width + 2 * words * D * 4

@@ -10,14 +10,14 @@ import numpy as np
 from flaxlm.training.objectives import losses
 
 
-def make_eval_step(chunk_size: int) -> Callable:
+def make_eval_step() -> Callable:
   """Returns `step(model, batch)` -> (nats B, predictions made B, labels chosen).
 
   The last is `Losses.choices`: None where words are predicted.
   """
 
   def step(model, batch):
-    result = losses(model, batch, 0.0, chunk_size)
+    result = losses(model, batch)
     nats_B, predicted_B = jnp.sum(result.nats, axis=1), jnp.sum(result.predicted, 1)
     return nats_B, predicted_B, result.choices
 

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.kernels.cross_entropy import linear_cross_entropy
+from flaxlm.kernels.cross_entropy import Split, linear_cross_entropy
 from flaxlm.models.heads import label_scores, pool
 from flaxlm.models.moe import Routing
 from flaxlm.models.transformer import Output
-from flaxlm.parallel.sharding import join_rows, part_rows
+from flaxlm.parallel.sharding import join_rows, layout, part_rows
 from flaxlm.training.scores import best_spans
 
 
 class Losses(NamedTuple):
+  total: jax.Array  # sum of cross entropy and z-loss, scaled: the one to differentiate
   nats: jax.Array  # cross entropy where something is predicted, else 0; float32 BR
-  penalty: jax.Array  # z-loss, the same shape
   predicted: jax.Array  # 1 where something is predicted
   choices: (
     tuple | None
@@ -43,39 +43,50 @@ def forward(model, batch: dict[str, jax.Array], dropout_key=None) -> Output:
 def losses(
   model,
   batch: dict[str, jax.Array],
-  z_loss: float,
-  chunk_size: int,
+  z_loss: float = 0.0,
+  scale: jax.Array | float = 1.0,
   dropout_key: jax.Array | None = None,
 ) -> Losses:
-  """Returns the losses of each position, or label, of a batch."""
+  """Returns the losses of each position, or label, of a batch, and `scale` x their sum.
+
+  The scale of the loss comes first, as its gradient is made together with it.
+  """
   out = forward(model, batch, dropout_key)
   pair_nats_B = pair_losses(model, out.features, batch)
   if model.config.head in ("lm", "mlm"):
     targets_BL = batch["targets"]
-    nats, penalty = linear_cross_entropy(
+    predicted, choices = (targets_BL >= 0).astype(jnp.float32), None
+    total, nats_T = linear_cross_entropy(
       join_rows(model.for_vocabulary(out.features)),
       model.unembedding(),
       join_rows(targets_BL),
+      join_rows(scale * predicted),
       bias_V=model.vocab_bias(),
       softcap=model.config.logit_softcap,
       z_loss=z_loss,
-      chunk_size=chunk_size,
+      split=split_of_loss(),
     )
-    B = targets_BL.shape[0]
-    nats, penalty = part_rows(nats, B), part_rows(penalty, B)
-    predicted, choices = (targets_BL >= 0).astype(jnp.float32), None
+    nats = part_rows(nats_T, targets_BL.shape[0]) * predicted
   else:
     scores_BRC, labels_BR = label_scores(model, out.features, batch), batch["labels"]
     predicted = (labels_BR >= 0).astype(jnp.float32)
-    nats = label_losses(scores_BRC, labels_BR)
-    penalty = jnp.zeros_like(nats)
+    nats = label_losses(scores_BRC, labels_BR) * predicted
+    total = scale * jnp.sum(nats)
     if model.config.head == "span":
       choices = best_spans(scores_BRC, batch["token_types"])
     else:
       choices = jnp.argmax(scores_BRC, axis=-1).astype(jnp.int32), None
-  return Losses(
-    nats * predicted, penalty * predicted, predicted, choices, pair_nats_B, out.routing
-  )
+  return Losses(total, nats, predicted, choices, pair_nats_B, out.routing)
+
+
+def split_of_loss() -> Split:
+  """Each device has its own tokens; their words are split by the axes that remain."""
+  now = layout()
+  if now is None:
+    return Split()
+  tokens = now.axes("batch", "length")
+  words = tuple(axis for axis in now.axes("vocab") if axis not in tokens)
+  return Split(tokens, words, tuple(a for a in now.axes("embed") if a in tokens))
 
 
 def label_losses(scores_BRC: jax.Array, labels_BR: jax.Array) -> jax.Array:
@@ -107,7 +118,7 @@ def count_predicted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
   }
 
 
-def summed_loss(model, batch, counts, z_loss, chunk_size, share, dropout_key=None):
+def summed_loss(model, batch, counts, z_loss, share, dropout_key=None):
   """The part of the mean loss that `batch` contributes.
 
   Args:
@@ -117,10 +128,8 @@ def summed_loss(model, batch, counts, z_loss, chunk_size, share, dropout_key=Non
     (loss to differentiate: z-loss, pair loss and routing included; metrics: "loss" is
     cross entropy alone, in nats; all of them add up over micro-batches).
   """
-  result = losses(model, batch, z_loss, chunk_size, dropout_key)
-  cross_entropy = jnp.sum(result.nats) / counts["main"]
-  total = cross_entropy + jnp.sum(result.penalty) / counts["main"]
-  metrics = {"loss": cross_entropy}
+  result = losses(model, batch, z_loss, 1 / counts["main"], dropout_key)
+  total, metrics = result.total, {"loss": jnp.sum(result.nats) / counts["main"]}
   if result.pair_nats is not None:
     metrics["pair_loss"] = jnp.sum(result.pair_nats) / counts["pairs"]
     total += metrics["pair_loss"]

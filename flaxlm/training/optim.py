@@ -115,7 +115,7 @@ def leaf_name(path: tuple) -> str:
 def decays(params):
   """True for weights that decay. By name: stacked norm scales have two dimensions."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not leaf_name(path).endswith(("scale", "bias")), params
+    lambda path, _: not leaf_name(path).endswith(("scale", "bias", "sinks")), params
   )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flaxlm.models.moe import rebalance
 from flaxlm.models.transformer import Transformer, TransformerConfig
-from flaxlm.parallel.sharding import constrain, sharding_of
+from flaxlm.parallel.sharding import constrain, layout, sharding_of
 from flaxlm.training.objectives import count_predicted, summed_loss
 
 
@@ -88,7 +88,6 @@ def make_train_step(
   learning_rate: Callable,
   *,
   z_loss: float,
-  chunk_size: int,
   accumulation_steps: int,
   ema_decay: float,
   offload_optimizer: bool,
@@ -110,7 +109,7 @@ def make_train_step(
 
     def loss(trained, part, share, key):
       model = assemble(trained, base)
-      return summed_loss(model, part, counts, z_loss, chunk_size, share, key)
+      return summed_loss(model, part, counts, z_loss, share, key)
 
     metrics, grads = gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
@@ -123,8 +122,8 @@ def make_train_step(
       model = rebalance(model, metrics["expert_load"], bias_rate)
     # One bad step would stay in Adam's moments for ever: keep the old state instead.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    old = state.model, old_opt_state
-    model, opt_state = choose(finite, (model, opt_state), old)
+    model = choose(finite, model, state.model)
+    opt_state = choose(after(model, finite), opt_state, old_opt_state)
     ema = state.ema
     if ema is not None:
       average = jax.tree.map(
@@ -189,6 +188,20 @@ def summarize_load(metrics: dict) -> dict:
     "load_min": jnp.min(share_SE) / fair,
     "dropped": metrics["dropped"] / jnp.maximum(pairs, 1.0),
   }
+
+
+def after(tree, condition: jax.Array) -> jax.Array:
+  """`condition`, but on one CPU known only when all arrays of `tree` are computed.
+
+  The moments are then changed after the weights that are made of their old values, and
+  so in place; XLA:CPU copied all of them before, in every step.
+  """
+  now = layout()
+  devices = jax.devices()[:1] if now is None else [*now.mesh.devices.flat]
+  if len(devices) > 1 or devices[0].platform != "cpu":
+    return condition
+  ends = [x.ravel()[0] for x in jax.tree.leaves(jax.lax.optimization_barrier(tree))]
+  return condition & jnp.all(jnp.stack([x == x for x in ends]))
 
 
 def choose(condition: jax.Array, one, other):

@@ -2,21 +2,15 @@
 
   python tests/benchmarks/plan_accuracy.py [--sizes char] [--turns 3]
 
-The sizes are those of train_speed.py. In each turn the operations are calibrated and
+The sizes are those of peers.py. In each turn the operations are calibrated and
 then the step is timed, so that both see the same machine; the median ratio is shown.
 """
 
 import argparse
-import pathlib
 import statistics
 import sys
 
-sys.path[:0] = [
-  str(pathlib.Path(__file__).parents[2]),
-  str(pathlib.Path(__file__).parent),
-]
-
-import train_speed  # sets the allocator, before JAX is imported
+from train_speed import Peer, peers  # makes this clone importable
 
 from flaxlm.parallel import AXES
 from flaxlm.planning import calibrate, roofline
@@ -24,20 +18,20 @@ from flaxlm.planning import calibrate, roofline
 
 def compare(name: str) -> tuple[float, roofline.Prediction]:
   """Returns (measured seconds of a step, Prediction) of one turn."""
-  *shape, _ = train_speed.SIZES[name]
-  config = train_speed.gpt2_like(*shape)
+  config = peers.gpt2_like(*peers.SIZES[name])
   machine = calibrate.hardware(calibrate.measure([config]))
-  row = train_speed.measure(name, turns=3)
-  tokens = config.data.batch_size * config.data.seq_len
+  peer = Peer("flaxlm", name)
+  seconds = statistics.median(1 / peer.turn(1.0) for _ in range(3))
+  peer.end()
   found = roofline.predict(config, dict.fromkeys(AXES, 1), machine)
-  return tokens / row["tokens_per_second"], found
+  return seconds, found
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  sizes = list(train_speed.SIZES)
+  sizes = list(peers.SIZES)
   parser.add_argument("--sizes", nargs="*", default=sizes, choices=sizes)
   parser.add_argument("--turns", type=int, default=3)
   args = parser.parse_args()

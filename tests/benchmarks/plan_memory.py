@@ -21,9 +21,12 @@ sys.path[:0] = [
   str(pathlib.Path(__file__).parent),
 ]
 
-import train_speed  # sets the allocator, before JAX is imported
+import peers  # makes this clone importable
 
-# isort: split
+from flaxlm.parallel import hosts
+
+hosts.keep_freed_memory()  # before anything large is allocated
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +35,7 @@ from flaxlm.parallel.hardware import CHIPS, Calibration, Hardware
 from flaxlm.parallel.mesh import one_device
 from flaxlm.planning.compiled import compile_step
 
-# name: (a size of train_speed.py, what differs from it)
+# name: (a size of peers.py, what differs from it)
 SIZES = {
   "baby": ("baby", {}),
   "baby, batch 32": ("baby", {"data.batch_size": 32}),
@@ -42,9 +45,9 @@ SIZES = {
   ),
   "gpt2_124m": ("gpt2_124m", {}),
   "gpt2_124m, batch 4": ("gpt2_124m", {"data.batch_size": 4}),
-  "gpt2_124m, batch 4, chunks": (
+  "gpt2_124m, batch 4, remat": (
     "gpt2_124m",
-    {"data.batch_size": 4, "step.chunk_size": 256, "model.remat": "dots"},
+    {"data.batch_size": 4, "model.remat": "dots"},
   ),
 }
 
@@ -57,7 +60,7 @@ def status(key: str) -> float:
 
 def measure(name: str) -> dict[str, float]:
   size, changes = SIZES[name]
-  config = train_speed.gpt2_like(*train_speed.SIZES[size][:-1])
+  config = peers.gpt2_like(*peers.SIZES[size])
   for key, value in changes.items():
     room, knob = key.split(".")
     config[room][knob] = value

@@ -1,169 +1,223 @@
-"""Training speed against this machine's limit, and the loader's against the model's.
+"""Training speed: flaxlm, the trainers that a user would pick instead, and the limit.
 
-  bash launch/bench.sh                      all sizes, about 2 minutes on 2 cores
-  bash launch/bench.sh --sizes char --json=speed.json
+  python tests/benchmarks/train_speed.py --nanogpt=CLONE      # all sizes: 15 minutes
+  python tests/benchmarks/train_speed.py --sizes char --turns 3 --json=speed.json
 
-Each size is timed in turns with a plain matrix product, so that both see the same
-machine; medians are shown. FLOPs a token = 6 * matrix weights + 12 * layers * width *
-length: the full attention square, as the published figures count it.
+Each trainer is a process of its own (peers.py) that computes when it is its turn and
+sleeps otherwise, so that all see the same machine and no compilation beside them. Every
+turn has another order; medians are shown. FLOPs a token = 6 * matrix weights + 12 *
+layers * width * length: the full attention square, as the published figures count it.
 """
 
 import argparse
-import functools
-import json
+import importlib.util
 import os
-import platform
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
-from flaxlm.parallel import hosts
+import common
+import peers
 
-ALLOCATOR = hosts.keep_freed_memory()  # before anything large is allocated
-
-import jax
-import jax.numpy as jnp
-
-from configs import base
-from flaxlm.data.batches import Batches, SyntheticBatches, read_ahead
-from flaxlm.data.store import Store
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.training.optim import make_optimizer
-from flaxlm.training.state import init_state, make_train_step
-
-# name: layers, heads, width, length, batch, vocabulary, steps a turn
-SIZES = {
-  "char": (4, 4, 128, 64, 12, 65, 40),
-  "baby": (6, 6, 384, 256, 8, 65, 2),
-  "gpt2_124m": (12, 12, 768, 512, 1, 50257, 1),
-}
-MATRIX = 2048
+TORCH_PEERS = (
+  "nanoGPT", "nanoGPT compiled", "transformers eager", "transformers sdpa",
+)  # fmt: skip
 
 
-def matmul_gflops(product, x) -> float:
-  start = time.perf_counter()
-  product(x).block_until_ready()
-  return 2 * MATRIX**3 / (time.perf_counter() - start) / 1e9
+def flops_per_token(size: str) -> int:
+  layers, _, width, length, _, vocabulary = peers.SIZES[size]
+  matrices = 12 * layers * width**2 + vocabulary * width
+  return 6 * matrices + 12 * layers * width * length
 
 
-def gpt2_like(layers, heads, width, length, batch, vocabulary):
-  """nanoGPT's model of that size, without dropout and biases."""
-  config = base.get_config()
-  config.tokenizer.vocab_size = vocabulary
-  config.data.seq_len = length
-  config.data.batch_size = batch
-  model = config.model
-  model.num_layers = model.unroll = layers
-  model.num_heads = model.num_kv_heads = heads
-  model.embed_dim = width
-  model.head_dim = width // heads
-  model.mlp_dim = 4 * width
-  model.positions, model.norm = "learned", "layernorm"
-  model.gated_mlp, model.activation = False, "gelu_tanh"
-  return config
+class Peer:
+  """A process that runs as many steps as a line on its stdin says."""
+
+  def __init__(self, name: str, size: str, path: str = ""):
+    extra = peers.KEEP_MEMORY if "allocator" in name else {}
+    self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 until `end`
+    self.process = subprocess.Popen(
+      [sys.executable, peers.__file__, name, size, f"--path={path}"],
+      env=os.environ | extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      stderr=self.said, text=True,
+    )  # fmt: skip
+    self.name, self.first_step = name, self.answer()
+    self.per_step = self.steps(1)
+
+  def answer(self) -> float:
+    line = self.process.stdout.readline()
+    if not line:
+      code = self.process.wait()
+      self.said.seek(0)
+      raise RuntimeError(f"{self.name} ended with {code}\n{self.said.read()[-2000:]}")
+    return float(line)
+
+  def steps(self, number: int) -> float:
+    self.process.stdin.write(f"{number}\n")
+    self.process.stdin.flush()
+    return self.answer()
+
+  def turn(self, seconds: float) -> float:
+    """Computes for about that long; returns steps a second."""
+    number = max(round(seconds / self.per_step), 1)
+    taken = self.steps(number)
+    self.per_step = taken / number
+    return 1 / self.per_step
+
+  def end(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+    self.said.close()
 
 
-def measure(name: str, turns: int) -> dict:
-  *shape, steps = SIZES[name]
-  layers, _, width, length, batch_size, vocabulary = shape
-  config = gpt2_like(*shape)
-  tx, rate = make_optimizer(1000, **config.optim)
-  init = functools.partial(
-    init_state, model_config=TransformerConfig(**config.model), tx=tx, ema_decay=0.0
-  )
-  state = jax.jit(init)(jax.random.key(0))
-  step = jax.jit(make_train_step(tx, rate, **config.step), donate_argnums=0)
-  batch = jax.device_put(SyntheticBatches(length, batch_size, 0, vocabulary)[0])
-  start = time.perf_counter()
-  state, _ = jax.block_until_ready(step(state, batch))
-  compile_seconds = time.perf_counter() - start
-  x, product = (
-    jnp.ones((MATRIX, MATRIX)),
-    jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x)),
-  )
-  matmul_gflops(product, x)
-  rates, limits = [], []
-  for _ in range(turns):
-    limits.append(max(matmul_gflops(product, x) for _ in range(3)))
+class MaxText:
+  """Its own trainer, stopped between turns; a step is a line of its log.
+
+  `python` is that of an environment which has it: it needs another Python than flaxlm.
+  Its GPT-3 block is the nearest to GPT-2; what is not named here is its default.
+  """
+
+  name = "MaxText"
+
+  def __init__(self, size: str, python: str):
+    layers, heads, width, length, batch, vocabulary = peers.SIZES[size]
+    knobs = dict(
+      run_name="speed", base_output_directory="maxtext_speed", hardware="cpu",
+      dataset_type="synthetic", enable_checkpointing="false", steps=10**6,
+      decoder_block="gpt3", base_num_decoder_layers=layers, base_emb_dim=width,
+      base_num_query_heads=heads, base_num_kv_heads=heads, head_dim=width // heads,
+      base_mlp_dim=4 * width, mlp_activations="['gelu']", vocab_size=vocabulary,
+      trainable_position_size=length, logits_via_embedding="true", dtype="float32",
+      attention="dot_product", per_device_batch_size=batch, max_target_length=length,
+      enable_dropout="false",
+    )  # fmt: skip
     start = time.perf_counter()
-    for _ in range(steps):
-      state, _ = step(state, batch)
-    jax.block_until_ready(state)
-    rates.append(steps * batch_size * length / (time.perf_counter() - start))
-  flops = (
-    6 * (12 * layers * width**2 + vocabulary * width) + 12 * layers * width * length
-  )
-  tokens, limit = statistics.median(rates), statistics.median(limits)
-  return {
-    "size": name,
-    "tokens_per_second": tokens,
-    "gflops": tokens * flops / 1e9,
-    "matmul_gflops": limit,
-    "share_of_matmul": tokens * flops / 1e9 / limit,
-    "first_step_seconds": compile_seconds,
-  }
+    self.process = subprocess.Popen(
+      [python, "-m", "maxtext.trainers.pre_train.train"]
+      + [f"{key}={value}" for key, value in knobs.items()],
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    self.wait_for_step()
+    self.first_step = time.perf_counter() - start
+    self.process.send_signal(signal.SIGSTOP)
+
+  def wait_for_step(self) -> None:
+    for line in self.process.stdout:
+      if "completed step:" in line:
+        return
+    raise RuntimeError(f"MaxText ended with code {self.process.wait()}")
+
+  def turn(self, seconds: float) -> float:
+    self.process.send_signal(signal.SIGCONT)
+    for _ in range(3):  # what was written or under way when it was stopped
+      self.wait_for_step()
+    start, number = time.perf_counter(), 0
+    while number == 0 or time.perf_counter() - start < seconds:
+      self.wait_for_step()
+      number += 1
+    rate = number / (time.perf_counter() - start)
+    self.process.send_signal(signal.SIGSTOP)
+    return rate
+
+  def end(self) -> None:
+    self.process.kill()
+    self.process.wait()
 
 
-def loader_tokens_per_second(store: str, loader: str) -> float:
-  """One thread on one core that makes the quickstart's batches, without a model."""
-  seq_len, batch_size = 128, 16
-  found = Store(store)
-  streams = {name: found.stream(name, "train") for name in found.manifest["sources"]}
-  weights = [1.0] * len(streams)
-  batches = Batches(
-    streams, weights, seq_len, batch_size, 0, found.vocab_size, found.pad_id
-  )
-  num_batches = 2000
-  for i, _ in enumerate(read_ahead(batches, range(20 + num_batches), loader, 1, 4)):
-    if i == 19:  # warm
-      start = time.perf_counter()
-  return num_batches * seq_len * batch_size / (time.perf_counter() - start)
+def present(args) -> tuple[list[str], list[str]]:
+  """Returns (names of programs that can run here, sentences on those that cannot)."""
+  names, absent = ["flaxlm", "matmul jax"], []
+  has_torch = importlib.util.find_spec("torch") is not None
+  if has_torch:
+    names.append("matmul torch")
+  else:
+    absent.append("PyTorch is not installed: none of its trainers was run")
+  if has_torch and args.nanogpt:
+    names += [name for name in peers.PROGRAMS if name.startswith("nanoGPT")]
+  elif has_torch:
+    absent.append("nanoGPT was not run: --nanogpt=CLONE of github.com/karpathy/nanoGPT")
+  if has_torch and importlib.util.find_spec("transformers"):
+    names += [name for name in peers.PROGRAMS if name.startswith("transformers")]
+  else:
+    absent.append("transformers is not installed")
+  if not args.maxtext:
+    absent.append("MaxText was not run: --maxtext=PYTHON of an environment that has it")
+  return [name for name in names if not args.only or name in args.only], absent
+
+
+def measure(size: str, names: list[str], args) -> list[dict]:
+  """Gives each program its turns; returns a row for each trainer, fastest first."""
+  running = [Peer(name, size, args.nanogpt) for name in names]
+  if args.maxtext:
+    running.append(MaxText(size, args.maxtext))
+  rates = {peer.name: [] for peer in running}
+  try:
+    for i in range(args.turns + 1):
+      order = running[i % len(running) :] + running[: i % len(running)]
+      for peer in order[:: -1 if i % 2 else 1]:
+        rate = peer.turn(args.seconds)
+        if i:  # the first turn warms up
+          rates[peer.name].append(rate)
+  finally:
+    for peer in running:
+      peer.end()
+  return table(size, rates, {peer.name: peer.first_step for peer in running})
+
+
+def table(size: str, rates: dict, first_steps: dict) -> list[dict]:
+  medians = {name: statistics.median(rate) for name, rate in rates.items()}
+  gflops = 2 * peers.MATRIX**3 / 1e9
+  limit = max(medians[name] * gflops for name in medians if name.startswith("matmul"))
+  rivals = [name for name in TORCH_PEERS if name in medians]
+  best = max(rivals, key=medians.get, default=None)
+  *_, length, batch, _ = peers.SIZES[size]
+  rows = []
+  for name in sorted(medians, key=medians.get, reverse=True):
+    if name.startswith("matmul"):
+      continue
+    tokens = medians[name] * length * batch
+    share = tokens * flops_per_token(size) / 1e9 / limit
+    pairs = zip(rates[name], rates[best], strict=True) if best else ()
+    ratios = [mine / other for mine, other in pairs]
+    rows.append({
+      "size": size,
+      "trainer": name,
+      "tokens/s": tokens,
+      "of best PyTorch": statistics.median(ratios) if ratios else None,
+      "of matmul": share,
+      "matmul GFLOP/s": limit,
+      "first step s": first_steps[name],
+    })  # fmt: skip
+  return rows
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
-  parser.add_argument("--turns", type=int, default=7)
-  parser.add_argument("--store", default="data/stdlib", help="to time the loader on")
+  sizes = list(peers.SIZES)
+  parser.add_argument("--sizes", nargs="*", default=sizes, choices=sizes)
+  parser.add_argument("--turns", type=int, default=9)
+  parser.add_argument("--seconds", type=float, default=2.0, help="a turn of one peer")
+  parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT")
+  parser.add_argument("--maxtext", default="", help="a python that has MaxText")
+  parser.add_argument("--only", nargs="*", choices=list(peers.PROGRAMS))
+  parser.add_argument("--quick", action="store_true", help="no PyTorch, small sizes")
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
-  about = {
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
-    "machine": platform.machine(),
-    "allocator": ALLOCATOR,
-  }
-  print("  ".join(f"{key} {value}" for key, value in about.items()))
-  print(
-    f"{'size':<12}{'tokens/s':>10}{'GFLOP/s':>10}"
-    f"{'matmul':>10}{'share':>8}{'first step':>12}"
-  )
+  if args.quick:
+    args.sizes, args.turns, args.seconds = ["char", "baby"], 3, 1.0
+    args.only = args.only or ["flaxlm", "matmul jax"]
+  names, absent = present(args)
   rows = []
-  for name in args.sizes:
-    row = measure(name, args.turns)
-    rows.append(row)
-    print(
-      f"{name:<12}{row['tokens_per_second']:>10,.0f}{row['gflops']:>10.0f}"
-      f"{row['matmul_gflops']:>10.0f}{row['share_of_matmul']:>8.0%}"
-      f"{row['first_step_seconds']:>11.1f}s",
-      flush=True,
-    )
-  result = {"about": about, "sizes": rows}
-  if not os.path.exists(args.store):
-    print(f"loader: not measured, {args.store} is not prepared")
-  else:
-    if hasattr(os, "sched_setaffinity"):
-      os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for loader in ("tfdata", "numpy"):
-      rate = loader_tokens_per_second(args.store, loader)
-      result[f"{loader}_tokens_per_second"] = rate
-      print(f"loader {loader}, one core: {rate:,.0f} tokens/s", flush=True)
-  if args.json:
-    with open(args.json, "w") as file:
-      json.dump(result, file, indent=2)
+  for size in args.sizes:
+    rows += measure(size, names, args)
+  common.report("training, tokens a second", rows, args.json, absent=absent)
+  print("\n".join(absent))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_what_a_backend_cannot_do_is_refused():
   q, k, v = inputs()
-  with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+  with pytest.raises(ValueError, match="needed: an NVIDIA GPU"):
     attention(q, k, v, backend="cudnn")
   with pytest.raises(ValueError, match="not one of"):
     attention(q, k, v, backend="flash")

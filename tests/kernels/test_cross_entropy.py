@@ -1,89 +1,216 @@
-"""The chunked loss is the plain one, and needs less memory."""
+"""The fused loss is the plain one, computes nothing twice and needs less memory."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flaxlm.kernels.cross_entropy import linear_cross_entropy
+from flaxlm.kernels import cross_entropy
+from flaxlm.kernels.cross_entropy import Split, chunk_tokens, linear_cross_entropy
+from flaxlm.parallel.mesh import make_mesh
 
-
-def inputs(T=30, D=16, V=50):
-  keys = jax.random.split(jax.random.key(1), 3)
-  x = jax.random.normal(keys[0], (T, D))
-  w = jax.random.normal(keys[1], (D, V))
-  return x, w, jax.random.randint(keys[2], (T,), 0, V)
-
-
-def test_equals_log_softmax():
-  x, w, targets = inputs()
-  loss, penalty = linear_cross_entropy(x, w, targets, z_loss=0.5)
-  logits = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-  log_z = np.log(np.exp(logits).sum(-1))
-  expected = log_z - logits[np.arange(30), np.asarray(targets)]
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  np.testing.assert_allclose(penalty, 0.5 * log_z**2, rtol=1e-5)
+T, D, V = 300, 16, 48
+WHOLE = Split()
 
 
-def test_bias_and_softcap_come_before_the_softmax():
-  x, w, targets = inputs()
-  bias = jnp.linspace(-2, 2, 50)
-  loss, _ = linear_cross_entropy(x, w, targets, bias_V=bias, softcap=3.0)
-  logits = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(bias)
-  logits = 3 * np.tanh(logits / 3)
-  expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(30), np.asarray(targets)]
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+def inputs(dtype=jnp.float32):
+  """x, weight, targets, scale, bias."""
+  keys = jax.random.split(jax.random.key(1), 5)
+  x = jax.random.normal(keys[0], (T, D)).astype(dtype)
+  w = (0.5 * jax.random.normal(keys[1], (D, V))).astype(dtype)
+  targets = jax.random.randint(keys[2], (T,), -1, V)  # -1: nothing to predict
+  scale = jnp.where(targets < 0, 0.0, jax.random.uniform(keys[3], (T,)))
+  return x, w, targets, scale, jax.random.normal(keys[4], (V,))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 10, 30, 64])
-def test_chunks_change_neither_loss_nor_gradient(chunk_size):
-  x, w, targets = inputs()
+def plain(x, w, targets, scale, bias=None, softcap=0.0, z_loss=0.0):
+  """The definition, for JAX to differentiate."""
+  logits = jnp.einsum("TD,DV->TV", x, w, preferred_element_type=jnp.float32)
+  logits = logits if bias is None else logits + bias[None, :]
+  logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+  log_z = jax.nn.logsumexp(logits, axis=1)
+  nats = log_z - jnp.where(targets < 0, 0.0, logits[jnp.arange(len(x)), targets])
+  return jnp.sum(scale * (nats + z_loss * log_z**2)), nats
 
-  def total(x, w, chunk_size):
-    losses = linear_cross_entropy(x, w, targets, z_loss=1e-2, chunk_size=chunk_size)
-    return sum(jnp.sum(part) for part in losses)
 
-  plain = jax.value_and_grad(total, (0, 1))(x, w, 0)
-  chunked = jax.value_and_grad(total, (0, 1))(x, w, chunk_size)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), plain, chunked
+def fused(x, w, targets, scale, bias=None, **options):
+  return linear_cross_entropy(x, w, targets, scale, bias_V=bias, **options)
+
+
+def differentiate(loss, arrays, **options):
+  """((sum, nats), gradients of x, weight and bias)."""
+  which = (0, 1, 4) if len(arrays) == 5 else (0, 1)
+  function = functools.partial(loss, **options)
+  return jax.jit(jax.value_and_grad(function, which, has_aux=True))(*arrays)
+
+
+def assert_close(got, expected, relative):
+  """To `relative` of the largest number of each array."""
+  (total, nats), gradients = expected
+  for a, b in zip(
+    jax.tree.leaves(got), jax.tree.leaves(((total, nats), gradients)), strict=True
+  ):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max())
+
+
+@pytest.fixture(params=[0, 128], ids=["whole", "chunks"])
+def chunk(request, monkeypatch):
+  """All 300 tokens at once, or 128 at a time: the last chunk is not full."""
+  if request.param:
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", request.param * V * 4)
+    assert chunk_tokens(T, V) == request.param
+  return request.param
+
+
+OPTIONS = [
+  {},
+  {"z_loss": 1e-2},
+  {"softcap": 3.0},
+  {"softcap": 3.0, "z_loss": 1e-2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_the_plain_loss_and_all_its_gradients(chunk, options, with_bias):
+  arrays = inputs()[: 4 + with_bias]
+  got = differentiate(fused, arrays, **options)
+  assert_close(got, differentiate(plain, arrays, **options), 1e-6)
+  # And it is the same without a gradient, as evaluation asks for it.
+  total, nats = jax.jit(functools.partial(fused, **options))(*arrays)
+  np.testing.assert_allclose(total, got[0][0], rtol=1e-6)
+  np.testing.assert_allclose(nats, got[0][1], rtol=1e-6)
+
+
+def test_bfloat16_is_rounded_once_or_twice(chunk):
+  """Logits and sums are float32: the distance is that of rounding d and the result."""
+  arrays = inputs(jnp.bfloat16)
+  exact = [a.astype(jnp.float32) if a.ndim == 2 else a for a in arrays]
+  (got, gradients), expected = differentiate(fused, arrays), differentiate(plain, exact)
+  assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+  assert_close((got, ()), (expected[0], ()), 1e-6)
+  assert_close((got, gradients), expected, 2**-7)
+
+
+def test_the_gradient_follows_the_factor_of_the_loss(chunk):
+  arrays = inputs()[:4]
+
+  def tripled(*arrays):
+    total, nats = fused(*arrays)
+    return 3 * total + jnp.sum(nats), nats  # nats carry no gradient
+
+  one, three = differentiate(fused, arrays)[1], differentiate(tripled, arrays)[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-6), one, three)
+
+
+def test_extreme_logits_stay_finite(chunk):
+  x, w, *rest = inputs()
+  (total, nats), gradients = differentiate(fused, (1e4 * x, 1e4 * w, *rest))
+  assert all(np.isfinite(a).all() for a in (total, nats, *gradients))
+
+
+def compiled(T, D, V, which=(0, 1), split=WHOLE, place=lambda *axes: None, **options):
+  """The gradient's program, for `which` of x and weight; as XLA runs it."""
+
+  def array(shape, dtype, *axes):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
+
+  tokens, words = split.tokens or None, split.words or None
+  arrays = (
+    array((T, D), jnp.float32, tokens), array((D, V), jnp.float32, None, words),
+    array((T,), jnp.int32, tokens), array((T,), jnp.float32, tokens),
+  )  # fmt: skip
+
+  def loss(*arrays):
+    return fused(*arrays, split=split, **options)
+
+  return jax.jit(jax.grad(loss, which, has_aux=True)).lower(*arrays).compile()
+
+
+@pytest.mark.parametrize("which, products", [((0, 1), 3), ((0,), 2)])
+def test_nothing_is_computed_twice(chunk, which, products):
+  """Three products; two where the matrix is frozen, as with LoRA."""
+  text = compiled(T, D, V, which).as_text()
+  assert len(re.findall(r"= \S+ dot\(", text)) == products
+  assert len(re.findall(r" exponential\(", text)) == 1
+
+
+def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
+  monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1 << 27)
+  tokens, width = 8192, 8
+
+  def temporary(words):
+    memory = compiled(tokens, width, words).memory_analysis()
+    # The sum of the gradient over chunks, and what a chunk adds to it.
+    return memory.temp_size_in_bytes - 2 * 4 * width * words
+
+  small, large = temporary(8192), temporary(131_072)
+  assert small < 2.2 * (1 << 27)  # logits and their gradient, of a chunk
+  assert large < 1.15 * small
+
+
+def test_chunks_are_as_large_as_the_budget_allows():
+  assert chunk_tokens(8192, 4096) == 8192
+  assert chunk_tokens(8192, 50_257) == 4096
+  assert chunk_tokens(8192, 128_256) == 2048
+  assert chunk_tokens(5000, 128_256) == 1792  # whole tiles
+  assert chunk_tokens(100, 10**9) == 100
+
+
+MESHES = [
+  {"data": 8},
+  {"data": 2, "fsdp": 4},
+  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"fsdp": 2, "tensor": 2, "stage": 2},
+  {"tensor": 8},
+]
+
+
+def placed(sizes):
+  mesh = make_mesh(**({"data": 1, "fsdp": 1, "tensor": 1} | sizes))
+  axes = {name for name, size in sizes.items() if size > 1}
+  split = Split(
+    tuple(a for a in ("data", "fsdp") if a in axes),
+    tuple(a for a in ("tensor", "stage") if a in axes),
+    tuple(a for a in ("fsdp",) if a in axes),
   )
+  return mesh, split
 
 
-def test_extreme_logits_stay_finite():
-  x, w, targets = inputs()
-  loss, _ = linear_cross_entropy(1e4 * x, 1e4 * w, targets)
-  assert np.isfinite(loss).all()
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
+def test_eight_devices_compute_what_one_does(sizes, monkeypatch):
+  monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 128 * 4 * V)
+  arrays = [jnp.tile(a, (8,) + (1,) * (a.ndim - 1))[:2048] for a in inputs()]
+  arrays[1], arrays[4] = inputs()[1], inputs()[4]
+  options = {"z_loss": 1e-2, "softcap": 5.0}
+  expected = differentiate(plain, arrays, **options)
+  mesh, split = placed(sizes)
+  with jax.set_mesh(mesh):
+    assert_close(differentiate(fused, arrays, split=split, **options), expected, 2e-6)
 
 
-def test_chunks_save_memory():
-  T, D, V = 1024, 32, 4096
-  x, w, targets = jnp.ones((T, D)), jnp.ones((D, V)), jnp.zeros(T, jnp.int32)
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
+def test_no_device_gets_logits_or_tokens_of_others(sizes, monkeypatch):
+  """Only sums travel: of gradients, and two numbers a token where words are split."""
+  monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 128 * 4 * V)
+  mesh, split = placed(sizes)
 
-  def bytes_needed(chunk_size):
-    def total(x, w):
-      return jnp.sum(linear_cross_entropy(x, w, targets, chunk_size=chunk_size)[0])
+  def place(*axes):
+    return NamedSharding(mesh, P(*axes))
 
-    compiled = jax.jit(jax.grad(total, (0, 1))).lower(x, w).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  logits = T * V * 4
-  assert bytes_needed(0) >= logits
-  assert bytes_needed(64) < logits / 4
-
-
-def test_chunks_of_split_tokens_are_split_too():
-  """No device gathers the features of the others."""
-  from flaxlm.parallel.mesh import make_mesh
-
-  mesh = make_mesh(data=8, fsdp=1, tensor=1)
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  x = jax.ShapeDtypeStruct((256, 16), jnp.float32, sharding=place)
-  targets = jax.ShapeDtypeStruct((256,), jnp.int32, sharding=place)
-  w = jax.ShapeDtypeStruct((16, 50), jnp.float32)
-
-  def total(x, w, targets):
-    return jnp.sum(linear_cross_entropy(x, w, targets, chunk_size=64)[0])
-
-  text = jax.jit(jax.grad(total, (0, 1))).lower(x, w, targets).compile().as_text()
-  assert "all-gather" not in text
+  with jax.set_mesh(mesh):
+    text = compiled(2048, D, V, (0, 1), split, place).as_text()
+  assert "all-gather" not in text and "all-to-all" not in text
+  assert "collective-permute" not in text
+  # Each product is of a device's own tokens and words.
+  tokens = 2048 // np.prod([mesh.shape[a] for a in split.tokens], dtype=int)
+  words = V // np.prod([mesh.shape[a] for a in split.words], dtype=int)
+  size = chunk_tokens(int(tokens), int(words))
+  assert f"f32[{size},{words}]" in text
+  assert f"f32[{2 * size},{words}]" not in text

@@ -64,18 +64,18 @@ def test_layers_of_a_scan_choose_their_window():
 
 def test_shapes_that_it_cannot_compute_are_refused():
   (q, k, v), _ = inputs()
-  with pytest.raises(ValueError, match="attention = xla"):
+  with pytest.raises(ValueError, match="attention=auto"):
     splash_attention(q[:, :100], k[:, :100], v[:, :100], SEGMENTS[:, :100])
 
 
 def test_a_prefix_or_another_machine_is_refused(tiny, one_device):
   tiny.model.attention = "splash"
-  with pytest.raises(ConfigError, match="a kernel for cpu"):
+  with pytest.raises(ConfigError, match="a TPU, and this is a cpu"):
     programs.build(tiny, one_device)
   model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(0))
   ids = jnp.ones((1, 8), jnp.int32)
-  with pytest.raises(ValueError, match="cannot let a prefix"):
+  with pytest.raises(ValueError, match="no prefix that"):
     model(ids, ids, ids, prefix_BL=ids)
   tiny.objective.kind = "prefix"
-  with pytest.raises(ConfigError, match="its prefix is seen by all"):
+  with pytest.raises(ConfigError, match="no prefix that"):
     configs.check(tiny)

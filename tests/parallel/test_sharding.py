@@ -71,7 +71,7 @@ def gradient(config, mesh):
 
   def loss(model, batch):
     counts = count_predicted(batch)
-    return summed_loss(model, batch, counts, 0.0, config.step.chunk_size, 1.0)
+    return summed_loss(model, batch, counts, 0.0, 1.0)
 
   compute = jax.jit(
     jax.value_and_grad(loss, has_aux=True),
@@ -193,7 +193,7 @@ def test_evaluation_does_not_depend_on_the_mesh(config, one_device):
     _, state = start(own, mesh)
     with programs.use_config_mesh(own, mesh):
       placed = [place(own, mesh, i) for i in range(3)]
-      step = jax.jit(make_eval_step(0))
+      step = jax.jit(make_eval_step())
       results.append(evaluate(state.model, placed, step, 2.0))
       assert evaluate(state.model, placed, step, 2.0) == results[-1]
   for result in results[1:]:

@@ -3,6 +3,7 @@
 import pytest
 
 from flaxlm import program
+from flaxlm.kernels import cross_entropy
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.memory import expected_memory, kept_bytes
@@ -45,12 +46,14 @@ def test_experts_of_other_devices_send_all_they_might(tiny):
   assert found.total == pytest.approx(peak, rel=0.3)
 
 
-def test_each_knob_saves_what_it_should(tiny):
+def test_each_knob_saves_what_it_should(tiny, monkeypatch):
+  tiny.data.batch_size = 128
   whole, *_ = counted(tiny)
   tiny.step.accumulation_steps = 1
-  tiny.step.chunk_size = 64  # of 256 tokens
+  V, D = tiny.model.vocab_size, tiny.model.embed_dim
+  monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 128 * V * 4)  # of 512 tokens
   chunked, *_ = counted(tiny)
-  assert chunked.logits * 4 == whole.logits
+  assert chunked.logits == whole.logits / 4 + 4 * D * V  # and the gradient's sum
   tiny.mesh.fsdp, tiny.mesh.tensor = 2, 2
   split, *_ = counted(tiny)
   assert split.parameters < whole.parameters / 2

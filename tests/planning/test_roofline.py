@@ -83,7 +83,6 @@ def test_small_products_fill_no_tiles():
 def test_measured_operations_replace_the_table():
   config = gpt2_124m.get_config()
   config.data.batch_size, config.step.accumulation_steps = 8, 1
-  config.step.chunk_size = 0
   ops = operations(config, mesh(), False)
   times = {(op.kind, *op.dims, config.model.dtype): 1e-3 for op in ops}
   hardware = parse("h100x1")._replace(calibration=Calibration(times, 0.5))

@@ -60,7 +60,7 @@ def test_weights_are_counted(name):
 
 def test_masked_pairs_and_recomputation_cost_extra():
   config = load("gpt2_124m")
-  config.model.remat, config.step.chunk_size = "none", 0
+  config.model.remat = "none"
   sparse, full = (
     flops(operations(config, mesh(), flash), "attention") for flash in (True, False)
   )

@@ -72,7 +72,7 @@ def test_adamw_is_the_textbook_update(tiny):
   state, step = build(tiny)
   rows = batch(tiny)
   loss = functools.partial(
-    summed_loss, counts={"main": 8.0 * 32}, z_loss=0.0, chunk_size=0, share=1.0
+    summed_loss, counts={"main": 8.0 * 32}, z_loss=0.0, share=1.0
   )
   grads, _ = jax.jit(jax.grad(loss, has_aux=True))(state.model, rows)
   norm = float(optax.tree.norm(grads))
@@ -171,7 +171,7 @@ def test_positions_without_a_target_do_not_count(tiny):
   state, train_step = build(tiny)
   rows = batch(tiny)
   half = dict(rows, targets=rows["targets"].at[:, 16:].set(-1))
-  step = jax.jit(make_eval_step(0))
+  step = jax.jit(make_eval_step())
   nats, tokens, _ = step(state.model, half)
   full, _, _ = step(state.model, rows)
   assert np.all(tokens == 16) and np.all(nats < full)
@@ -184,17 +184,15 @@ def test_evaluation_counts_every_token_once(tiny):
   state, _ = build(tiny)
   batches = [batch(tiny, i) for i in range(3)]
   batches[2]["targets"] = batches[2]["targets"].at[4:].set(-1)
-  result = evaluate(state.model, batches, jax.jit(make_eval_step(7)), 2.5)
+  result = evaluate(state.model, batches, jax.jit(make_eval_step()), 2.5)
   assert result["tokens"] == (8 + 8 + 4) * 32
   one = {"main": 1.0}
-  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 0, 1.0)[1]["loss"])
+  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 1.0)[1]["loss"])
   total = sum(float(loss(state.model, rows)) for rows in batches)
   assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
   assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2) / 2.5)
-  stopped = evaluate(
-    state.model, batches, jax.jit(make_eval_step(0)), 1.0, lambda: True
-  )
+  stopped = evaluate(state.model, batches, jax.jit(make_eval_step()), 1.0, lambda: True)
   assert stopped is None
 
 
@@ -213,10 +211,10 @@ def test_dropout_is_a_function_of_seed_and_step(tiny):
   assert loss_at(0, 0) == loss_at(0, 0)
   assert len({loss_at(0, 0), loss_at(0, 1), loss_at(1, 0)}) == 3
   # Nothing is dropped where a model is evaluated.
-  nats, tokens, _ = jax.jit(make_eval_step(0))(state.model, rows)
+  nats, tokens, _ = jax.jit(make_eval_step())(state.model, rows)
   plain = dataclasses.replace(tiny_model(tiny), dropout=0.0)
   same = jax.jit(lambda key: init_state(key, plain, tx, 0.0))(jax.random.key(0))
-  expected, _, _ = jax.jit(make_eval_step(0))(same.model, rows)
+  expected, _, _ = jax.jit(make_eval_step())(same.model, rows)
   np.testing.assert_array_equal(nats, expected)
   assert tokens.sum() == 8 * 32
 
@@ -253,4 +251,4 @@ def test_sentence_pairs_add_their_own_loss(tiny):
 
 
 def sum_of_pairs(model, rows):
-  return jnp.sum(objectives.losses(model, rows, 0.0, 0).pair_nats)
+  return jnp.sum(objectives.losses(model, rows).pair_nats)

@@ -1,0 +1,87 @@
+"""What this machine has, and which attention kernels are right and fast on it.
+
+  python -m flaxlm.doctor
+
+Prints versions, devices and memory; compares every attention backend that can run here
+with the definition, for every mask, and disturbs tokens that must not be seen; measures
+the speed of each. `attention=auto` then goes by what was found on this kind of device,
+which is kept for this user. Takes less than a minute. Exit codes: 0 all that run
+conform, 1 one does not.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+
+from flaxlm import cli
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.parser(__doc__, "doctor")
+  parser.add_argument("--json", metavar="FILE", help="also write what was found")
+  args, _ = cli.parse(parser, argv)
+  found = {"machine": machine()}
+  for name, value in found["machine"].items():
+    print(f"{name:12}  {value}", flush=True)
+  found["attention"] = attention()
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+  if not all(row["conforms"] for row in found["attention"].values() if row["checked"]):
+    sys.exit(1)
+
+
+def machine() -> dict[str, str]:
+  """Versions, devices and memory, in words."""
+  import jax
+  import jaxlib
+
+  from flaxlm.parallel import hosts
+  from flaxlm.planning.calibrate import host_memory
+
+  devices, gib = jax.devices(), 2**30
+  statistics = devices[0].memory_stats() or {}
+  memory = f"{host_memory() / gib:.1f} GiB of the host"
+  if "bytes_limit" in statistics:
+    memory = f"{statistics['bytes_limit'] / gib:.1f} GiB a device, {memory}"
+  return {
+    "python": f"{platform.python_version()}, {platform.platform()}",
+    "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
+    "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    "memory": memory,
+    "cores": f"{os.cpu_count()}",
+    "allocator": hosts.keep_freed_memory().removeprefix("allocator: "),
+    "programs": f"kept in {jax.config.jax_compilation_cache_dir or 'no directory'}",
+  }
+
+
+def attention() -> dict[str, dict]:
+  """Checks and times each backend; prints a line for each, and what failed."""
+  import jax
+
+  from flaxlm.kernels import backends, conformance
+
+  device, measured = jax.devices()[0], {}
+  print(
+    f"\n{'attention':10} {'masks':>9}  largest error, of the tolerance; "
+    "TFLOP/s forward + backward, causal FLOPs, by tokens a row"
+  )
+  names = [name for name in backends.BACKENDS if name != "xla"]
+  for backend in (*backends.FORMS, *names):  # which xla is, by shape
+    row = measured[backend] = conformance.examine(backend, device.platform)
+    if not row["checked"]:
+      print(f"{backend:10} {'-':>9}  cannot run: it needs {row['needs']}", flush=True)
+      continue
+    speed = "  ".join(f"{L}: {x:.3g}" for L, x in row["tflops"].items())
+    score = f"{row['checked'] - len(row['failed'])}/{row['checked']}"
+    print(f"{backend:10} {score:>9}  {row['error']:.0%}  {speed}", flush=True)
+    print("".join(f"  FAILED {text}\n" for text in row["failed"]), end="")
+  right = {name: row for name, row in measured.items() if row["checked"]}
+  path = backends.save_measured(device.device_kind, jax.__version__, right)
+  print(f"\nattention=auto on {device.device_kind} goes by {path}")
+  return measured
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,90 @@
+"""What every benchmark says of the machine that it ran on, its table and its JSON."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # configs are no part of the installed package
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+def about() -> dict:
+  """Hardware, versions and commit."""
+  return {
+    "cpu": cpu_name(),
+    "cores": len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count(),
+    "memory_gib": round(
+      os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
+    ),
+    "load": os.getloadavg()[0],  # of others too: near 0 on a quiet machine
+    "system": platform.platform(),
+    "python": platform.python_version(),
+    "versions": {name: version(name) for name in PACKAGES if version(name)},
+    "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("diff", "HEAD")),
+  }
+
+
+def cpu_name() -> str:
+  info = pathlib.Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [
+    line.split(":")[1].strip() for line in lines if line.startswith("model name")
+  ]
+  wide = any("avx512f" in line for line in lines)
+  return (names or [platform.processor()])[0] + " AVX-512" * wide
+
+
+def version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+
+
+def git(*arguments: str) -> str:
+  """What git answers, or "" outside a clone."""
+  done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+  return done.stdout.strip()
+
+
+def report(title: str, rows: list[dict], json_file: str | None, **more) -> None:
+  """Prints `rows` as a table, and writes them with the record of the machine."""
+  record = {"benchmark": title, "about": about(), "rows": rows} | more
+  if json_file:
+    pathlib.Path(json_file).write_text(json.dumps(record, indent=2) + "\n")
+  at = record["about"]
+  versions = " ".join(f"{name} {number}" for name, number in at["versions"].items())
+  print(f"\n{title}")
+  print(
+    f"{at['cpu']}, {at['cores']} cores, load {at['load']:.1f}; commit {at['commit']}"
+  )
+  print(versions)
+  print_table(rows)
+
+
+def print_table(rows: list[dict]) -> None:
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  texts = [names] + [[show(row.get(name)) for name in names] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+  for text in texts:
+    first, *others = (
+      f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+      for i, (cell, w) in enumerate(zip(text, widths, strict=True))
+    )
+    print("  ".join([first, *others]), flush=True)
+
+
+def show(value) -> str:
+  """Three digits that matter; nothing for what was not measured."""
+  if value is None:
+    return "-"
+  if isinstance(value, float):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+  return str(value)

@@ -1,0 +1,138 @@
+"""Data: tokenising against the sentencepiece library itself, and the batch loader.
+
+  python tests/benchmarks/data_speed.py [--text=corpus.txt] [--json=data.json]
+
+The peer is the library's own batch call on the same documents, with the same model, in
+turns: first on one thread, then on all cores. `prepare` is the whole path of
+flaxlm.prepare: reading files, splits, tokenising, the texts that are decoded again, and
+writing a store. Without --text, documents are the Python standard library's sources.
+The loader makes the quickstart's batches of that store, on one core, without a model.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import sentencepiece
+
+from configs import base
+from flaxlm.data import tokenizer, writer
+from flaxlm.data.batches import Batches, read_ahead
+from flaxlm.data.store import Store
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+MOST = 8 << 20  # characters a turn
+
+
+def read_documents(path: str | None) -> list[str]:
+  if path:
+    return pathlib.Path(path).read_text("utf-8").split("\n\n")
+  files = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
+  return [file.read_text("utf-8", "replace") for file in files]
+
+
+def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
+  """MB/s of encode_batch and of the library, on one thread and on all."""
+  lines = tokenizer.sample(documents, 1 << 20)
+  model = tokenizer.train_tokenizer(lines, kind, 8192)
+  ours = tokenizer.Tokenizer(model)
+  theirs = sentencepiece.SentencePieceProcessor()
+  theirs.LoadFromSerializedProto(model)
+  megabytes = sum(len(text.encode()) for text in documents) / 1e6
+  rows = []
+  for threads in sorted({1, CORES}):
+    calls = {
+      "sentencepiece": lambda n=threads: theirs.encode(documents, num_threads=n),
+      "flaxlm": lambda n=threads: ours.encode_batch(documents, n),
+    }
+    seconds = {who: [] for who in calls}
+    for _ in range(turns):
+      for who, call in calls.items():
+        start = time.perf_counter()
+        call()
+        seconds[who].append(time.perf_counter() - start)
+    rates = {who: megabytes / statistics.median(s) for who, s in seconds.items()}
+    rows.append({"kind": kind, "threads": threads, **rates})
+    rows[-1]["ratio"] = rates["flaxlm"] / rates["sentencepiece"]
+  return rows
+
+
+def prepare(documents: list[str], folder: pathlib.Path) -> writer.Report:
+  """A store of these documents, prepared as flaxlm.prepare does."""
+  (folder / "texts").mkdir()
+  for number, text in enumerate(documents):
+    (folder / "texts" / f"{number:06}.txt").write_text(text, "utf-8")
+  config = base.get_config()
+  config.data.store = str(folder / "store")
+  config.tokenizer.vocab_size = 8192
+  source = config.data.sources.main
+  source.kind, source.path = "text", f"{folder}/texts/*.txt"
+  return writer.build(config, lambda line: None)
+
+
+def loader_tokens_per_second(store: Store, loader: str) -> float:
+  """One thread on one core that makes the quickstart's batches, without a model."""
+  seq_len, batch_size = 128, 16
+  streams = {name: store.stream(name, "train") for name in store.manifest["sources"]}
+  batches = Batches(
+    streams, [1.0] * len(streams), seq_len, batch_size, 0, store.vocab_size,
+    store.pad_id,
+  )  # fmt: skip
+  num_batches = 2000
+  for i, _ in enumerate(read_ahead(batches, range(20 + num_batches), loader, 1, 4)):
+    if i == 19:  # warm
+      start = time.perf_counter()
+  return num_batches * seq_len * batch_size / (time.perf_counter() - start)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--text", help="a UTF-8 file; empty lines part documents")
+  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--json", help="file for the numbers")
+  args = parser.parse_args()
+  documents, size = [], 0
+  for text in read_documents(args.text):
+    documents.append(text)
+    size += len(text)
+    if size > MOST:
+      break
+  result = {
+    "about": {"python": platform.python_version(), "machine": platform.machine(),
+              "sentencepiece": sentencepiece.__version__, "cores": CORES},
+    "tokenising": [],
+  }  # fmt: skip
+  print(f"{len(documents):,} documents, {size / 1e6:.1f} M characters")
+  print(f"{'MB/s':<10}{'threads':>8}{'sentencepiece':>15}{'flaxlm':>9}{'ratio':>8}")
+  for kind in ("bpe", "unigram"):
+    for row in tokenising(documents, kind, args.turns):
+      result["tokenising"].append(row)
+      print(
+        f"{kind:<10}{row['threads']:>8}{row['sentencepiece']:>15.1f}"
+        f"{row['flaxlm']:>9.1f}{row['ratio']:>7.2f}x",
+        flush=True,
+      )
+  with tempfile.TemporaryDirectory() as folder:
+    report = prepare(documents, pathlib.Path(folder))
+    result["prepare_mb_per_second"] = report.rate
+    print(f"prepare, {CORES} cores: {report.rate:.1f} MB/s")
+    if hasattr(os, "sched_setaffinity"):
+      os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for loader in ("tfdata", "numpy"):
+      rate = loader_tokens_per_second(report.store, loader)
+      result[f"{loader}_tokens_per_second"] = rate
+      print(f"loader {loader}, one core: {rate:,.0f} tokens/s", flush=True)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,91 @@
+"""From the command to the first step, as users start it: cold, warm and without cache.
+
+  python tests/benchmarks/first_step.py [--sizes char gpt2_124m] [--turns 3]
+                                        [--json=first_step.json]
+
+Each start is a process of `python -m flaxlm.train` with random tokens, and its seconds
+are those that it prints. Cold starts with an empty cache; warm is the same once more.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import peers
+
+def get_config():
+  config = peers.gpt2_like(*peers.SIZES[{size!r}])
+  config.num_steps = config.log.every = config.optim.warmup_steps = 1
+  config.data.loader = "synthetic"
+  config.log.tensorboard = False
+  return config
+"""
+KINDS = ("none", "cold", "warm")
+
+
+def first_step(config: pathlib.Path, home: pathlib.Path, kind: str) -> tuple:
+  """Returns (seconds, programs found in the cache, programs asked for)."""
+  changes = {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)}
+  if kind == "none":
+    changes["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+  with tempfile.TemporaryDirectory() as workdir:
+    done = subprocess.run(
+      [sys.executable, "-m", "flaxlm.train", f"--config={config}",
+       f"--workdir={workdir}"],
+      env=os.environ | changes, capture_output=True, text=True,
+    )  # fmt: skip
+  if done.returncode:
+    sys.exit(done.stderr)
+  line = re.search(r"first step ([\d.]+) s after the command; (.*)", done.stdout)
+  found = re.findall(r"\d+", line.group(2)) or ["0", "0"]
+  return float(line.group(1)), *map(int, found)
+
+
+def measure(size: str, turns: int) -> dict:
+  seconds = {kind: [] for kind in KINDS}
+  with tempfile.TemporaryDirectory() as place:
+    config = pathlib.Path(place) / "config.py"
+    benchmarks = str(pathlib.Path(__file__).parent)
+    config.write_text(CONFIG.format(benchmarks=benchmarks, size=size))
+    for turn in range(turns):
+      for kind in KINDS:
+        spent, found, asked = first_step(config, pathlib.Path(place) / f"{turn}", kind)
+        seconds[kind].append(spent)
+        if kind == "warm" and not found:
+          sys.exit(f"{size}: nothing came from the cache")
+  row = {"size": size, "programs": asked, "from_cache": found}
+  return row | {f"{kind}_seconds": statistics.median(seconds[kind]) for kind in KINDS}
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  sizes = ("char", "gpt2_124m")
+  parser.add_argument("--sizes", nargs="*", default=sizes, choices=(*sizes, "baby"))
+  parser.add_argument("--turns", type=int, default=3)
+  parser.add_argument("--json", help="file for the numbers")
+  args = parser.parse_args()
+  print(f"{'size':<12}{'no cache':>10}{'cold':>10}{'warm':>10}{'found':>10}")
+  rows = []
+  for size in args.sizes:
+    row = measure(size, args.turns)
+    rows.append(row)
+    times = "".join(f"{row[f'{kind}_seconds']:>9.1f}s" for kind in KINDS)
+    print(f"{size:<12}{times}{row['from_cache']:>6} of {row['programs']}", flush=True)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+  main()

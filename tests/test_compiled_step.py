@@ -1,0 +1,167 @@
+"""What one training step costs, counted in its compiled program: no clock is involved.
+
+`pytest tests/test_compiled_step.py --update-golden` rewrites tests/golden; review the
+changes. FLOPs of matrix products must be equal everywhere. What XLA decides (fusions,
+messages, memory) must be within SAME of the golden values under the version of JAX that
+made them, and within OTHER under any other.
+"""
+
+import collections
+import json
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from flaxlm import loop, program
+from flaxlm.parallel.mesh import axis_sizes, make_mesh, one_device
+from flaxlm.parallel.sharding import bytes_per_device
+from flaxlm.planning import hlo
+from flaxlm.training.guards import StopSignal
+
+GOLDEN = pathlib.Path(__file__).parent / "golden/compiled_step.json"
+SAME, OTHER = 0.05, 0.3  # of the golden value: the processor, too, decides on fusions
+MESHES = {"one device": None, "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2}}
+
+
+def causal(config):
+  config.tokenizer.vocab_size = 512  # logits are the largest array, as in life
+  return config
+
+
+def bert(config):
+  config = causal(config)
+  config.objective.kind = "masked"
+  model = config.model
+  model.causal, model.head, model.num_segment_types = False, "mlm", 2
+  model.positions, model.norm, model.norm_placement = "learned", "layernorm", "residual"
+  model.embedding_norm = model.use_bias = True
+  model.gated_mlp, model.activation, model.num_kv_heads = False, "gelu", 4
+  # So large that what a mesh leaves whole (biases, the head) is a small share.
+  model.num_layers, model.embed_dim, model.mlp_dim = 4, 64, 1024
+  return config
+
+
+def compiled(config, axes):
+  """Returns (compiled step, abstract state) on one of MESHES."""
+  config.mesh.update(axes or {})
+  mesh = make_mesh(**axis_sizes(config.mesh)) if axes else one_device()
+  built = program.build(config, mesh)
+  with program.use_config_mesh(config, mesh):
+    batch = program.abstract_batch(config, mesh)
+    return built.train_step.lower(built.target, batch, None).compile(), built.target
+
+
+def instructions(computations, name, times=1):
+  """Yields (instruction, its neighbours by name, how often it runs) of a program."""
+  here = {instruction.name: instruction for instruction in computations[name]}
+  for one in here.values():
+    yield one, here, times
+    if one.opcode == "while":
+      body, condition = (
+        re.search(rf"{what}=%?([\w.\-]+)", one.rest)[1]
+        for what in ("body", "condition")
+      )
+      turns = hlo.trips(computations, condition, one.rest)
+      yield from instructions(computations, body, times * turns)
+    elif one.opcode in ("fusion", "call", "conditional"):
+      for inner in hlo.CALLED.findall(one.rest):
+        yield from instructions(computations, inner, times)
+
+
+def dims(shape: str) -> list[int]:
+  return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]
+
+
+def dot_flops(dot, here) -> int:
+  lhs = dims(here[re.search(r"%([\w.\-]+)", dot.rest)[1]].shape)
+  summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
+  return (
+    2 * math.prod(dims(dot.shape)) * math.prod(lhs[int(i)] for i in summed.split(","))
+  )
+
+
+def count(config, axes) -> dict:
+  """The cost of a step: exact numbers first, then those that XLA decides."""
+  step, target = compiled(config, axes)
+  computations, entry = hlo.parse(step.as_text())
+  found = collections.Counter()
+  for one, here, times in instructions(computations, entry):
+    found[one.opcode] += times
+    if one.opcode == "dot":
+      found["dot FLOPs"] += times * dot_flops(one, here)
+    kind = hlo.KINDS.get(one.opcode.removesuffix("-start"))
+    if kind:
+      found[f"messages {kind}"] += times
+      found[f"bytes {kind}"] += times * int(hlo.num_bytes(one.shape))
+  assert not found["infeed"] + found["outfeed"] + found["send"] + found["recv"]
+  assert "callback" not in step.as_text()
+  memory = step.memory_analysis()
+  # All of the state is donated, and its memory is used again: weights, moments, counts.
+  assert memory.alias_size_in_bytes == bytes_per_device(target)
+  kinds = {
+    key: n for key, n in sorted(found.items()) if re.match("messages|bytes", key)
+  }
+  return {
+    "dot FLOPs": found["dot FLOPs"],
+    "argument bytes": memory.argument_size_in_bytes,
+    "temporary bytes": memory.temp_size_in_bytes,
+    "dots": found["dot"],
+    "fusions": found["fusion"],
+    "copies": found["copy"],
+  } | kinds
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("change", [causal, bert])
+def test_a_step_costs_what_it_did(change, mesh, tiny, request):
+  name = f"{change.__name__}, {mesh}"
+  now = count(change(tiny), MESHES[mesh])
+  golden = (
+    json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"jax": "", "steps": {}}
+  )
+  if request.config.getoption("--update-golden"):
+    golden["jax"] = jax.__version__
+    golden["steps"][name] = now
+    GOLDEN.write_text(json.dumps(golden, indent=2) + "\n")
+  before = golden["steps"][name]
+  for key in ("dot FLOPs", "argument bytes"):
+    assert now[key] == before[key], key
+  margin = SAME if golden["jax"] == jax.__version__ else OTHER
+  assert now.keys() == before.keys()
+  assert now == pytest.approx(before, rel=margin)
+
+
+def test_the_loop_compiles_once_and_reads_one_step_late(tiny, tmp_path, monkeypatch):
+  tiny.num_steps, tiny.eval.every = 6, 0
+  log, add, get = [], loop.Progress.add, jax.device_get
+
+  def on_compile(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+      log.append("compile")
+
+  def added(progress, step, metrics):
+    log.append(f"dispatched {step}")
+    with jax.transfer_guard("disallow"):  # reading is explicit, or fails
+      add(progress, step, metrics)
+
+  def read(tree):
+    log.append("read")
+    return get(tree)
+
+  monkeypatch.setattr(loop.Progress, "add", added)
+  monkeypatch.setattr(jax, "device_get", read)
+  jax.monitoring.register_event_duration_secs_listener(on_compile)
+  try:
+    loop.train(tiny, tmp_path, StopSignal())
+  finally:
+    jax.monitoring.clear_event_listeners()
+  first = log.index("dispatched 1")
+  assert "compile" in log[:first]
+  log = log[first : log.index("dispatched 6") + 2]
+  # One read a step, of the numbers of the step before; nothing is compiled any more.
+  assert log == ["dispatched 1"] + [
+    x for i in range(2, 7) for x in (f"dispatched {i}", "read")
+  ]
