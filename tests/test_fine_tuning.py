@@ -64,7 +64,7 @@ def task_of(pretrained, kind, head, path, **knobs):
   config.init_from, config.task.kind = str(pretrained), kind
   config.task.path, config.model.head = str(path), head
   config.num_steps, config.optim.peak_learning_rate = 60, 1e-2
-  config.optim.schedule, config.eval.every = "constant", 0
+  config.optim.schedule, config.eval.every = "linear", 0
   config.data.validation_fraction = 0.25
   for name, value in knobs.items():
     group = config.task if name in config.task else config.model

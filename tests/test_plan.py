@@ -107,6 +107,7 @@ def test_overrides_and_the_hardware_of_the_config(capsys, tmp_path):
 
 def test_what_does_not_fit_is_given_lines_to_paste(capsys):
   command = [LLAMA, "--hardware=h100x64", "--config.step.accumulation_steps=1"]
+  command.append("--config.data.batch_size=2048")
   plan.main(command)
   text = capsys.readouterr().out
   assert "fits" in text and "NO" in text

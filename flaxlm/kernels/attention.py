@@ -6,6 +6,7 @@ equal it; one that cannot honour a mask or a type raises and computes nothing el
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels.backends import FORMS, Case, why_not
 from flaxlm.kernels.chunked_attention import chunked_attention, pays
@@ -62,8 +63,7 @@ def attention(
     refuse("cudnn", case._replace(sinks=sinks_N is not None))
   if backend == "reference":
     arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
-    out_BLNH = define(*arrays, visible(L, M, *masks), scale, softcap)
-    return out_BLNH.astype(q_BLNH.dtype)
+    return define(*arrays, visible(L, M, *masks), scale, softcap).astype(q_BLNH.dtype)
   if backend == "dense" and (softcap or sinks_N is not None):
     return define(*arrays, visible(L, M, *masks), scale, softcap)
   at_home = isinstance(q_offset, int) and q_offset == 0
@@ -109,4 +109,4 @@ def define(
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.logaddexp(lse, sinks_KG11))
   out_BLKGH = jnp.einsum("BKGLM,BMKH->BLKGH", weights.astype(v_BMKH.dtype), v_BMKH)
-  return out_BLKGH.reshape(B, L, N, H)
+  return checkpoint_name(out_BLKGH.reshape(B, L, N, H), "attention")

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels import blockwise
 from flaxlm.kernels.blockwise import Keys, Queries, Rule
@@ -100,6 +101,7 @@ def chunked_fwd(
 
   reach = reaches(rule, window, queries, keys)
   _, (out_PBKGlH, lse_PBKGl) = jax.lax.scan(block, None, (queries, *reach))
+  out_PBKGlH, lse_PBKGl = checkpoint_name((out_PBKGlH, lse_PBKGl), "attention")
   saved = (window, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl)
   return out_PBKGlH, saved
 

@@ -12,6 +12,7 @@ to 512 (tests/benchmarks/RESULTS.md).
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCKS, LEAST = 4, 64  # blocks of queries at most, and tokens a block at least
 
@@ -64,6 +65,7 @@ def weigh_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM):
   p_BKGLM = jax.nn.softmax(jnp.where(mask_BLM[:, None, None], scores, -1e30))
   p_BKGLM = p_BKGLM.astype(v_BKMH.dtype)
   out_BKGLH = jnp.einsum("BKGLM,BKMH->BKGLH", p_BKGLM, v_BKMH)
+  out_BKGLH = checkpoint_name(out_BKGLH, "attention")
   return out_BKGLH, (q_BKGLH, k_BKMH, v_BKMH, p_BKGLM, out_BKGLH)
 
 

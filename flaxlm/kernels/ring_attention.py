@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels import blockwise
 from flaxlm.kernels.blockwise import Keys, Queries, Rule
@@ -116,6 +117,7 @@ def ring_fwd(
   queries = Queries(slot_P, q_PBKGlH, q_segments)
   keys = Keys(None, k_JBKmH, v_JBKmH, k_segments, prefix)
   out_PBKGlH, lse_PBKGl = forward(rule, window, device, queries, keys, sinks_KG)
+  out_PBKGlH, lse_PBKGl = checkpoint_name((out_PBKGlH, lse_PBKGl), "attention")
   return out_PBKGlH, (window, device, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl)
 
 

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels.attention import refuse
 from flaxlm.kernels.backends import LANES, Case
@@ -41,7 +42,7 @@ def make_kernel(
     return kernels.make_splash_mha(
       masks.MultiHeadMask([mask] * num_heads), block_sizes=sizes,
       attn_logits_soft_cap=softcap or None, head_shards=1, q_seq_shards=1,
-      interpret=interpret,
+      residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip
 
 
@@ -86,4 +87,5 @@ def splash_attention(
     out_BNLH = run(window)
   else:  # the layers of a scan have different ones
     out_BNLH = jax.lax.cond(window > 0, lambda: run(sliding_window), lambda: run(0))
+    out_BNLH = checkpoint_name(out_BNLH, "attention")
   return jnp.swapaxes(out_BNLH, 1, 2).astype(q_BLNH.dtype)

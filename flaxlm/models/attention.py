@@ -162,8 +162,7 @@ class Attention(nnx.Module):
         **mask_and_scale(self.config),
       )  # fmt: skip
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
-    out_TNH = join_rows(checkpoint_name(out_BLNH, "attention"))
-    out_TD = project(out_TNH, self.out, 2, self.config.quantize)
+    out_TD = project(join_rows(out_BLNH), self.out, 2, self.config.quantize)
     return add_bias(out_TD, self.out_bias), cache
 
 

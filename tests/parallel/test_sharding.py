@@ -234,9 +234,19 @@ def test_tokens_between_blocks_are_split_over_tensor_too(config):
   assert f"{tokens},{width}" not in shapes
 
 
-@pytest.mark.parametrize("keep", ["attention", "hidden", "query"])
-def test_a_named_tensor_is_kept_or_offloaded(config, keep, one_device):
+@pytest.mark.parametrize(
+  "keep, backend",
+  [
+    ("attention", "reference"),
+    ("attention", "xla"),
+    ("attention", "chunked"),
+    ("hidden", "xla"),
+    ("query", "xla"),
+  ],
+)
+def test_a_named_tensor_is_kept_or_offloaded(config, keep, backend, one_device):
   """remat=full computes the dot again, unless it is named."""
+  config.model.attention = backend
 
   def dots(**changes):
     own, mesh = mesh_of(config, data=1)
