@@ -48,6 +48,8 @@ CHOICES = {
   "data.sources.*.document": ("file", "paragraph", "line"),
   "tokenizer.kind": ("bpe", "unigram", "char"),
 }
+# Keys that older runs stored and that no longer choose anything.
+RETIRED = ("step.chunk_size",)
 # Numbers that are not listed may be anything from 0 up.
 AT_LEAST_ONE = (
   "num_steps",
@@ -289,6 +291,8 @@ def from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
   config.data.sources = base.sources(**{name: base.source() for name in names})
   known = flatten(config)
   for key, value in flatten(ConfigDict(stored)).items():
+    if key in RETIRED:
+      continue
     if key not in known:
       raise unknown_key(key, known)
     set_value(config, key, tuple(value) if isinstance(known[key], tuple) else value)

@@ -1,6 +1,7 @@
 """What is refused, where, and in how many lines; what is accepted and kept."""
 
 import fnmatch
+import json
 import os
 import pathlib
 import subprocess
@@ -121,6 +122,14 @@ def test_shipped_configs_are_valid_and_survive_json(path):
   again = configs.from_json(configs.to_json(config))
   assert configs.flatten(again) == configs.flatten(config)
   assert config.is_locked
+
+
+def test_a_config_stored_by_an_older_version_is_read():
+  config = base.get_config()
+  stored = json.loads(configs.to_json(config))
+  stored["step"]["chunk_size"] = 512
+  again = configs.from_json(json.dumps(stored))
+  assert configs.flatten(again) == configs.flatten(config)
 
 
 def test_a_mixture_survives_json():
