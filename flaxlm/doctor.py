@@ -20,8 +20,9 @@ from flaxlm import cli
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.parser(__doc__, "doctor")
+  parser.epilog = None  # no config is read
   parser.add_argument("--json", metavar="FILE", help="also write what was found")
-  args, _ = cli.parse(parser, argv)
+  args = parser.parse_args(argv)
   found = {"machine": machine()}
   for name, value in found["machine"].items():
     print(f"{name:12}  {value}", flush=True)

@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
 # The tables of all benchmarks, with JSON beside them in runs/bench/; see tests/benchmarks/.
-#   bash launch/bench.sh [--quick] [--nanogpt CLONE] [--maxtext PYTHON]
-# Quick ones take 3 minutes and show no more than that everything runs.
+#   bash launch/bench.sh [--quick] [--nanogpt CLONE] [--maxtext PYTHON] [--shakespeare FILE]
+# All take an hour or more; quick ones 10 minutes, and show no more than that everything runs.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-quick=() speed=()
+quick=() nanogpt=() maxtext=() text=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick) quick=(--quick) && shift ;;
-    --nanogpt | --maxtext) speed+=("$1" "${2:?$1 needs a path}") && shift 2 ;;
-    *) echo "bench.sh: $1 is not --quick, --nanogpt CLONE or --maxtext PYTHON" >&2 && exit 2 ;;
+    --nanogpt) nanogpt=("--nanogpt=${2:?$1 needs a path}") && shift 2 ;;
+    --maxtext) maxtext=("--maxtext=${2:?$1 needs a path}") && shift 2 ;;
+    --shakespeare) text=("--text=${2:?$1 needs a file}") && shift 2 ;;
+    *) echo "bench.sh: $1 is not --quick, --nanogpt CLONE, --maxtext PYTHON or --shakespeare FILE" >&2 && exit 2 ;;
   esac
 done
 mkdir -p runs/bench
 failed=()
-for name in train_speed loss first_step decoding data_speed scaling; do
-  [ -e "tests/benchmarks/$name.py" ] || continue
+for name in train_speed shakespeare loss attention_speed first_step decoding data_speed scaling; do
   case "$name" in
-    train_speed) more=("${quick[@]}" "${speed[@]}") ;;
+    train_speed) more=("${quick[@]}" "${nanogpt[@]}" "${maxtext[@]}") ;;
+    shakespeare)
+      [ ${#text[@]} -gt 0 ] || continue
+      more=("${text[@]}" "${nanogpt[@]}")
+      ;;
     scaling) more=("${quick[@]}") ;;
     *) more=("${quick[@]/--quick/--turns=1}") ;;
   esac

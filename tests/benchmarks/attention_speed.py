@@ -3,8 +3,8 @@
   python tests/benchmarks/attention_speed.py [--lengths 256 512 1024] [--blocks 64 128]
 
 Causal attention with the heads of GPT-2 124M (12 of 64), 4,096 tokens or one row of
-them, on this device. Medians of interleaved turns; the columns after the first are
-times faster than `dense`. `kernels/chunked_attention.py` goes by what this printed.
+them, on this device. Medians of interleaved turns; "faster" is against `dense`.
+`kernels/chunked_attention.py` goes by what this printed.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import functools
 import statistics
 import time
 
-import common  # noqa: F401  makes this clone importable
+import common  # makes this clone importable
 import jax
 
 from flaxlm.kernels import chunked_attention as chunked
 from flaxlm.kernels.conformance import Inputs, Mask, kernels, pull
-from flaxlm.parallel.hosts import keep_freed_memory
+from flaxlm.parallel import hosts
 
 
 def program(backend: str, given: Inputs):
@@ -32,8 +32,10 @@ def main() -> None:
   parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128, 256])
   parser.add_argument("--rows", type=int, default=0, help="0: 4,096 tokens a batch")
   parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
-  print(keep_freed_memory(), jax.devices()[0].device_kind)
+  hosts.keep_freed_memory()
+  rows = []
   for L in args.lengths:
     B = args.rows or max(4096 // L, 1)
     q, k, v, dout = jax.random.normal(jax.random.key(0), (4, B, L, 12, 64))
@@ -48,18 +50,13 @@ def main() -> None:
         jax.block_until_ready(run(given))
         seconds[name].append(time.perf_counter() - start)
     took = {name: statistics.median(times) for name, times in seconds.items()}
-    memory = {
-      name: run.memory_analysis().temp_size_in_bytes / 2**20
-      for name, run in programs.items()
-    }
-    print(
-      f"{B:3} x {L:5}: "
-      + "  ".join(
-        f"{name} {took['dense'] / x:.2f} ({x * 1e3:.0f} ms, {memory[name]:.0f} MiB)"
-        for name, x in took.items()
-      ),
-      flush=True,
-    )
+    for name, run in programs.items():
+      rows.append({
+        "length": L, "rows": B, "scores": name, "ms": 1e3 * took[name],
+        "faster": took["dense"] / took[name],
+        "temporary MiB": run.memory_analysis().temp_size_in_bytes / 2**20,
+      })  # fmt: skip
+  common.report("attention: forward and backward", rows, args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # configs are no part of the installed package
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = (
+  "jax", "jaxlib", "flax", "optax", "numpy", "sentencepiece", "torch", "transformers",
+)  # fmt: skip
 
 
 def about() -> dict:

@@ -10,15 +10,13 @@ The loader makes the quickstart's batches of that store, on one core, without a 
 """
 
 import argparse
-import json
 import os
 import pathlib
-import platform
 import statistics
-import sys
 import tempfile
 import time
 
+import common  # makes this clone importable
 import sentencepiece
 
 from configs import base
@@ -58,8 +56,9 @@ def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
         call()
         seconds[who].append(time.perf_counter() - start)
     rates = {who: megabytes / statistics.median(s) for who, s in seconds.items()}
-    rows.append({"kind": kind, "threads": threads, **rates})
-    rows[-1]["ratio"] = rates["flaxlm"] / rates["sentencepiece"]
+    row = {"tokenizer": kind, "threads": threads}
+    row |= {f"{who} MB/s": rate for who, rate in rates.items()}
+    rows.append(row | {"ratio": rates["flaxlm"] / rates["sentencepiece"]})
   return rows
 
 
@@ -105,34 +104,26 @@ def main() -> None:
     size += len(text)
     if size > MOST:
       break
-  result = {
-    "about": {"python": platform.python_version(), "machine": platform.machine(),
-              "sentencepiece": sentencepiece.__version__, "cores": CORES},
-    "tokenising": [],
-  }  # fmt: skip
-  print(f"{len(documents):,} documents, {size / 1e6:.1f} M characters")
-  print(f"{'MB/s':<10}{'threads':>8}{'sentencepiece':>15}{'flaxlm':>9}{'ratio':>8}")
-  for kind in ("bpe", "unigram"):
-    for row in tokenising(documents, kind, args.turns):
-      result["tokenising"].append(row)
-      print(
-        f"{kind:<10}{row['threads']:>8}{row['sentencepiece']:>15.1f}"
-        f"{row['flaxlm']:>9.1f}{row['ratio']:>7.2f}x",
-        flush=True,
-      )
+  rows = [
+    row
+    for kind in ("bpe", "unigram")
+    for row in tokenising(documents, kind, args.turns)
+  ]
   with tempfile.TemporaryDirectory() as folder:
     report = prepare(documents, pathlib.Path(folder))
-    result["prepare_mb_per_second"] = report.rate
-    print(f"prepare, {CORES} cores: {report.rate:.1f} MB/s")
+    others = [{"of": f"prepare, {CORES} cores", "MB/s": report.rate}]
     if hasattr(os, "sched_setaffinity"):
       os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for loader in ("tfdata", "numpy"):
-      rate = loader_tokens_per_second(report.store, loader)
-      result[f"{loader}_tokens_per_second"] = rate
-      print(f"loader {loader}, one core: {rate:,.0f} tokens/s", flush=True)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(result, indent=2))
+    others += [
+      {"of": f"loader {loader}, one core",
+       "tokens/s": loader_tokens_per_second(report.store, loader)}
+      for loader in ("tfdata", "numpy")
+    ]  # fmt: skip
+  text = f"{len(documents):,} documents, {size / 1e6:.1f} M characters"
+  common.report(f"data: {text}", rows, args.json, others=others)
+  print()
+  common.print_table(others)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -17,18 +17,16 @@ part, and how many tokens came before is shown.
 
 import argparse
 import concurrent.futures
-import json
 import os
-import pathlib
-import platform
 import statistics
-import sys
 import tempfile
 import time
 
+import common  # makes this clone importable
+
 from flaxlm.parallel import hosts
 
-ALLOCATOR = hosts.keep_freed_memory()  # before anything large is allocated
+hosts.keep_freed_memory()  # before anything large is allocated
 
 import jax
 import numpy as np
@@ -175,27 +173,14 @@ def measure(name: str, batches: list[int], peers: list[str], turns: int) -> list
     for how, taken in medians.items():
       rows.append({
         "size": name, "batch": batch, "who": how,
-        "tokens_per_second": batch * NEW / taken,
-        "flaxlm_is_faster_by": taken / medians["flaxlm"],
-        "share_of_read_rate":
-          weight_bytes * NEW / taken / 1e9 / statistics.median(rates),
-        "read_gb_per_second": statistics.median(rates),
-        "first_call_seconds": first[how],
-        "tokens_equal": equal_tokens(texts["flaxlm"], texts[how]),
+        "tokens/s": batch * NEW / taken,
+        "flaxlm is faster by": taken / medians["flaxlm"],
+        "of read rate": weight_bytes * NEW / taken / 1e9 / statistics.median(rates),
+        "read GB/s": statistics.median(rates),
+        "first call s": first[how],
+        "equal tokens": equal_tokens(texts["flaxlm"], texts[how]),
       })  # fmt: skip
-    show(rows[-len(seconds) :])
   return rows
-
-
-def show(rows: list[dict]) -> None:
-  for row in rows:
-    print(
-      f"{row['size']:<14}{row['batch']:>5}  {row['who']:<10}"
-      f"{row['tokens_per_second']:>10,.1f}{row['flaxlm_is_faster_by']:>9.2f}x"
-      f"{row['share_of_read_rate']:>9.0%}{row['read_gb_per_second']:>7.1f}"
-      f"{row['first_call_seconds']:>9.1f}s{row['tokens_equal']:>8.1f}",
-      flush=True,
-    )
 
 
 def main() -> None:
@@ -208,28 +193,11 @@ def main() -> None:
   parser.add_argument("--turns", type=int, default=3)
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
-  import torch
-  import transformers
-
-  about = {
-    "python": platform.python_version(), "jax": jax.__version__,
-    "torch": torch.__version__, "transformers": transformers.__version__,
-    "threads": torch.get_num_threads(), "machine": platform.machine(),
-    "allocator": ALLOCATOR,
-  }  # fmt: skip
-  print("  ".join(f"{key} {value}" for key, value in about.items()))
-  print(
-    f"{'size':<14}{'batch':>5}  {'who':<10}{'tokens/s':>10}{'flaxlm is':>10}"
-    f"{'of limit':>9}{'GB/s':>7}{'first':>10}{'equal':>8}"
-  )
-  rows = [
-    row for name in args.sizes
-    for row in measure(name, args.batch, args.peers, args.turns)
-  ]  # fmt: skip
-  if args.json:
-    text = json.dumps({"about": about, "rows": rows}, indent=2)
-    pathlib.Path(args.json).write_text(text)
+  rows = []
+  for name in args.sizes:
+    rows += measure(name, args.batch, args.peers, args.turns)
+  common.report(f"decoding: {PROMPT} tokens in, {NEW} out", rows, args.json)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

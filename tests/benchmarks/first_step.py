@@ -8,7 +8,6 @@ are those that it prints. Cold starts with an empty cache; warm is the same once
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -17,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[2]
+import common
+
 CONFIG = """
 import sys
 sys.path.insert(0, {benchmarks!r})
@@ -30,13 +30,13 @@ def get_config():
   config.log.tensorboard = False
   return config
 """
-KINDS = ("none", "cold", "warm")
+KINDS = ("no cache", "cold", "warm")
 
 
 def first_step(config: pathlib.Path, home: pathlib.Path, kind: str) -> tuple:
   """Returns (seconds, programs found in the cache, programs asked for)."""
-  changes = {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)}
-  if kind == "none":
+  changes = {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(common.ROOT)}
+  if kind == "no cache":
     changes["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   with tempfile.TemporaryDirectory() as workdir:
     done = subprocess.run(
@@ -63,8 +63,9 @@ def measure(size: str, turns: int) -> dict:
         seconds[kind].append(spent)
         if kind == "warm" and not found:
           sys.exit(f"{size}: nothing came from the cache")
-  row = {"size": size, "programs": asked, "from_cache": found}
-  return row | {f"{kind}_seconds": statistics.median(seconds[kind]) for kind in KINDS}
+  row = {"size": size}
+  row |= {f"{kind} s": statistics.median(seconds[kind]) for kind in KINDS}
+  return row | {"programs": asked, "found warm": found}
 
 
 def main():
@@ -76,15 +77,8 @@ def main():
   parser.add_argument("--turns", type=int, default=3)
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
-  print(f"{'size':<12}{'no cache':>10}{'cold':>10}{'warm':>10}{'found':>10}")
-  rows = []
-  for size in args.sizes:
-    row = measure(size, args.turns)
-    rows.append(row)
-    times = "".join(f"{row[f'{kind}_seconds']:>9.1f}s" for kind in KINDS)
-    print(f"{size:<12}{times}{row['from_cache']:>6} of {row['programs']}", flush=True)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2))
+  rows = [measure(size, args.turns) for size in args.sizes]
+  common.report("from the command to the first step", rows, args.json)
 
 
 if __name__ == "__main__":

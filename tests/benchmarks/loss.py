@@ -7,13 +7,10 @@ time of the three matrix products alone, at the rate of a large product in the s
 """
 
 import argparse
-import json
-import pathlib
 import statistics
-import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+import common  # makes this clone importable
 
 from flaxlm.parallel import hosts
 
@@ -79,14 +76,14 @@ def measure(name: str, turns: int, dtype) -> dict:
       times[kind].append(seconds(step, arrays, calls))
     if turn == 0:  # warm now
       times, limits = {kind: [] for kind in steps}, []
-  row = {"size": name, "dtype": dtype.__name__, "chunk_tokens": chunk_tokens(T, V)}
+  row = {"size": name, "dtype": dtype.__name__}
   for kind, step in steps.items():
-    row[f"{kind}_seconds"] = statistics.median(times[kind])
-    memory = step.memory_analysis()
-    row[f"{kind}_temporary_mib"] = memory.temp_size_in_bytes / 2**20
+    row[f"{kind} ms"] = 1e3 * statistics.median(times[kind])
+    row[f"{kind} MiB"] = step.memory_analysis().temp_size_in_bytes / 2**20
   pairs = zip(times["plain"], times["fused"], strict=True)
-  row["speedup"] = statistics.median(a / b for a, b in pairs)
-  return row | {"limit_seconds": statistics.median(limits)}
+  row["speed-up"] = statistics.median(a / b for a, b in pairs)
+  limit = 1e3 * statistics.median(limits)
+  return row | {"limit ms": limit, "chunk tokens": chunk_tokens(T, V)}
 
 
 def main():
@@ -99,25 +96,8 @@ def main():
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
-  print(f"{jax.devices()[0].device_kind}  jax {jax.__version__}  {args.dtype}")
-  print(
-    f"{'size':<13}{'plain ms':>10}{'fused ms':>10}{'speed-up':>10}{'limit ms':>10}"
-    f"{'plain MiB':>11}{'fused MiB':>11}{'chunk':>7}"
-  )
-  rows = []
-  for name in args.sizes:
-    row = measure(name, args.turns, dtype)
-    rows.append(row)
-    print(
-      f"{name:<13}{1e3 * row['plain_seconds']:>10.2f}"
-      f"{1e3 * row['fused_seconds']:>10.2f}"
-      f"{row['speedup']:>10.2f}{1e3 * row['limit_seconds']:>10.2f}"
-      f"{row['plain_temporary_mib']:>11,.1f}{row['fused_temporary_mib']:>11,.1f}"
-      f"{row['chunk_tokens']:>7}",
-      flush=True,
-    )
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2))
+  rows = [measure(name, args.turns, dtype) for name in args.sizes]
+  common.report("loss: value and gradients", rows, args.json)
 
 
 if __name__ == "__main__":
