@@ -1,8 +1,8 @@
 """The training loop, on one page; what it prepares and reports is below it.
 
 Two habits keep the device busy and the run safe: the numbers of a step are read only
-after the next step has been dispatched, and a checkpoint is saved before anything that
-could fail.
+after the next one has been dispatched (but on a CPU, where steps do not overlap), and a
+checkpoint is saved before anything that could fail.
 """
 
 import collections
@@ -317,7 +317,7 @@ def startup(compiled: collections.Counter) -> str:
 
 
 class Progress:
-  """Reads the numbers of each step one step late; logs every log.every steps."""
+  """Reads the numbers of each step, one step late; logs every log.every steps."""
 
   def __init__(self, config, workdir: pathlib.Path, first_step: int, mesh, compiled):
     self.every, self.num_steps = config.log.every, config.num_steps
@@ -335,6 +335,9 @@ class Progress:
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
     self._compiled = compiled  # of count_programs
+    # Without asynchronous dispatch, a step is over when the loop hears of it.
+    asynchronous = jax.config.read("jax_cpu_enable_async_dispatch")
+    self._late = asynchronous or jax.default_backend() != "cpu"
 
   def __enter__(self) -> "Progress":
     self.writer.__enter__()
@@ -354,9 +357,11 @@ class Progress:
       yield batch
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the numbers of a step that may still be running; reads those before it."""
+    """Takes the numbers of a step; reads those of steps that must be over by now."""
     self.flush()
     self._pending = step, metrics
+    if not self._late:
+      self.flush()
 
   def flush(self) -> None:
     """Waits for the last step and reads its numbers."""

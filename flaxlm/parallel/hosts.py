@@ -25,6 +25,8 @@ def keep_freed_memory() -> str:
 
   XLA:CPU frees its large temporaries after every step, glibc gives them back to the
   kernel, and the kernel zeroes each page again: up to 1.7 times the time of a step.
+  Steps run in the thread that asks for them, one after the other: glibc keeps large
+  blocks for the main thread alone, and two steps at once would take twice the memory.
   Call this before anything large is allocated. An explicit MALLOC_ environment variable
   is left alone.
   """
@@ -35,9 +37,12 @@ def keep_freed_memory() -> str:
     mallopt = ctypes.CDLL("libc.so.6").mallopt
   except (OSError, AttributeError):
     return "allocator: not glibc, left as it is"
-  done = mallopt(m_mmap_max, 0) & mallopt(m_trim_threshold, 2**31 - 1)
+  done = mallopt(m_mmap_max, 0) & mallopt(m_trim_threshold, -1)  # never
   done &= mallopt(m_top_pad, 64 << 20)
-  return "allocator: glibc keeps freed memory" if done else "allocator: mallopt refused"
+  if not done:
+    return "allocator: mallopt refused"
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  return "allocator: glibc keeps freed memory"
 
 
 class PeerError(UserError):
