@@ -59,11 +59,13 @@ def flaxlm(store: str, workdir: pathlib.Path, steps: int) -> dict:
   seconds, _ = run(
     "-m", "flaxlm.train", CONFIG, f"--config.data.store={store}",
     f"--workdir={workdir}", f"--config.num_steps={steps}",
+    f"--config.optim.warmup_steps={min(20, steps)}",
     f"--config.eval.every={steps}", f"--config.checkpoint.every={steps}",
     "--config.log.tensorboard=false",
   )  # fmt: skip
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  loss = [json.loads(line).get("eval/loss") for line in lines][-1]
+  records = [json.loads(line) for line in lines]
+  loss = [record["loss"] for record in records if record["kind"] == "eval"][-1]
   return {"trainer": "flaxlm", "steps": steps, "seconds": seconds, "val loss": loss}
 
 
