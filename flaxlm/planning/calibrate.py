@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError, MissingInputError
-from flaxlm.parallel import AXES
+from flaxlm.parallel import AXES, hosts
 from flaxlm.parallel.hardware import CHIPS, KINDS, Calibration, Chip, Hardware, chip_of
 from flaxlm.planning import roofline
 from flaxlm.planning.probes import prepare, seconds
@@ -31,6 +31,7 @@ def measure(config_list, budget: float = 0.2) -> dict:
   Returns:
     What `save` writes and `hardware` reads: plain values, seconds by operation.
   """
+  hosts.keep_freed_memory()  # as in training
   one = dict.fromkeys(AXES, 1)
   wanted = {SQUARE_KEY, COPY_KEY}
   for config in config_list:

@@ -113,12 +113,15 @@ def main() -> None:
     report = prepare(documents, pathlib.Path(folder))
     others = [{"of": f"prepare, {CORES} cores", "MB/s": report.rate}]
     if hasattr(os, "sched_setaffinity"):
-      os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+      cores = os.sched_getaffinity(0)
+      os.sched_setaffinity(0, {min(cores)})
     others += [
       {"of": f"loader {loader}, one core",
        "tokens/s": loader_tokens_per_second(report.store, loader)}
       for loader in ("tfdata", "numpy")
     ]  # fmt: skip
+    if hasattr(os, "sched_setaffinity"):
+      os.sched_setaffinity(0, cores)
   text = f"{len(documents):,} documents, {size / 1e6:.1f} M characters"
   common.report(f"data: {text}", rows, args.json, others=others)
   print()

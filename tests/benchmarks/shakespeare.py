@@ -75,7 +75,7 @@ def main() -> None:
   )
   parser.add_argument("--text", required=True, help="the characters to train on")
   parser.add_argument("--nanogpt", help="a clone of github.com/karpathy/nanoGPT")
-  parser.add_argument("--target-steps", type=int, default=400)
+  parser.add_argument("--target-steps", type=int, default=330)
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as place:
