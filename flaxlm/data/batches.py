@@ -12,6 +12,7 @@ in each segment). Some objectives add prefix or token_types BL and pair_labels B
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -374,18 +375,35 @@ def read_ahead(
   return _read_with_threads(batches, steps, num_threads, prefetch)
 
 
+def one_ahead(items: Iterator) -> Iterator:
+  """Yields `items`; a thread of its own makes the next one while one is used."""
+  end = object()
+  with _workers(1) as pool:
+    coming = pool.submit(next, items, end)
+    while (item := coming.result()) is not end:
+      coming = pool.submit(next, items, end)
+      yield item
+
+
+@contextlib.contextmanager
+def _workers(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+  """Threads that nobody waits for in the end: they read, and leave nothing behind."""
+  pool = ThreadPoolExecutor(num_threads, "batches")
+  try:
+    yield pool
+  finally:
+    pool.shutdown(wait=False)
+
+
 def _read_with_threads(batches, steps, num_threads, prefetch):
-  with ThreadPoolExecutor(num_threads, "batches") as pool:
+  with _workers(num_threads) as pool:
     ready = collections.deque()
-    try:
-      for step in steps:
-        ready.append(pool.submit(batches.__getitem__, step))
-        if len(ready) > prefetch:
-          yield ready.popleft().result()
-      while ready:
+    for step in steps:
+      ready.append(pool.submit(batches.__getitem__, step))
+      if len(ready) > prefetch:
         yield ready.popleft().result()
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+    while ready:
+      yield ready.popleft().result()
 
 
 def _read_with_tfdata(batches, steps, num_threads, prefetch):

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from flaxlm.data import baseline, masking
-from flaxlm.data.batches import Batches, SyntheticBatches, read_ahead
+from flaxlm.data.batches import Batches, SyntheticBatches, one_ahead, read_ahead
 from flaxlm.data.chat import open_template
 from flaxlm.data.examples import ExampleBatches, load_examples
 from flaxlm.data.store import Store
@@ -209,7 +209,11 @@ class Feed:
   def _read(self, batches, steps: range) -> Iterator[dict[str, jax.Array]]:
     data = self.config.data
     loader = data.loader if self.store else "numpy"
-    for rows in read_ahead(batches, steps, loader, data.num_threads, data.prefetch):
+
+    def place(rows):
       if self.order is not None:
         rows = {name: row[:, self.order] for name, row in rows.items()}
-      yield hosts.to_global(rows, self.first_row, data.batch_size, self.sharding)
+      return hosts.to_global(rows, self.first_row, data.batch_size, self.sharding)
+
+    rows = read_ahead(batches, steps, loader, data.num_threads, data.prefetch)
+    return one_ahead(map(place, rows))
