@@ -72,6 +72,8 @@ def report(title: str, rows: list[dict], json_file: str | None, **more) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
+  if not rows:
+    return
   names = list(dict.fromkeys(name for row in rows for name in row))
   texts = [names] + [[show(row.get(name)) for name in names] for row in rows]
   widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

@@ -1,6 +1,7 @@
 """Batches: every token once an epoch, documents apart, however many the hosts."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from flaxlm.data.batches import (
   MIXTURE_BLOCK,
   Batches,
   SyntheticBatches,
+  one_ahead,
   permute,
   read_ahead,
   shares,
@@ -422,3 +424,22 @@ def test_tensorflow_sees_no_accelerator():
   assert tf.config.get_visible_devices("GPU") == []
   # The list was fixed before the first operation: asking for a GPU now is refused.
   assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}
+
+
+def test_one_ahead_makes_the_next_while_one_is_used_and_passes_errors_on():
+  made, failed = threading.Event(), ValueError("third")
+
+  def items():
+    yield 1
+    made.set()
+    yield 2
+    raise failed
+
+  ahead = one_ahead(items())
+  assert next(ahead) == 1
+  assert made.wait(10)  # without being asked for
+  assert next(ahead) == 2
+  with pytest.raises(ValueError) as caught:
+    next(ahead)
+  assert caught.value is failed
+  assert list(one_ahead(iter([]))) == []
