@@ -153,8 +153,8 @@ def _compute(
   if words:
     dx_TD = jax.lax.psum(dx_TD, words)
   if embed:
-    # The barrier hides the loop over chunks: the TPU's compiler fails where it moves the
-    # scatter out of a loop over micro-batches (libtpu 0.0.52: RET_CHECK ... kAdd).
+    # The barrier hides the loop over chunks: the TPU's compiler fails where it moves
+    # the scatter out of a loop over micro-batches (libtpu 0.0.52: RET_CHECK ... kAdd).
     dw_DV = jax.lax.optimization_barrier(dw_DV)
     dw_DV = jax.lax.psum_scatter(dw_DV, embed, tiled=True)
   if replicas := tuple(axis for axis in tokens if axis not in embed):
