@@ -42,7 +42,7 @@ def write(config, args) -> None:
   from flaxlm import weights
   from flaxlm.data.tokenizer import Decoder
   from flaxlm.data.tokenizer_files import load_tokenizer
-  from flaxlm.inference.decoding import Sampling, generate, unstack
+  from flaxlm.inference.decoding import Sampling, for_decoding, generate
   from flaxlm.parallel.mesh import one_device
 
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -59,7 +59,7 @@ def write(config, args) -> None:
   model, _ = weights.restore_model(
     workdir, config, mesh, config.mesh.rules.to_dict(), args.step
   )
-  model = unstack(model)  # here, so that the stacked weights are freed
+  model = for_decoding(model)  # here, so that the stacked weights are freed
   # Ids that stand for text, and the end of it; the embedding may have rows to spare.
   allowed = np.zeros(config.model.vocab_size, bool)
   for i, piece in enumerate(tokenizer.pieces()):

@@ -1,10 +1,13 @@
 """Multi-head attention as a module, and the cache that decoding keeps of it."""
 
 import dataclasses
+import itertools
+import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -36,42 +39,59 @@ from flaxlm.parallel.sharding import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-  """Keys and values of the tokens seen so far: for each layer an array BKHM.
+  """Keys and values of the tokens seen so far: for each layer arrays KHM and KMH.
 
-  B or K that is 1 is left out, and slots stand last: of other arrays XLA:CPU makes a
-  copy for each token. Slots from `length` on are empty; their segment id is -1, which
-  no query has.
+  There is a pair of them for each group of rows, with B in front if it is not 1, and
+  K is left out if it is 1: of other arrays XLA:CPU makes a copy for each token. It
+  computes the product of one group on one core. Slots from `length` on are empty;
+  their segment id is -1, which no query has.
   """
 
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
+  k: tuple[tuple[jax.Array, ...], ...]
+  v: tuple[tuple[jax.Array, ...], ...]
   segment_ids_BM: jax.Array
   length: jax.Array
 
   @classmethod
   def empty(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
-    rows = (n for n in (batch_size, config.num_kv_heads) if n > 1)
-    shape = (*rows, config.head_dim, max_len)
-    k, v = (
-      tuple(jnp.zeros(shape, config.dtype) for _ in config.layers) for _ in range(2)
-    )
+    cores = os.cpu_count() if jax.default_backend() == "cpu" else 1
+    bounds = np.linspace(0, batch_size, min(batch_size, cores) + 1).astype(int).tolist()
+
+    def zeros(*dims):
+      shapes = [
+        (*(n for n in (end - start, config.num_kv_heads) if n > 1), *dims)
+        for start, end in itertools.pairwise(bounds)
+      ]
+      return tuple(
+        tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in config.layers
+      )
+
     segment_ids_BM = jnp.full((batch_size, max_len), -1, jnp.int32)
+    k, v = zeros(config.head_dim, max_len), zeros(max_len, config.head_dim)
     return cls(k, v, segment_ids_BM, jnp.zeros((), jnp.int32))
 
   def append(self, layer: int, k_BLKH, v_BLKH):
-    """Returns (the cache with these at its end, all of this layer's k and v, BMKH)."""
-    B, L, K, H = k_BLKH.shape
+    """Returns (the cache with these at its end; rows, k and v of each group, BMKH)."""
+    L, K, H = k_BLKH.shape[1:]
+    M = self.segment_ids_BM.shape[1]
+    k, v, groups, first = [], [], [], 0
+    for k_KHM, v_KMH in zip(self.k[layer], self.v[layer], strict=True):
+      rows = slice(first, first + k_KHM.size // (K * H * M))
+      first = rows.stop
+      new = k_BLKH[rows].transpose(0, 2, 3, 1).reshape(*k_KHM.shape[:-1], L)
+      at = (0,) * (k_KHM.ndim - 1) + (self.length,)
+      k.append(jax.lax.dynamic_update_slice(k_KHM, new, at))
+      new = v_BLKH[rows].transpose(0, 2, 1, 3).reshape(*v_KMH.shape[:-2], L, H)
+      at = (0,) * (v_KMH.ndim - 2) + (self.length, 0)
+      v.append(jax.lax.dynamic_update_slice(v_KMH, new, at))
+      k_BMKH = k[-1].reshape(-1, K, H, M).transpose(0, 3, 1, 2)
+      groups.append((rows, k_BMKH, v[-1].reshape(-1, K, M, H).transpose(0, 2, 1, 3)))
 
-    def write(layers, new_BLKH):
-      new = new_BLKH.transpose(0, 2, 3, 1).reshape(*layers[layer].shape[:-1], L)
-      at = (0,) * (new.ndim - 1) + (self.length,)
-      new = jax.lax.dynamic_update_slice(layers[layer], new, at)
-      layers = (*layers[:layer], new, *layers[layer + 1 :])
-      return layers, new.reshape(B, K, H, -1).transpose(0, 3, 1, 2)
+    def replaced(layers, new):
+      return (*layers[:layer], tuple(new), *layers[layer + 1 :])
 
-    k, k_BMKH = write(self.k, k_BLKH)
-    v, v_BMKH = write(self.v, v_BLKH)
-    return dataclasses.replace(self, k=k, v=v), k_BMKH, v_BMKH
+    k, v = replaced(self.k, k), replaced(self.v, v)
+    return dataclasses.replace(self, k=k, v=v), groups
 
 
 class View(NamedTuple):
@@ -141,26 +161,29 @@ class Attention(nnx.Module):
     q_BLNH = checkpoint_name(q_BLNH, "query")
     k_BMKH, v_BMKH = checkpoint_name(k_BMKH, "key"), checkpoint_name(v_BMKH, "value")
 
-    k_segment_ids_BM, k_prefix_BM, offset = view.segment_ids_BL, view.prefix_BL, 0
-    if cache is not None:
-      offset, k_segment_ids_BM = cache.length, cache.segment_ids_BM
-      cache, k_BMKH, v_BMKH = cache.append(layer, k_BMKH, v_BMKH)
-      if k_prefix_BM is not None:  # tokens of the cache come before: seen anyway
-        none_BM = jnp.zeros_like(cache.segment_ids_BM)
-        k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, k_prefix_BM, (0, offset))
-
     if cache is None:
       out_BLNH = attend(
         self.config, q_BLNH, k_BMKH, v_BMKH, value_of(self.sinks), view, window
       )
     else:
+      offset = cache.length
+      cache, groups = cache.append(layer, k_BMKH, v_BMKH)
+      k_prefix_BM = None
+      if view.prefix_BL is not None:  # tokens of the cache come before: seen anyway
+        none_BM = jnp.zeros_like(cache.segment_ids_BM)
+        k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, view.prefix_BL, (0, offset))
       in_cache = "reference" if self.config.attention == "reference" else "xla"
-      out_BLNH = attention(
-        q_BLNH, k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL,
-        k_segment_ids_BM=k_segment_ids_BM, k_prefix_BM=k_prefix_BM, q_offset=offset,
-        sinks_N=value_of(self.sinks), window=window, backend=in_cache,
-        **mask_and_scale(self.config),
-      )  # fmt: skip
+      outs = [
+        attention(
+          q_BLNH[rows], k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL[rows],
+          k_segment_ids_BM=cache.segment_ids_BM[rows],
+          k_prefix_BM=None if k_prefix_BM is None else k_prefix_BM[rows],
+          q_offset=offset, sinks_N=value_of(self.sinks), window=window,
+          backend=in_cache, **mask_and_scale(self.config),
+        )
+        for rows, k_BMKH, v_BMKH in groups
+      ]  # fmt: skip
+      out_BLNH = jnp.concatenate(outs)
     out_BLNH = constrain(out_BLNH, "batch", "length", "heads", None)
     out_TD = project(join_rows(out_BLNH), self.out, 2, self.config.quantize)
     return add_bias(out_TD, self.out_bias), cache

@@ -152,6 +152,21 @@ def residual_scale(config: TransformerConfig) -> float:
   return 0.02 * (2 * config.num_layers) ** -0.5
 
 
+class Turned(nnx.Param):
+  """A weight whose summed dimensions are its last, where few rows meet it (decoding).
+
+  XLA:CPU copies the right-hand matrix of a product into blocks; here the few rows are
+  on the right, and 2 to 32 of them take half to two thirds of the time.
+  """
+
+
+def turn(weight: nnx.Param, num_summed: int = 1) -> Turned:
+  """Returns the weight as `project` wants it for few rows, in a copy."""
+  first = jnp.moveaxis(weight[...], range(num_summed), range(-num_summed, 0))
+  axes = (*weight.axes[num_summed:], *weight.axes[:num_summed])
+  return Turned(first, axes=axes)
+
+
 def project(
   x: jax.Array, weight: nnx.Param, num_summed: int = 1, quantize: str = "none"
 ) -> jax.Array:
@@ -162,10 +177,18 @@ def project(
   gradients in every step.
   """
   w = gather(weight[...].astype(x.dtype), weight.axes)
-  rows, out = x.shape[: x.ndim - num_summed], w.shape[num_summed:]
-  summed = math.prod(w.shape[:num_summed])
-  x_TI, w_IO = x.reshape(-1, summed), w.reshape(summed, -1)
-  if quantize == "none":
+  turned, rows = isinstance(weight, Turned), x.shape[: x.ndim - num_summed]
+  out = w.shape[: w.ndim - num_summed] if turned else w.shape[num_summed:]
+  x_TI = x.reshape(-1, math.prod(x.shape[len(rows) :]))
+  if turned:
+    w_OI = w.reshape(-1, x_TI.shape[1])
+    w_IO = w_OI.T
+  else:
+    w_IO = w.reshape(x_TI.shape[1], -1)
+  if turned and quantize == "none":
+    # Behind a barrier, or XLA would turn the product round.
+    y_TO = jax.lax.optimization_barrier(jnp.einsum("OI,TI->OT", w_OI, x_TI)).T
+  elif quantize == "none":
     y_TO = jnp.einsum("TI,IO->TO", x_TI, w_IO)
   else:
     y_TO = quantized_matmul(x_TI, w_IO, quantize)

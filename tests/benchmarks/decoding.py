@@ -31,7 +31,7 @@ hosts.keep_freed_memory()  # before anything large is allocated
 import jax
 import numpy as np
 
-from flaxlm.inference.decoding import Sampling, generate, unstack
+from flaxlm.inference.decoding import Sampling, for_decoding, generate
 from flaxlm.interop.huggingface import make_model, read_model
 
 PROMPT, NEW = 32, 128
@@ -115,7 +115,7 @@ def peer_writer(model, how: str):
 
 def our_writer(directory):
   imported = read_model(directory)
-  model = unstack(make_model(imported.fields, imported.leaves))
+  model = for_decoding(make_model(imported.fields, imported.leaves))
   allowed = np.ones(model.config.vocab_size, bool)
   greedy = Sampling(temperature=0)
 

@@ -7,8 +7,16 @@ import pytest
 from flax import nnx
 
 from flaxlm.errors import ConfigError
-from flaxlm.inference.decoding import PORTION, Sampling, generate, sample
-from flaxlm.models.layers import TransformerConfig
+from flaxlm.inference.decoding import (
+  PORTION,
+  Sampling,
+  for_decoding,
+  generate,
+  nucleus,
+  round_up,
+  sample,
+)
+from flaxlm.models.layers import TransformerConfig, Turned, project, turn
 from flaxlm.models.transformer import Transformer
 
 PROMPTS = [[5, 9, 11], [7], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -94,6 +102,50 @@ def test_sampling_follows_the_distribution():
   np.testing.assert_allclose(draws(Sampling(top_p=0.85), logits), top3, atol=0.03)
   assert draws(Sampling(top_p=0.01), logits)[1] == 1.0
   assert draws(Sampling(temperature=0), logits)[1] == 1.0
+
+
+def test_the_nucleus_is_the_shortest_beginning_of_the_sorted_words():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 500)) * np.array([[0.01], [1], [3], [10], [40], [0]])
+  p = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
+  for mass in (0.001, 0.3, 0.9, 0.999):
+    kept = np.asarray(nucleus(jnp.asarray(p), mass))
+    for row, kept_row in zip(p[:-1], kept, strict=False):
+      down = np.sort(row.astype(np.float64))[::-1]
+      least = down[np.searchsorted(np.cumsum(down), mass)]
+      np.testing.assert_array_equal(kept_row, np.where(row >= least, row, 0))
+    np.testing.assert_array_equal(kept[-1], p[-1])  # all equal: none goes alone
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8", "int8"])
+@pytest.mark.parametrize("shape, num_summed", [((32, 4, 8), 1), ((4, 8, 48), 2)])
+def test_a_turned_weight_gives_the_same_product(quantize, shape, num_summed):
+  weight = nnx.Param(jax.random.normal(jax.random.key(0), shape), axes=(None,) * 3)
+  x = jax.random.normal(jax.random.key(1), (5, *shape[:num_summed]))
+  turned = turn(weight, num_summed)
+  assert turned[...].shape == (*shape[num_summed:], *shape[:num_summed])
+  plain = project(x, weight, num_summed, quantize)
+  assert plain.shape == (5, *shape[num_summed:])
+  np.testing.assert_allclose(
+    project(x, turned, num_summed, quantize), plain, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_a_model_for_decoding_is_turned_and_split_and_the_stack_is_left(model):
+  ours = for_decoding(model)
+  assert len(ours.blocks) == model.config.num_layers
+  assert isinstance(ours.blocks[1].mlp.down, Turned)
+  np.testing.assert_array_equal(
+    ours.blocks[1].mlp.down[...], model.blocks.mlp.down[...][1].T
+  )
+  assert not isinstance(model.blocks.mlp.down, Turned)
+
+
+def test_lengths_are_rounded_to_few_numbers_a_little_above():
+  assert [round_up(n) for n in (1, 3, 100, 129, 160, 161, 1025)] == [
+    1, 4, 128, 160, 160, 192, 1280,
+  ]  # fmt: skip
+  assert all(n <= round_up(n) <= max(1.25 * n + 32, 128) for n in range(1, 3000))
 
 
 @pytest.mark.parametrize(
