@@ -30,10 +30,11 @@ def door(name, *arguments) -> str:
   return run(sys.executable, "-m", f"flaxlm.{name}", *arguments)
 
 
-def test_shakespeare_by_characters_reaches_the_published_loss(corpora, tmp_path):
-  """nanoGPT publishes 1.88 nats per character for this setting."""
+def test_shakespeare_by_characters_beats_the_published_loss(corpora, tmp_path):
+  """nanoGPT publishes 1.88 nats per character, after 2,000 steps of this size."""
   common = (
-    "--config=configs/shakespeare_char.py",
+    "--config=configs/shakespeare_fast.py",
+    "--config.num_steps=500",
     f"--config.data.store={tmp_path}/store",
     f"--config.data.sources.main.path={corpora}/from_repos/corpora/tinyshakespeare.txt",
   )
@@ -44,7 +45,7 @@ def test_shakespeare_by_characters_reaches_the_published_loss(corpora, tmp_path)
   assert store.stream("main", "validation").num_tokens - 2 == 111_540
   door("train", *common, f"--workdir={tmp_path}/run")
   result = json.loads(door("evaluate", f"--workdir={tmp_path}/run", "--json"))
-  assert result["tokens"] == 111_541 and result["loss"] <= 1.88
+  assert result["tokens"] == 111_541 and result["loss"] <= 1.82
   text = door("generate", f"--workdir={tmp_path}/run", "--max_tokens=300")
   assert len(text) >= 300 and "\n" in text
 
@@ -53,9 +54,7 @@ POEMS = ("--config.data.sources.main.document=paragraph",)
 NOVEL = ("--config.data.split=tail",)  # one document: its last part validates
 TEXTS = {
   "tang": ("tang_poems_zh_hant.txt", POEMS, 8192, "春"),
-  "song": ("song_ci_zh_hans.txt", POEMS, 8192, "秋"),
   "japanese": ("wagahaiwa_nekodearu_ja.txt", NOVEL, 8000, "吾輩は"),
-  "english": ("botchan_en.txt", NOVEL, 2048, "I was "),
 }
 
 

@@ -28,7 +28,6 @@ NAMES = sorted(
 )
 # Compiled, with a message that they are there to show: kind, axis of the mesh, link.
 SHOWN = {
-  "llama3_8b": ("all-gather", "fsdp", "ici"),
   "llama3_70b": ("all-gather", "tensor", "ici"),
   "gpt3_175b": ("all-gather", "fsdp", "ici"),
   "mixtral_8x7b": ("all-to-all", "expert", "ici"),
