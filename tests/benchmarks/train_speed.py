@@ -85,7 +85,8 @@ class MaxText:
   def __init__(self, size: str, python: str):
     layers, heads, width, length, batch, vocabulary = peers.SIZES[size]
     knobs = dict(
-      run_name="speed", base_output_directory="maxtext_speed", hardware="cpu",
+      run_name="speed", base_output_directory="runs/bench/maxtext", hardware="cpu",
+      skip_jax_distributed_system="true",  # which on CPUs asks for a cluster
       dataset_type="synthetic", enable_checkpointing="false", steps=10**6,
       decoder_block="gpt3", base_num_decoder_layers=layers, base_emb_dim=width,
       base_num_query_heads=heads, base_num_kv_heads=heads, head_dim=width // heads,
