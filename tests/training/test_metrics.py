@@ -214,6 +214,7 @@ def test_short_numbers_and_durations():
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_summary_card(stream, monkeypatch):
   monkeypatch.setenv("COLUMNS", "160")
+  monkeypatch.setenv("TERM", "xterm")  # not one without colours
   out = stream()
   metrics.print_summary(
     model="6 layers x 384",
