@@ -46,6 +46,8 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
   """Draws one token id per row, int32 B."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  # From the largest down: a tiny temperature makes no infinity of it.
+  logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
   logits_BV = logits_BV / sampling.temperature
   if not sampling.top_k:
     return draw(nucleus(jax.nn.softmax(logits_BV), sampling.top_p), keys_B)

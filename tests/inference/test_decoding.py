@@ -102,6 +102,7 @@ def test_sampling_follows_the_distribution():
   np.testing.assert_allclose(draws(Sampling(top_p=0.85), logits), top3, atol=0.03)
   assert draws(Sampling(top_p=0.01), logits)[1] == 1.0
   assert draws(Sampling(temperature=0), logits)[1] == 1.0
+  assert draws(Sampling(temperature=1e-37), 1000 * logits)[1] == 1.0
 
 
 def test_the_nucleus_is_the_shortest_beginning_of_the_sorted_words():
