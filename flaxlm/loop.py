@@ -78,8 +78,7 @@ def train(config, workdir: pathlib.Path, stop: StopSignal) -> None:
     state = restore(checkpoints, target, feed, config)
     fresh = state is None
     if fresh:
-      init = jax.jit(program.init, out_shardings=shardings_of(target))
-      state = init(jax.random.key(config.seed))
+      state = program.init(jax.random.key(config.seed))
     base = None
     if config.init_from and (fresh or config.lora.rank):
       state, base = start_from(config, state, target, feed, mesh, fresh)

@@ -41,7 +41,7 @@ KERNEL = "attention.txt"  # in the directory of a run whose kernel was chosen
 class Program(NamedTuple):
   tx: optax.GradientTransformation
   learning_rate: Callable
-  init: Callable  # key -> TrainState
+  init: Callable  # jitted: key -> TrainState
   target: TrainState  # abstract, with shardings
   assemble: Callable  # (what is trained, frozen weights or None) -> the model
   train_step: Callable  # jitted: (state, batch, frozen weights or None)
@@ -66,15 +66,18 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
   if backend != "auto" and why:
     raise ConfigError("config.model.attention", backend, why, "auto")
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
-  init = make_init(config, tx)
+  initial = make_init(config, tx)
   with use_config_mesh(config, mesh):
     rules = config.mesh.rules.to_dict()
-    state = jax.eval_shape(lambda: init(jax.random.key(0)))
+    state = jax.eval_shape(lambda: initial(jax.random.key(0)))
     target = with_shardings(state, mesh, rules, config.step.offload_optimizer)
     whole = target.model
     if config.lora.rank:  # what is trained are small additions
       whole = with_shardings(weights.abstract_model(config), mesh, rules)
     check_split(named_leaves(whole), mesh)
+  # It runs once: LLVM at full strength takes longer than it saves, for equal bits.
+  options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+  init = jax.jit(initial, out_shardings=shardings_of(target), compiler_options=options)
   assemble = weights.assembler(config)
   train_step = jax.jit(
     make_train_step(

@@ -68,7 +68,7 @@ def flaxlm(size: str, path: str) -> Callable:
   program = build(config, mesh)
   _, _, _, length, batch_size, vocabulary = SIZES[size]
   with use_config_mesh(config, mesh):
-    state = jax.jit(program.init)(jax.random.key(0))
+    state = program.init(jax.random.key(0))
   batch = jax.device_put(SyntheticBatches(length, batch_size, 0, vocabulary)[0])
 
   def run(steps: int) -> None:

@@ -71,7 +71,7 @@ def measure(name: str) -> dict[str, float]:
   built, batch = program.build(config, mesh), program.abstract_batch(config, mesh)
   with program.use_config_mesh(config, mesh):
     step = built.train_step.lower(built.target, batch, None).compile()
-    init = jax.jit(built.init).lower(jax.random.key(0)).compile()
+    init = built.init.lower(jax.random.key(0)).compile()
     key = jax.block_until_ready(jax.random.key(0))
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling left must not be reused
     before = status("VmRSS")

@@ -76,7 +76,7 @@ class Step:
       self.step = lowered.compile()
       self.compile_seconds = time.perf_counter() - start
       self.temporaries = self.step.memory_analysis().temp_size_in_bytes
-      self.state = jax.jit(program.init)(jax.random.key(0))
+      self.state = program.init(jax.random.key(0))
     data = config.data
     rows = SyntheticBatches(data.seq_len, data.batch_size, 0, config.model.vocab_size)
     self.batch = jax.device_put(rows[0])

@@ -15,7 +15,6 @@ from flaxlm.errors import ConfigError
 from flaxlm.inference.decoding import Sampling, generate
 from flaxlm.kernels.quantized import quantize, quantized_matmul
 from flaxlm.parallel.mesh import make_mesh
-from flaxlm.training.state import shardings_of
 
 T, I, O = 64, 128, 96  # noqa: E741
 # Relative distance of (product, dx, dw) from the exact ones. A number of m fraction
@@ -114,8 +113,7 @@ def train(config, steps: int, mesh=None) -> list[float]:
   built = program.build(config, mesh)
   losses = []
   with program.use_config_mesh(config, mesh):
-    init = jax.jit(built.init, out_shardings=shardings_of(built.target))
-    state = init(jax.random.key(0))
+    state = built.init(jax.random.key(0))
     for i in range(steps):
       rows = SyntheticBatches(config.data.seq_len, config.data.batch_size, 0, 64)[i % 4]
       state, metrics = built.train_step(state, rows, None)

@@ -13,7 +13,8 @@ if sys.argv[1] == "keep":
   assert hosts.keep_freed_memory() == "allocator: glibc keeps freed memory"
 import jax, jax.numpy as jnp
 weight = jnp.ones((100, 100))
-step = jax.jit(lambda x: x + jnp.sin(jnp.roll(jnp.cos(x), 1) @ weight), donate_argnums=0)
+add = lambda x: x + jnp.sin(jnp.roll(jnp.cos(x), 1) @ weight)
+step = jax.jit(add, donate_argnums=0)
 x = jnp.ones((100_000, 100))
 faults = [0]
 for _ in range(15):

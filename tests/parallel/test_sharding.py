@@ -49,9 +49,8 @@ def place(config, mesh, step: int = 0):
 def start(config, mesh):
   """(program, state at step 0)."""
   program = programs.build(config, mesh)
-  init = jax.jit(program.init, out_shardings=shardings_of(program.target))
   with programs.use_config_mesh(config, mesh):
-    return program, init(KEY)
+    return program, program.init(KEY)
 
 
 def train(config, mesh):
