@@ -75,7 +75,7 @@ def build(config, mesh: jax.sharding.Mesh) -> Program:
     if config.lora.rank:  # what is trained are small additions
       whole = with_shardings(weights.abstract_model(config), mesh, rules)
     check_split(named_leaves(whole), mesh)
-  # It runs once: LLVM at full strength takes longer than it saves, for equal bits.
+  # It runs once: LLVM at full strength takes longer than it saves (RESULTS.md).
   options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
   init = jax.jit(initial, out_shardings=shardings_of(target), compiler_options=options)
   assemble = weights.assembler(config)
