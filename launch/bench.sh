@@ -16,9 +16,13 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p runs/bench
 failed=()
-for name in train_speed shakespeare loss attention_speed first_step decoding data_speed scaling; do
+for name in train_speed gpu_speed shakespeare loss attention_speed first_step decoding data_speed scaling; do
   case "$name" in
     train_speed) more=("${quick[@]}" "${nanogpt[@]}" "${maxtext[@]}") ;;
+    gpu_speed)
+      command -v nvidia-smi >/dev/null || [ ${#quick[@]} -gt 0 ] || continue
+      more=("${quick[@]}" "${nanogpt[@]}")
+      ;;
     shakespeare)
       [ ${#text[@]} -gt 0 ] || continue
       more=("${text[@]}" "${nanogpt[@]}")

@@ -24,7 +24,7 @@ sys.path.insert(0, {benchmarks!r})
 import peers
 
 def get_config():
-  config = peers.gpt2_like(*peers.SIZES[{size!r}])
+  config = peers.config_of({size!r})
   config.num_steps = config.log.every = config.optim.warmup_steps = 1
   config.data.loader = "synthetic"
   config.log.tensorboard = False

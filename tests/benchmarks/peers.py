@@ -2,10 +2,12 @@
 
   python tests/benchmarks/peers.py flaxlm char        # then lines: numbers of steps
 
-Answers each line with the seconds that these steps took; the first answer, unasked, is
-the time of the first step. `train_speed.py` starts several and gives them turns. Peers
-run as their users run them: the documented optimizer, gradients clipped at 1, float32,
-and nothing tuned. Nothing of theirs is imported by flaxlm.
+Answers each line with the seconds that these steps took, and `memory` with the most
+bytes that were in use on a GPU; the first answer, unasked, is the time of the first
+step. `train_speed.py` starts several and gives them turns, `gpu_speed.py` starts one
+after the other. Peers run as their users run them: the documented optimizer, gradients
+clipped at 1, and nothing tuned; float32 on a CPU, and on a GPU float32 weights with
+bfloat16 products. Nothing of theirs is imported by flaxlm.
 """
 
 import argparse
@@ -13,14 +15,41 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-# name: layers, heads, width, length, batch, vocabulary
+
+class Size(NamedTuple):
+  """Of GPT-2's kind, or of Llama's where `kv_heads` are given."""
+
+  layers: int
+  heads: int
+  width: int
+  length: int
+  batch: int
+  vocabulary: int
+  kv_heads: int = 0
+  mlp: int = 0  # 0: four times the width
+  gpu: bool = False  # what is measured on a GPU, with bfloat16 products
+
+
 SIZES = {
-  "char": (4, 4, 128, 64, 12, 65),
-  "baby": (6, 6, 384, 256, 8, 65),
-  "gpt2_124m": (12, 12, 768, 512, 1, 50257),
+  "char": Size(4, 4, 128, 64, 12, 65),
+  "baby": Size(6, 6, 384, 256, 8, 65),
+  "gpt2_124m": Size(12, 12, 768, 512, 1, 50257),
 }
-MATRIX = 2048  # of the product that is the limit
+# GPT-2's vocabulary is padded as nanoGPT's trainer pads it, for all.
+GPU_SIZES = {
+  "gpt2_124m_1k": Size(12, 12, 768, 1024, 32, 50304, gpu=True),
+  "gpt2_124m_8k": Size(12, 12, 768, 8192, 4, 50304, gpu=True),
+  "gpt2_1_5b": Size(48, 25, 1600, 1024, 8, 50304, gpu=True),
+  "llama_1b": Size(16, 32, 2048, 4096, 2, 128256, 8, 8192, gpu=True),
+  "llama_3b": Size(28, 24, 3072, 4096, 2, 128256, 8, 8192, gpu=True),
+}
+TINY_SIZES = {  # which a CPU computes as well, to see that all runs
+  "gpt2_tiny": Size(2, 2, 64, 64, 2, 128, gpu=True),
+  "llama_tiny": Size(2, 2, 64, 64, 2, 128, 1, 176, gpu=True),
+}
+ALL_SIZES = SIZES | GPU_SIZES | TINY_SIZES
 # For the one row that shows what flaxlm's allocator setting does for others.
 KEEP_MEMORY = {
   "MALLOC_MMAP_MAX_": "0",
@@ -30,46 +59,57 @@ KEEP_MEMORY = {
 }
 
 
-def gpt2_like(layers, heads, width, length, batch, vocabulary):
-  """nanoGPT's model of that size, without dropout and biases, as a flaxlm config."""
+def matrix_of(size: str) -> int:
+  """Rows and columns of the square matrices whose product is the limit."""
+  return 8192 if size in GPU_SIZES else 2048 if size in SIZES else 512
+
+
+def config_of(size: str):
+  """nanoGPT's or Llama's model of that size, without dropout and biases, for flaxlm."""
   import common  # noqa: F401  makes this clone importable
 
   from configs import base
 
+  at = ALL_SIZES[size]
   config = base.get_config()
-  config.tokenizer.vocab_size = vocabulary
-  config.data.seq_len = length
-  config.data.batch_size = batch
+  config.tokenizer.vocab_size = at.vocabulary
+  config.data.seq_len = at.length
+  config.data.batch_size = at.batch
   config.data.loader = "synthetic"
   model = config.model
-  model.num_layers = model.unroll = layers
-  model.num_heads = model.num_kv_heads = heads
-  model.embed_dim = width
-  model.head_dim = width // heads
-  model.mlp_dim = 4 * width
-  model.positions, model.norm = "learned", "layernorm"
-  model.gated_mlp, model.activation = False, "gelu_tanh"
+  model.num_layers = at.layers
+  model.num_heads, model.num_kv_heads = at.heads, at.kv_heads or at.heads
+  model.embed_dim = at.width
+  model.head_dim = at.width // at.heads
+  model.mlp_dim = at.mlp or 4 * at.width
+  model.dtype = "bfloat16" if at.gpu else "float32"
+  model.unroll = 1 if at.gpu else at.layers
+  if not at.kv_heads:
+    model.positions, model.norm = "learned", "layernorm"
+    model.gated_mlp, model.activation = False, "gelu_tanh"
   return config
 
 
-def flaxlm(size: str, path: str) -> Callable:
-  """The step that `flaxlm.train` runs."""
+def flaxlm(size: str, path: str, **knobs) -> Callable:
+  """The step that `flaxlm.train` runs; `knobs` are of config.model."""
   from flaxlm.parallel import hosts
 
   hosts.keep_freed_memory()  # before anything large is allocated, as the trainer does
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as launch/ does
   import jax
 
   from flaxlm.data.batches import SyntheticBatches
   from flaxlm.parallel.mesh import one_device
   from flaxlm.program import build, use_config_mesh
 
-  config = gpt2_like(*SIZES[size])
+  at, config = ALL_SIZES[size], config_of(size)
+  config.model.update(knobs)
   mesh = one_device()
   program = build(config, mesh)
-  _, _, _, length, batch_size, vocabulary = SIZES[size]
   with use_config_mesh(config, mesh):
     state = program.init(jax.random.key(0))
-  batch = jax.device_put(SyntheticBatches(length, batch_size, 0, vocabulary)[0])
+  batch = SyntheticBatches(at.length, at.batch, 0, at.vocabulary)[0]
+  batch = jax.device_put(batch)
 
   def run(steps: int) -> None:
     nonlocal state
@@ -81,39 +121,79 @@ def flaxlm(size: str, path: str) -> Callable:
   return run
 
 
+def flaxlm_unrolled(size: str, path: str) -> Callable:
+  return flaxlm(size, path, unroll=ALL_SIZES[size].layers)
+
+
+def flaxlm_fp8(size: str, path: str) -> Callable:
+  return flaxlm(size, path, quantize="fp8")
+
+
+def flaxlm_remat(size: str, path: str) -> Callable:
+  return flaxlm(size, path, remat="dots")
+
+
 def jax_matmul(size: str, path: str) -> Callable:
   import jax
   import jax.numpy as jnp
 
-  x = jnp.ones((MATRIX, MATRIX))
+  n, dtype = matrix_of(size), jnp.bfloat16 if ALL_SIZES[size].gpu else jnp.float32
+  x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # zeros would be faster
   product = jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x))
-  return lambda steps: [product(x).block_until_ready() for _ in range(steps)]
+
+  def run(steps: int) -> None:
+    for _ in range(steps):
+      y = product(x)
+    y.block_until_ready()
+
+  return run
 
 
 def torch_matmul(size: str, path: str) -> Callable:
   import torch
 
-  x = torch.ones(MATRIX, MATRIX)
-  return lambda steps: [x @ x for _ in range(steps)]
+  x = torch.randn(matrix_of(size), matrix_of(size), device=torch_device(size))
+  x = x.bfloat16() if ALL_SIZES[size].gpu else x
+  return waiting(size, lambda: x @ x)
+
+
+def torch_device(size: str) -> str:
+  import torch
+
+  return "cuda" if ALL_SIZES[size].gpu and torch.cuda.is_available() else "cpu"
+
+
+def waiting(size: str, step: Callable) -> Callable:
+  """A number of steps, until the device has computed them."""
+  import torch
+
+  def run(steps: int) -> None:
+    for _ in range(steps):
+      step()
+    if torch_device(size) == "cuda":
+      torch.cuda.synchronize()
+
+  return run
 
 
 def torch_steps(size: str, optimizer, parameters, loss_of: Callable) -> Callable:
   """Both PyTorch trainers' loop: loss, backward, clip, update."""
   import torch
 
-  _, _, _, length, batch_size, vocabulary = SIZES[size]
-  tokens = torch.randint(vocabulary, (batch_size, length + 1))
+  at, device = ALL_SIZES[size], torch_device(size)
+  torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT does; speeds up no flaxlm
+  tokens = torch.randint(at.vocabulary, (at.batch, at.length + 1), device=device)
   parameters = list(parameters)
 
-  def run(steps: int) -> None:
-    for _ in range(steps):
+  def step() -> None:
+    with torch.autocast(device, torch.bfloat16, enabled=at.gpu):
       loss = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-      optimizer.step()
-      optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
-  return run
+  return waiting(size, step)
 
 
 def nanogpt(size: str, path: str, compiled: bool = False) -> Callable:
@@ -122,10 +202,12 @@ def nanogpt(size: str, path: str, compiled: bool = False) -> Callable:
   sys.path.insert(0, path)
   from model import GPT, GPTConfig
 
-  layers, heads, width, length, _, vocabulary = SIZES[size]
-  config = GPTConfig(length, vocabulary, layers, heads, width, 0.0, False)
-  model = GPT(config)
-  optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+  at, device = ALL_SIZES[size], torch_device(size)
+  if at.kv_heads:
+    raise ValueError(f"nanoGPT has no model of Llama's kind, which {size} is")
+  shape = at.length, at.vocabulary, at.layers, at.heads, at.width
+  model = GPT(GPTConfig(*shape, 0.0, False)).to(device)
+  optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
   called = torch.compile(model) if compiled else model
   return torch_steps(size, optimizer, model.parameters(), lambda x, y: called(x, y)[1])
 
@@ -134,28 +216,56 @@ def nanogpt_compiled(size: str, path: str) -> Callable:
   return nanogpt(size, path, compiled=True)
 
 
-def hugging_face(size: str, path: str, attention: str = "sdpa") -> Callable:
-  """GPT2LMHeadModel with the fused AdamW that transformers' Trainer uses."""
+def hugging_face(
+  size: str, path: str, attention: str = "sdpa", compiled: bool = False
+) -> Callable:
+  """A causal model of transformers with the fused AdamW that its Trainer uses."""
   import torch
   import transformers
 
-  layers, heads, width, length, _, vocabulary = SIZES[size]
-  config = transformers.GPT2Config(
-    vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers,
-    n_head=heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    attn_implementation=attention,
-  )  # fmt: skip
-  model = transformers.GPT2LMHeadModel(config).train()
+  at = ALL_SIZES[size]
+  if at.kv_heads:
+    config = transformers.LlamaConfig(
+      vocab_size=at.vocabulary, max_position_embeddings=at.length,
+      hidden_size=at.width, num_hidden_layers=at.layers, intermediate_size=at.mlp,
+      num_attention_heads=at.heads, num_key_value_heads=at.kv_heads,
+      tie_word_embeddings=True, attn_implementation=attention,
+    )  # fmt: skip
+  else:
+    config = transformers.GPT2Config(
+      vocab_size=at.vocabulary, n_positions=at.length, n_embd=at.width,
+      n_layer=at.layers, n_head=at.heads, resid_pdrop=0.0, embd_pdrop=0.0,
+      attn_pdrop=0.0, attn_implementation=attention,
+    )  # fmt: skip
+  kinds = transformers.GPT2LMHeadModel, transformers.LlamaForCausalLM
+  model = kinds[at.kv_heads > 0](config).to(torch_device(size)).train()
   optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+  called = torch.compile(model) if compiled else model
 
   def loss_of(x, y):  # it shifts labels itself
-    return model(input_ids=x, labels=x, use_cache=False).loss
+    return called(input_ids=x, labels=x, use_cache=False).loss
 
   return torch_steps(size, optimizer, model.parameters(), loss_of)
 
 
 def hugging_face_eager(size: str, path: str) -> Callable:
   return hugging_face(size, path, "eager")
+
+
+def hugging_face_compiled(size: str, path: str) -> Callable:
+  return hugging_face(size, path, compiled=True)
+
+
+def most_memory(program: str) -> int:
+  """The most bytes that were in use on this process's GPU; 0 without one."""
+  if program.startswith("flaxlm"):
+    import jax
+
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use", 0)
+  import torch
+
+  return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 PROGRAMS = {
@@ -168,24 +278,37 @@ PROGRAMS = {
   "matmul jax": jax_matmul,
   "matmul torch": torch_matmul,
 }
+GPU_PROGRAMS = {
+  "flaxlm": flaxlm,
+  "flaxlm unrolled": flaxlm_unrolled,
+  "flaxlm fp8": flaxlm_fp8,
+  "flaxlm remat": flaxlm_remat,
+  "nanoGPT compiled": nanogpt_compiled,
+  "transformers compiled": hugging_face_compiled,
+  "matmul jax": jax_matmul,
+  "matmul torch": torch_matmul,
+}
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("program", choices=list(PROGRAMS))
-  parser.add_argument("size", choices=list(SIZES))
+  parser.add_argument("program", choices=list(PROGRAMS | GPU_PROGRAMS))
+  parser.add_argument("size", choices=list(ALL_SIZES))
   parser.add_argument("--path", default="", help="the clone of nanoGPT")
   args = parser.parse_args()
   # Libraries print; only answers may reach the driver.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
   start = time.perf_counter()
-  run = PROGRAMS[args.program](args.size, args.path)
+  run = (PROGRAMS | GPU_PROGRAMS)[args.program](args.size, args.path)
   run(1)
   answers.write(f"{time.perf_counter() - start}\n")
   for line in sys.stdin:
+    if line == "memory\n":
+      answers.write(f"{most_memory(args.program)}\n")
+      continue
     start = time.perf_counter()
     run(int(line))
     answers.write(f"{time.perf_counter() - start}\n")

@@ -60,7 +60,7 @@ def status(key: str) -> float:
 
 def measure(name: str) -> dict[str, float]:
   size, changes = SIZES[name]
-  config = peers.gpt2_like(*peers.SIZES[size])
+  config = peers.config_of(size)
   for key, value in changes.items():
     room, knob = key.split(".")
     config[room][knob] = value

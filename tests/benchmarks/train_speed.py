@@ -28,9 +28,9 @@ TORCH_PEERS = (
 
 
 def flops_per_token(size: str) -> int:
-  layers, _, width, length, _, vocabulary = peers.SIZES[size]
-  matrices = 12 * layers * width**2 + vocabulary * width
-  return 6 * matrices + 12 * layers * width * length
+  at = peers.SIZES[size]
+  matrices = 12 * at.layers * at.width**2 + at.vocabulary * at.width
+  return 6 * matrices + 12 * at.layers * at.width * at.length
 
 
 class Peer:
@@ -44,7 +44,8 @@ class Peer:
       env=os.environ | extra, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
       stderr=self.said, text=True,
     )  # fmt: skip
-    self.name, self.first_step = name, self.answer()
+    self.name = name
+    self.first_step = self.answer()
     self.per_step = self.steps(1)
 
   def answer(self) -> float:
@@ -59,6 +60,12 @@ class Peer:
     self.process.stdin.write(f"{number}\n")
     self.process.stdin.flush()
     return self.answer()
+
+  def memory(self) -> int:
+    """The most bytes that were in use on a GPU."""
+    self.process.stdin.write("memory\n")
+    self.process.stdin.flush()
+    return int(self.answer())
 
   def turn(self, seconds: float) -> float:
     """Computes for about that long; returns steps a second."""
@@ -83,17 +90,18 @@ class MaxText:
   name = "MaxText"
 
   def __init__(self, size: str, python: str):
-    layers, heads, width, length, batch, vocabulary = peers.SIZES[size]
+    at = peers.SIZES[size]
     knobs = dict(
       run_name="speed", base_output_directory="runs/bench/maxtext", hardware="cpu",
       skip_jax_distributed_system="true",  # which on CPUs asks for a cluster
       dataset_type="synthetic", enable_checkpointing="false", steps=10**6,
-      decoder_block="gpt3", base_num_decoder_layers=layers, base_emb_dim=width,
-      base_num_query_heads=heads, base_num_kv_heads=heads, head_dim=width // heads,
-      base_mlp_dim=4 * width, mlp_activations="['gelu']", vocab_size=vocabulary,
-      trainable_position_size=length, logits_via_embedding="true", dtype="float32",
-      attention="dot_product", per_device_batch_size=batch, max_target_length=length,
-      enable_dropout="false",
+      decoder_block="gpt3", base_num_decoder_layers=at.layers, base_emb_dim=at.width,
+      base_num_query_heads=at.heads, base_num_kv_heads=at.heads,
+      head_dim=at.width // at.heads, base_mlp_dim=4 * at.width,
+      mlp_activations="['gelu']", vocab_size=at.vocabulary,
+      trainable_position_size=at.length, logits_via_embedding="true", dtype="float32",
+      attention="dot_product", per_device_batch_size=at.batch,
+      max_target_length=at.length, enable_dropout="false",
     )  # fmt: skip
     start = time.perf_counter()
     self.process = subprocess.Popen(
@@ -171,16 +179,16 @@ def measure(size: str, names: list[str], args) -> list[dict]:
 
 def table(size: str, rates: dict, first_steps: dict) -> list[dict]:
   medians = {name: statistics.median(rate) for name, rate in rates.items()}
-  gflops = 2 * peers.MATRIX**3 / 1e9
+  gflops = 2 * peers.matrix_of(size) ** 3 / 1e9
   limit = max(medians[name] * gflops for name in medians if name.startswith("matmul"))
   rivals = [name for name in TORCH_PEERS if name in medians]
   best = max(rivals, key=medians.get, default=None)
-  *_, length, batch, _ = peers.SIZES[size]
+  at = peers.SIZES[size]
   rows = []
   for name in sorted(medians, key=medians.get, reverse=True):
     if name.startswith("matmul"):
       continue
-    tokens = medians[name] * length * batch
+    tokens = medians[name] * at.length * at.batch
     share = tokens * flops_per_token(size) / 1e9 / limit
     pairs = zip(rates[name], rates[best], strict=True) if best else ()
     ratios = [mine / other for mine, other in pairs]

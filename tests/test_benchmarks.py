@@ -1,0 +1,27 @@
+"""The benchmark of GPUs, which few machines can run whole, in its tiny sizes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / "benchmarks" / "gpu_speed.py"
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_and_says_what_failed(tmp_path):
+  out = tmp_path / "numbers.json"
+  trainers = ["flaxlm fp8", "flaxlm unrolled", "nanoGPT compiled"]
+  options = ["--quick", f"--json={out}", f"--nanogpt={tmp_path}", "--only", *trainers]
+  subprocess.run([sys.executable, SCRIPT, *options], check=True)
+  rows = json.loads(out.read_text())["rows"]
+  found = {(row["size"], row["trainer"]): row for row in rows}
+  for size in ("gpt2_tiny", "llama_tiny"):
+    for trainer in trainers[:2]:
+      assert found[size, trainer]["tokens/s"] > 0
+  # No clone of nanoGPT is there; it has no Llama.
+  absent = found.get(("gpt2_tiny", "nanoGPT compiled"))
+  assert absent is None or "No module" in absent["failed"]
+  assert ("llama_tiny", "nanoGPT compiled") not in found
