@@ -47,7 +47,7 @@ SIZES = {
   "gpt2_124m, batch 4": ("gpt2_124m", {"data.batch_size": 4}),
   "gpt2_124m, batch 4, remat": (
     "gpt2_124m",
-    {"data.batch_size": 4, "model.remat": "dots"},
+    {"data.batch_size": 4, "model.remat": "dots", "model.unroll": 1},
   ),
 }
 
