@@ -19,7 +19,7 @@ from flaxlm.kernels.blockwise import Keys, Queries, Rule
 BLOCK = 128  # tokens; of 64, 128 and 256 the fastest on a CPU, whose cache it fits
 # From so many tokens a row on chunks pay. On a CPU, forward and backward with the heads
 # of GPT-2 124M, they need 4/3 of the time of whole scores at 512 and 1,024 tokens and
-# 9/8 at 2,048 (AVX-512; AVX2: 7/4 at all three), but a tenth of the memory there
+# 9/8 at 2,048 (AVX-512; AVX2: 8/5 to 9/5), but a tenth of the memory there
 # (tests/benchmarks/attention_speed.py).
 # On accelerators that is unmeasured: there it is where whole scores outgrow all else.
 LEAST = {"cpu": 2048}

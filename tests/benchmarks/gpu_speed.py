@@ -113,12 +113,13 @@ def main():
   parser.add_argument("--seconds", type=float, default=5.0, help="a turn of one peer")
   parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT")
   parser.add_argument("--only", nargs="*", choices=list(peers.GPU_PROGRAMS))
-  parser.add_argument("--quick", action="store_true", help="tiny sizes")
+  parser.add_argument("--quick", action="store_true", help="no PyTorch, tiny sizes")
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   name, peak = chip()
   if args.quick:
     args.sizes, args.turns, args.seconds = list(peers.TINY_SIZES), 1, 0.2
+    args.only = args.only or ["flaxlm", "flaxlm fp8"]
   elif not name:
     sys.exit("gpu_speed.py: nvidia-smi finds no GPU; --quick runs on a CPU")
   else:

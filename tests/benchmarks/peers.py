@@ -181,7 +181,7 @@ def torch_steps(size: str, optimizer, parameters, loss_of: Callable) -> Callable
   import torch
 
   at, device = ALL_SIZES[size], torch_device(size)
-  torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT does; speeds up no flaxlm
+  torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT does
   tokens = torch.randint(at.vocabulary, (at.batch, at.length + 1), device=device)
   parameters = list(parameters)
 
@@ -301,6 +301,8 @@ def main():
   # Libraries print; only answers may reach the driver.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
+  if not ALL_SIZES[args.size].gpu:  # PyTorch's trainers are on the CPU then
+    os.environ["JAX_PLATFORMS"] = "cpu"
   start = time.perf_counter()
   run = (PROGRAMS | GPU_PROGRAMS)[args.program](args.size, args.path)
   run(1)
