@@ -133,8 +133,8 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   # With remat=full, of query key value attention hidden (of the MLP):
   model.keep = ()  # kept for the backward pass after all
   model.offload = ()  # the same, in the memory of the host
-  # Layers a scan iteration. On a CPU num_layers is fastest, and remat saves nothing
-  # then: XLA:CPU finds that what is to be computed again is there already.
+  # Layers a scan iteration. On a CPU num_layers is fastest, and remat is refused then:
+  # XLA:CPU finds that what is to be computed again is there already.
   model.unroll = 1
   return model
 

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from flaxlm import loop, program
+from flaxlm.errors import ConfigError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh, one_device
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning import hlo
@@ -173,3 +174,36 @@ def test_the_loop_compiles_once_and_reads_each_step_once(
   if asynchronous:
     reads.remove("read")
   assert log[first : log.index("dispatched 6") + 2] == reads
+
+
+def test_products_of_a_narrow_model_on_a_cpu_are_eigens(tiny, monkeypatch):
+  def options(width, platform):
+    tiny.model.embed_dim = width
+    return program.step_options(tiny.model, platform)
+
+  def in_fusions():  # where XLA puts the products that YNN computes
+    text = compiled(causal(tiny), None)[0].as_text()
+    bodies = re.findall(r"^%?fused_computation.*?^}", text, re.M | re.S)
+    return sum(len(re.findall(r" dot\(", body)) for body in bodies), text.count(" dot(")
+
+  eigens, products = in_fusions()
+  with monkeypatch.context() as patch:
+    patch.setattr(program, "WIDE", 0)
+    ynns, _ = in_fusions()
+  assert eigens < products / 10 and ynns > products / 3
+  assert options(384, "cpu") == program.EIGEN
+  assert options(768, "cpu") is None and options(384, "gpu") is None
+  monkeypatch.setattr(program, "EIGEN", {"xla_cpu_that_is_gone": "1"})
+  assert options(384, "cpu") is None
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_that_a_cpu_would_undo_is_refused(tiny, remat):
+  tiny.model.num_layers = tiny.model.unroll = 2
+  tiny.model.remat = remat
+  with pytest.raises(ConfigError, match=f"2 layers.*{remat}.*\n.*try:    1") as error:
+    program.build(tiny, one_device())
+  assert error.value.key == "config.model.unroll"
+  program.check_unrolled(tiny.model, "tpu")
+  tiny.model.unroll = 1
+  program.build(tiny, one_device())
