@@ -37,7 +37,7 @@ from flaxlm.training.state import (
 
 KERNEL = "attention.txt"  # in the directory of a run whose kernel was chosen
 # XLA:CPU has two libraries for products. Its default, YNN, makes the steps of narrow
-# models 5 to 9% slower than Eigen, and those of GPT-2 124M 9% faster (RESULTS.md).
+# models 2 to 9% slower than Eigen, and those of GPT-2 124M a tenth faster (RESULTS.md).
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 WIDE = 768  # numbers a token, from which on YNN is faster
 
