@@ -92,7 +92,9 @@ def test_a_second_start_compiles_next_to_nothing(runs, cold):
 
 
 def test_damaged_entries_are_compiled_again(runs, cold):
-  assert len(runs.entries()) == 2  # the state's and the step's
+  # On a slow machine more than these two take long enough to be kept.
+  kept = {entry.name.partition("-")[0] for entry in runs.entries()}
+  assert kept >= {"jit_init_state", "jit_step"}
   for i, entry in enumerate(runs.entries()):
     data = bytearray(entry.read_bytes())
     data[len(data) // 2] ^= 255
