@@ -133,7 +133,7 @@ def _compute(
       dx_CD, *rest = gradients or (None,)
       return jax.tree.map(jnp.add, sums, (total, rest)), (nats_C, dx_CD)
 
-    rest = [jnp.zeros((D, V)), None if bias_V is None else jnp.zeros(V)]
+    rest = [jnp.zeros((V, D)), None if bias_V is None else jnp.zeros(V)]
     zero = jnp.zeros(()), rest if with_gradients else []
     chunks = cut(x_TD), cut(targets_T), cut(scale_T)
     (total, rest), (nats_T, dx_TD) = jax.lax.scan(step, zero, chunks)
@@ -145,11 +145,9 @@ def _compute(
   if gradients is None:
     return total, nats_T, None
   # Rounded before they travel, as the gradients of all other weights.
-  dx_TD, *rest = gradients
-  dw_DV, db_V = (
-    None if g is None else g.astype(p.dtype)
-    for g, p in zip(rest, (weight_DV, bias_V), strict=True)
-  )
+  dx_TD, dw_VD, db_V = gradients
+  dw_DV = dw_VD.astype(weight_DV.dtype).T
+  db_V = None if bias_V is None else db_V.astype(bias_V.dtype)
   if words:
     dx_TD = jax.lax.psum(dx_TD, words)
   if embed:
@@ -200,5 +198,6 @@ def _chunk(options, dw_type, weight_DV, bias_V, x_TD, targets_T, scale_T):
   db_V = None if bias_V is None else jnp.sum(d_TV, axis=0)
   d_TV = d_TV.astype(x_TD.dtype)
   dx_TD = jnp.einsum("TV,DV->TD", d_TV, weight_DV)
-  dw_DV = jnp.einsum("TD,TV->DV", x_TD, d_TV, preferred_element_type=dw_type)
-  return total, nats_T, (dx_TD, dw_DV, db_V)
+  # A CPU multiplies faster to this order, and it is that of a table which is tied.
+  dw_VD = jnp.einsum("TV,TD->VD", d_TV, x_TD, preferred_element_type=dw_type)
+  return total, nats_T, (dx_TD, dw_VD, db_V)
