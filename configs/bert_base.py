@@ -8,7 +8,7 @@ to be had any more). The tokenizer that is trained is no WordPiece: bring that
 (--config.tokenizer.path). On n devices divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -9,7 +9,7 @@ pairs, other masks each time (RoBERTa, Liu et al. 2019), 30% masked (Wettig et a
 2022), packed rows, norms before the blocks and rotary positions (ModernBERT).
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ Bring its tokenizer (--config.tokenizer.path), or one of its size is trained. On
 devices divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

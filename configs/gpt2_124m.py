@@ -7,7 +7,7 @@ time need 13 GiB by the compiler's own count (XLA:CPU; 46 without remat). On n d
 divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -7,7 +7,7 @@ steps of 4M. Bring its tokenizer (--config.tokenizer.path), or one of its size i
 trained. On 64n devices divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. Bring a tokenizer: --config.tokenizer.path.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -9,7 +9,7 @@ AdamW in the place of StableAdamW, and no dropout (theirs: 0.1 after attention).
 from the start. On n devices divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

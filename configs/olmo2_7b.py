@@ -8,7 +8,7 @@ attention and MLP, and over all queries and keys of a token. On 64n devices divi
 accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -6,7 +6,7 @@
 It takes 2 minutes on 2 CPU cores.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

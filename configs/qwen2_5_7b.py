@@ -8,7 +8,7 @@ than the tokenizer has pieces: bring it (--config.tokenizer.path), or one of its
 trained.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

@@ -10,7 +10,7 @@ bytes); its first 90% are for training. nanoGPT publishes a validation loss of 1
 nats/character.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

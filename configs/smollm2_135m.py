@@ -7,7 +7,7 @@ Not trained here: no result is claimed. Its published settings: 2T tokens in row
 end; the base is that of the end. On n devices divide accumulation_steps by n.
 """
 
-from configs import base
+from flaxlm.config import base
 
 
 def get_config():

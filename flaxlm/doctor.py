@@ -15,31 +15,30 @@ import pathlib
 import platform
 import sys
 
-from flaxlm import cli
+from flaxlm import cli, machine
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = cli.parser(__doc__, "doctor")
+  parser = cli.make_parser(__doc__, "doctor")
   parser.epilog = None  # no config is read
   parser.add_argument("--json", metavar="FILE", help="also write what was found")
   args = parser.parse_args(argv)
-  found = {"machine": machine()}
+  found = {"machine": describe_machine()}
   for name, value in found["machine"].items():
     print(f"{name:12}  {value}", flush=True)
-  found["attention"] = attention()
+  found["attention"] = check_attention()
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
   if not all(row["conforms"] for row in found["attention"].values() if row["checked"]):
     sys.exit(1)
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
   """Versions, devices and memory, in words."""
   import jax
   import jaxlib
 
-  from flaxlm.parallel import hosts
-  from flaxlm.planning.calibrate import host_memory
+  from flaxlm.machine import host_memory
 
   devices, gib = jax.devices(), 2**30
   statistics = devices[0].memory_stats() or {}
@@ -52,24 +51,24 @@ def machine() -> dict[str, str]:
     "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
     "memory": memory,
     "cores": f"{os.cpu_count()}",
-    "allocator": hosts.keep_freed_memory().removeprefix("allocator: "),
+    "allocator": machine.keep_freed_memory().removeprefix("allocator: "),
     "programs": f"kept in {jax.config.jax_compilation_cache_dir or 'no directory'}",
   }
 
 
-def attention() -> dict[str, dict]:
+def check_attention() -> dict[str, dict]:
   """Checks and times each backend; prints a line for each, and what failed."""
   import jax
 
-  from flaxlm.kernels import backends, conformance
+  from flaxlm.kernels.attention import choice, conformance
 
   device, measured = jax.devices()[0], {}
   print(
     f"\n{'attention':10} {'masks':>9}  largest error, of the tolerance; "
     "TFLOP/s forward + backward, causal FLOPs, by tokens a row"
   )
-  names = [name for name in backends.BACKENDS if name != "xla"]
-  for backend in (*backends.FORMS, *names):  # which xla is, by shape
+  names = [name for name in choice.BACKENDS if name != "xla"]
+  for backend in (*choice.FORMS, *names):  # which xla is, by shape
     row = measured[backend] = conformance.examine(backend, device.platform)
     if not row["checked"]:
       print(f"{backend:10} {'-':>9}  cannot run: it needs {row['needs']}", flush=True)
@@ -79,10 +78,10 @@ def attention() -> dict[str, dict]:
     print(f"{backend:10} {score:>9}  {row['error']:.0%}  {speed}", flush=True)
     print("".join(f"  FAILED {text}\n" for text in row["failed"]), end="")
   right = {name: row for name, row in measured.items() if row["checked"]}
-  path = backends.save_measured(device.device_kind, jax.__version__, right)
+  path = choice.save_measured(device.device_kind, jax.__version__, right)
   print(f"\nattention=auto on {device.device_kind} goes by {path}")
   return measured
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

@@ -14,19 +14,21 @@ import json
 import pathlib
 
 from flaxlm import cli
-from flaxlm import config as configs
+from flaxlm.config.load import load_config
 from flaxlm.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:
-  args, overrides = cli.parse(make_parser(), argv)
+  args, overrides = cli.parse_arguments(make_parser(), argv)
   if not args.config:
     raise ConfigError("--config", "nothing", "a config file", "configs/llama3_8b.py")
-  loaded = {path: configs.load(path, overrides) for path in args.config}
+  loaded = {path: load_config(path, overrides) for path in args.config}
   if args.calibrate:
     from flaxlm.planning import calibrate
 
-    calibrate.save(calibrate.measure(list(loaded.values())), args.calibration)
+    calibrate.save_calibration(
+      calibrate.measure(list(loaded.values())), args.calibration
+    )
     print(f"measured this machine: {args.calibration}, --hardware=this")
     return
   if args.scaling:
@@ -38,18 +40,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(found: list[tuple], args) -> None:
   """Prints, and writes, what `plan_one` returned for each config."""
-  from flaxlm.planning import report
+  from flaxlm.planning import table
 
   if args.html:
-    page = "\n".join(report.page(plan) for plan, _ in found)
+    page = "\n".join(table.page(plan) for plan, _ in found)
     pathlib.Path(args.html).write_text(page)
   if args.json:
-    print(json.dumps([report.to_json(plan) | more for plan, more in found], indent=2))
+    print(
+      json.dumps([table.plan_to_json(plan) | more for plan, more in found], indent=2)
+    )
   elif len(found) == 1:
     plan, more = found[0]
-    print("\n".join([report.table(plan), *more["advice"]]))
+    print("\n".join([table.plan_table(plan), *more["advice"]]))
   else:
-    print(summary(found))
+    print(summary_table(found))
 
 
 def scale(loaded: dict, args) -> None:
@@ -77,12 +81,14 @@ def hardware_of(path: str, config, args):
   if not where:
     needed = f"a name, as {path} has no config.hardware"
     raise ConfigError("--hardware", "nothing", needed, "v5e:4x4")
-  here = calibrate.load(args.calibration) if where in ("this", "cpu") else None
-  return chips.parse(where, here)
+  here = (
+    calibrate.load_calibration(args.calibration) if where in ("this", "cpu") else None
+  )
+  return chips.parse_hardware(where, here)
 
 
 def make_parser():
-  parser = cli.parser(__doc__, "plan")
+  parser = cli.make_parser(__doc__, "plan")
   add = parser.add_argument
   add("--config", action="append", help="a config file; may be repeated")
   add("--hardware", help="v5e:16x16, 2xv5p:8x8x8, h100x64, this; default: the config's")
@@ -108,13 +114,13 @@ def plan_one(path: str, config, args) -> tuple:
   import jax
 
   from flaxlm.planning import roofline, search
-  from flaxlm.planning.compiled import compile_apart, count
-  from flaxlm.planning.report import Plan
+  from flaxlm.planning.compile import compile_apart, count_step
+  from flaxlm.planning.table import Plan
 
   hardware = hardware_of(path, config, args)
   if hardware.chip.link == "ici":  # compiled for, never touched
     jax.config.update("jax_platforms", "cpu")
-  step = count if args.no_compile else compile_apart
+  step = count_step if args.no_compile else compile_apart
   found, nearest = [], None
   if args.search:
     found = search.search(config, hardware, step)
@@ -185,7 +191,7 @@ def advice(result, nearest, found: list):
     yield from (f"  {line}" for line in paste(chosen.changes))
 
 
-def summary(found: list[tuple]) -> str:
+def summary_table(found: list[tuple]) -> str:
   """One line a config, as a Markdown table."""
   lines = [
     "| config | hardware | mesh | fits | GiB a chip | predicted MFU | bound by "
@@ -211,4 +217,6 @@ def summary(found: list[tuple]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, cache=False)  # programs for machines elsewhere cannot be read back
+  cli.run_command(
+    main, cache=False
+  )  # programs for machines elsewhere cannot be read back

@@ -11,27 +11,28 @@ Killed, it continues where it was; finished, it says so and does nothing.
 import sys
 import time
 
-from flaxlm import cli, config
+from flaxlm import cli
+from flaxlm.config.load import load_config
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = cli.parser(__doc__, "prepare")
+  parser = cli.make_parser(__doc__, "prepare")
   parser.add_argument("--config", required=True, help="a file of configs/")
-  args, overrides = cli.parse(parser, argv)
-  settings = config.load(args.config, overrides)
+  args, overrides = cli.parse_arguments(parser, argv)
+  settings = load_config(args.config, overrides)
 
-  from flaxlm.data import writer  # after --help has been answered
+  from flaxlm.data.store import build  # after --help has been answered
 
   start = time.perf_counter()
-  report = writer.build(settings, log)
-  print(summary(report, time.perf_counter() - start))
+  report = build.build_store(settings, log)
+  print(store_summary(report, time.perf_counter() - start))
 
 
 def log(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
-def summary(report, seconds: float) -> str:
+def store_summary(report, seconds: float) -> str:
   """The table of sources and the lines under it."""
   store, tokenizer = report.store, report.tokenizer
   row = "{:<18}{:>12}{:>10}{:>16}{:>14}".format
@@ -59,4 +60,4 @@ def summary(report, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

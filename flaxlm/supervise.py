@@ -102,23 +102,23 @@ def supervise(
     attempt = 1 if seconds >= healthy else attempt + 1
     what = f"flaxlm.supervise: exit code {code} after {seconds:.0f} s"
     if attempt > max_restarts:
-      say(f"{what}; giving up after {max_restarts} restarts")
+      report_restart(f"{what}; giving up after {max_restarts} restarts")
       return code
     wait = delay(code, attempt, backoff, max_backoff)
-    say(f"{what}; restart {attempt} of {max_restarts} in {wait:.1f} s")
+    report_restart(f"{what}; restart {attempt} of {max_restarts} in {wait:.1f} s")
     child.sleep(wait)
     if child.stopped_by:
       return PREEMPTED
 
 
-def say(text: str) -> None:
+def report_restart(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
   argv = sys.argv[1:] if argv is None else argv
   at = argv.index("--") if "--" in argv else len(argv)
-  parser = cli.parser(__doc__, "supervise")
+  parser = cli.make_parser(__doc__, "supervise")
   parser.epilog = "What follows `--` is the command."
   number = {"type": float, "metavar": "SECONDS"}
   parser.add_argument(
@@ -148,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

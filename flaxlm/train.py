@@ -6,19 +6,19 @@
 The same command continues a run that was stopped or killed; without --config it uses
 the config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input,
 73 the directory cannot be used, 74 storage, 75 stopped and saved (run it again), 85
-hang, 86 numerics. The loop is in flaxlm/loop.py.
+hang, 86 numerics. The loop is in flaxlm/runs/loop.py.
 """
 
 import pathlib
 
 from flaxlm import cli
-from flaxlm import config as configs
+from flaxlm.config.load import load_config, load_run
 from flaxlm.errors import ConfigError
 from flaxlm.training.guards import StopSignal
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = cli.parser(__doc__, "train")
+  parser = cli.make_parser(__doc__, "train")
   parser.add_argument(
     "--config", help="a config file; default: the one stored in --workdir"
   )
@@ -26,24 +26,26 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--describe", action="store_true", help="print the table of weights and stop"
   )
-  args, overrides = cli.parse(parser, argv)
+  args, overrides = cli.parse_arguments(parser, argv)
   if not args.workdir and not (args.describe and args.config):
     needed = "a directory, new or of a run (with --describe: or --config)"
     raise ConfigError("--workdir", "nothing", needed, "runs/a")
   if args.config:
-    config = configs.load(args.config, overrides)
+    config = load_config(args.config, overrides)
   else:
-    config = configs.load_run(args.workdir, overrides)
+    config = load_run(args.workdir, overrides)
   if args.describe:
-    from flaxlm.describe import table
+    from flaxlm.runs.describe import weight_table
 
-    print(table(config))
+    print(weight_table(config))
     return
   with StopSignal() as stop:  # from here on a signal is never lost
-    from flaxlm.loop import train  # JAX and its friends take seconds to import
+    # JAX and its friends take seconds to import.
+    from flaxlm.planning.calibrate import expected_seconds
+    from flaxlm.runs.loop import train
 
-    train(config, pathlib.Path(args.workdir), stop)
+    train(config, pathlib.Path(args.workdir), stop, expected_seconds)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

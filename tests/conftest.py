@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sysconfig
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # LLVM's optimisations take as long as most tests here and speed up none of them;
@@ -16,7 +17,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import pytest
 
-from configs import base
+from flaxlm.config import base
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -73,6 +74,23 @@ def tiny_config():
   config.optim.warmup_steps = 4
   config.log.tensorboard = False
   return config
+
+
+@pytest.fixture(scope="session")
+def english() -> str:
+  """Half a megabyte of the standard library."""
+  root = pathlib.Path(sysconfig.get_path("stdlib"))
+  names = "argparse ast bdb calendar cmd copy csv difflib dis enum inspect typing"
+  return "\n".join((root / f"{name}.py").read_text("utf-8") for name in names.split())
+
+
+@pytest.fixture(scope="session")
+def bpe(english):
+  """A SentencePiece tokenizer of 1,000 pieces, trained on `english`."""
+  from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
+
+  lines = sample_lines([english], 1_000_000)
+  return Tokenizer(train_tokenizer(lines, "bpe", 1000))
 
 
 @pytest.fixture

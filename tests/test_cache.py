@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from flaxlm import cli
+from flaxlm import machine
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -121,7 +121,7 @@ def environment(monkeypatch, tmp_path) -> dict:
 
 
 def test_the_directory_is_the_users_alone_and_bounded(environment, tmp_path):
-  cli.keep_programs()
+  machine.keep_programs()
   directory = pathlib.Path(environment["JAX_COMPILATION_CACHE_DIR"])
   assert directory.parent == tmp_path / "flaxlm" / "programs"
   assert directory.stat().st_mode & 0o077 == 0
@@ -131,25 +131,25 @@ def test_the_directory_is_the_users_alone_and_bounded(environment, tmp_path):
 def test_a_directory_that_was_chosen_is_left_alone(environment):
   environment["JAX_COMPILATION_CACHE_DIR"] = "elsewhere"
   before = dict(environment)
-  cli.keep_programs()
+  machine.keep_programs()
   assert environment == before
 
 
 def test_a_home_that_cannot_be_written_keeps_nothing(environment, tmp_path):
   (tmp_path / "flaxlm").write_text("a file, where a directory should be")
-  cli.keep_programs()
+  machine.keep_programs()
   assert not any(name.startswith("JAX_COMPILATION") for name in environment)
 
 
 def test_entries_that_a_kill_tore_go(environment):
-  cli.keep_programs()
+  machine.keep_programs()
   directory = pathlib.Path(environment.pop("JAX_COMPILATION_CACHE_DIR"))
   names = ("whole-cache", "whole-atime", "torn-cache", "new-cache")
   for name in names:
     (directory / name).write_bytes(b"x")
   os.utime(directory / "torn-cache", (0, 0))
   os.utime(directory / "whole-cache", (0, 0))
-  cli.keep_programs()
+  machine.keep_programs()
   assert {p.name for p in directory.iterdir()} == {*names} - {"torn-cache"}
 
 
@@ -157,7 +157,7 @@ def test_another_processor_has_another_directory(tmp_path):
   def named(flags: str, speed: str = "2000") -> str:
     path = tmp_path / "cpuinfo"
     path.write_text(f"model name\t: X\ncpu MHz\t: {speed}\nflags\t: {flags}\n\nrest\n")
-    return cli.processor(str(path))
+    return machine.processor(str(path))
 
   assert named("avx2") == named("avx2", "2100") != named("avx2 avx512f")
-  assert cli.processor(str(tmp_path / "none"))  # no such file on a Mac
+  assert machine.processor(str(tmp_path / "none"))  # no such file on a Mac

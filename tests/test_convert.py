@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm import config as configs
-from flaxlm import convert, weights
-from flaxlm.data.tokenizer import Tokenizer, train_tokenizer
+from flaxlm import convert
+from flaxlm.config.load import config_to_json, load_run
 from flaxlm.errors import ConfigError, DataError, MissingInputError, OutputError
 from flaxlm.interop import huggingface as hf
-from flaxlm.models.layers import TransformerConfig
+from flaxlm.interop import import_run
+from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
+from flaxlm.models.trees import named_leaves, nest
+from flaxlm.runs import weights
+from flaxlm.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 from flaxlm.training import lora
-from flaxlm.training.checkpoint import Checkpointer, named_leaves, nest
+from flaxlm.training.checkpoint import Checkpointer
 
 TEXT = [f"some words, and {n} more" for n in range(40)]
 AWKWARD = ["  leading", "a  b", "emoji \U0001f9ea\n\n\ttab", "\u4f60\u597d", "<s> </s>"]
@@ -46,7 +49,7 @@ def random_leaves(model_config, seed=0) -> dict[str, np.ndarray]:
 def save_run(workdir, config, leaves, name="model", tokenizer=None, step=3):
   """A run as `train` leaves it, as far as other doors look."""
   workdir.mkdir(exist_ok=True)
-  (workdir / "config.json").write_text(configs.to_json(config))
+  (workdir / "config.json").write_text(config_to_json(config))
   if tokenizer:
     (workdir / "tokenizer.model").write_bytes(tokenizer)
   sha256 = Tokenizer(tokenizer).sha256 if tokenizer else ""
@@ -75,7 +78,7 @@ def run_export(workdir, out, *more):
 
 
 def restore(workdir, one_device):
-  config = configs.load_run(workdir)
+  config = load_run(workdir)
   rules = config.mesh.rules.to_dict()
   model, meta = weights.restore_model(workdir, config, one_device, rules)
   return config, named_leaves(model), meta
@@ -91,7 +94,7 @@ def test_in_and_out(model_config, sentencepiece, tmp_path, one_device, capsys):
   config, found, meta = restore(workdir, one_device)
   assert (meta["step"], meta["tokens"]) == (0, 0)
   assert meta["tokenizer_sha256"] == Tokenizer(sentencepiece).sha256
-  assert meta["config"] == json.loads(configs.to_json(config))
+  assert meta["config"] == json.loads(config_to_json(config))
   assert (workdir / "tokenizer.model").read_bytes() == sentencepiece
   for key, value in model_config.model.items():
     if key not in ("rope", "moe", "max_len"):
@@ -110,7 +113,7 @@ def test_in_and_out(model_config, sentencepiece, tmp_path, one_device, capsys):
   assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in out.iterdir()}
   again = hf.read_model(out)
   for path, leaf in leaves.items():
-    half = leaf.astype(hf.DTYPES["bfloat16"]).astype(np.float32)
+    half = leaf.astype(hf.EXPORT_DTYPES["bfloat16"]).astype(np.float32)
     np.testing.assert_array_equal(again.leaves[path], half)
 
 
@@ -124,7 +127,7 @@ def test_files_of_a_tokenizer_that_is_still_theirs_are_copied(
   (tmp_path / "second" / "special_tokens_map.json").write_text("{}")
   run_import(tmp_path / "second", tmp_path / "run")
   # A run that starts from the import, as its config says, inherits the originals.
-  config = configs.load_run(tmp_path / "run")
+  config = load_run(tmp_path / "run")
   config.init_from = str(tmp_path / "run")
   save_run(tmp_path / "tuned", config, leaves, tokenizer=sentencepiece)
   (tmp_path / "tuned" / "chat_template.jinja").write_text("{{ messages }}")
@@ -132,7 +135,7 @@ def test_files_of_a_tokenizer_that_is_still_theirs_are_copied(
   names = {path.name for path in (tmp_path / "second").iterdir()}
   out = {path.name for path in (tmp_path / "out").iterdir()}
   assert out == names | {"chat_template.jinja"}
-  for name in convert.TOKENIZER_FILES:
+  for name in import_run.TOKENIZER_FILES:
     if name in names:
       content = (tmp_path / "second" / name).read_bytes()
       assert (tmp_path / "out" / name).read_bytes() == content
@@ -296,7 +299,7 @@ def test_a_model_of_the_hub_is_fetched(
   monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
   run_import("someone/model", tmp_path / "run")
   assert asked[0][0] == "someone/model" and "*.safetensors" in asked[0][1]
-  assert configs.load_run(tmp_path / "run").model.vocab_size == 320
+  assert load_run(tmp_path / "run").model.vocab_size == 320
   with pytest.raises(MissingInputError, match="OSError: 404 not found"):
     run_import("someone/absent", tmp_path / "other")
 
@@ -306,7 +309,7 @@ def test_without_a_tokenizer(model_config, sentencepiece, tmp_path, capsys):
   source = make_source(tmp_path / "hub", model_config, leaves, sentencepiece)
   run_import(source, tmp_path / "run", "--no_tokenizer", "--config.data.seq_len=16")
   assert "no tokenizer was imported" in capsys.readouterr().out
-  assert configs.load_run(tmp_path / "run").data.seq_len == 16
+  assert load_run(tmp_path / "run").data.seq_len == 16
   run_export(tmp_path / "run", tmp_path / "out")
   assert not list((tmp_path / "out").glob("tokenizer*"))
 
@@ -327,7 +330,7 @@ def test_every_head_makes_a_config_that_loads(head, model_config, tmp_path):
   leaves = random_leaves(model_config)
   hf.write_model(tmp_path / "hub", model.to_dict(), leaves, like=names)
   run_import(tmp_path / "hub", tmp_path / "run")
-  config = configs.load_run(tmp_path / "run")
+  config = load_run(tmp_path / "run")
   assert config.task.labels == (("bad", "good") if model.num_labels else ())
   loaded = config.model
   keys = ("head", "num_labels", "pair_head")

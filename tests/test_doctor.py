@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flaxlm import doctor, program
-from flaxlm.kernels import backends, conformance
+from flaxlm import doctor
+from flaxlm.kernels.attention import choice, conformance
+from flaxlm.runs import directory, program
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_it_prints_keeps_and_writes_what_it_found(tmp_path, capsys):
   found = json.loads((tmp_path / "found.json").read_text())
   assert found["attention"]["dense"]["conforms"]
   assert found["attention"]["splash"]["needs"].startswith("a TPU")
-  kept = backends.load_measured("cpu", jax.__version__)
+  kept = choice.load_measured("cpu", jax.__version__)
   assert set(kept) == {"dense", "chunked", "reference"}
   assert kept["chunked"] == found["attention"]["chunked"]
 
@@ -52,7 +53,7 @@ def test_a_kernel_that_is_wrong_ends_it_with_1(monkeypatch, capsys):
   said = capsys.readouterr().out
   assert "chunked          0/2" in said and "FAILED causal packed, float32" in said
   assert "first in second: output" in said
-  assert not backends.load_measured("cpu", jax.__version__)["chunked"]["conforms"]
+  assert not choice.load_measured("cpu", jax.__version__)["chunked"]["conforms"]
 
 
 def test_a_resumed_run_keeps_its_kernel(tiny, tmp_path):
@@ -67,11 +68,11 @@ def test_a_resumed_run_keeps_its_kernel(tiny, tmp_path):
 
   assert settled() == ("xla", f"H, jax {jax.__version__}: xla\n")
   found = {"cudnn": {"conforms": True, "tflops": {"1024": 1.0}}}
-  backends.save_measured("H", jax.__version__, found)
+  choice.save_measured("H", jax.__version__, found)
   assert settled()[0] == "cudnn"  # a new run
-  (tmp_path / program.KERNEL).write_text(f"H, jax {jax.__version__}: xla\n")
+  (tmp_path / directory.KERNEL).write_text(f"H, jax {jax.__version__}: xla\n")
   assert settled()[0] == "xla"
-  (tmp_path / program.KERNEL).write_text("another card, jax 1: xla\n")
+  (tmp_path / directory.KERNEL).write_text("another card, jax 1: xla\n")
   assert settled()[0] == "cudnn"
   card.platform = "cpu"
   assert settled()[0] == "auto"

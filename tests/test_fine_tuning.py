@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from configs import base
 from flaxlm import prepare
-from flaxlm.config import check, load_run
+from flaxlm.config import base
+from flaxlm.config.load import check_config, load_run
 from flaxlm.errors import ConfigError
-from flaxlm.evaluate import evaluate_run
-from flaxlm.loop import train
+from flaxlm.runs.held_out import evaluate_run
+from flaxlm.runs.loop import train
 from flaxlm.training.guards import StopSignal
 
 ANIMALS = ["cat", "dog", "cow", "hen", "fox", "owl"]
@@ -50,7 +50,7 @@ def small(config, causal=False):
 
 
 def run(config, workdir):
-  check(config)
+  check_config(config)
   workdir.mkdir(exist_ok=True, parents=True)
   with StopSignal() as stop:
     train(config, workdir, stop)

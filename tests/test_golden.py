@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm import config as configs
-from flaxlm.data.batches import SyntheticBatches
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.models.transformer import Transformer, describe
+from flaxlm.config.load import load_config
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer, describe_weights
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import init_state, make_train_step
 
@@ -35,16 +35,16 @@ def compare(name: str, text: str, update: bool) -> str:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_of_a_shipped_config(name, request):
-  config = TransformerConfig(**configs.load(ROOT / f"configs/{name}.py").model)
+  config = TransformerConfig(**load_config(ROOT / f"configs/{name}.py").model)
   model = jax.eval_shape(
     lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0)
   )
   rows = [
     f"{path:<28} {' x '.join(map(str, shape)):<24} "
     + " ".join(str(axis or "-") for axis in axes)
-    for path, shape, axes in describe(model)
+    for path, shape, axes in describe_weights(model)
   ]
-  total = sum(int(np.prod(shape)) for _, shape, _ in describe(model))
+  total = sum(int(np.prod(shape)) for _, shape, _ in describe_weights(model))
   text = "\n".join([*rows, f"{total:,} parameters"]) + "\n"
   update = request.config.getoption("--update-golden")
   assert compare(f"{name}_weights.txt", text, update) == text

@@ -48,7 +48,8 @@ import os, signal, time
 import numpy as np
 from flaxlm import cli
 from flaxlm.errors import DataError
-from flaxlm.parallel import hosts
+from flaxlm.parallel import processes
+from flaxlm.parallel.one_fate import OneFate
 from flaxlm.training.guards import Watchdog
 
 fault = os.environ.get("FAULT") or "none"
@@ -56,14 +57,14 @@ if os.environ["JAX_PROCESS_ID"] != os.environ.get("FAULTY"):
   fault = "none"
 
 def main():
-  hosts.join(False, 60)
+  processes.join_processes(False, 60)
   from jax.experimental import multihost_utils
-  with hosts.OneFate(), Watchdog(5) as watchdog:
+  with OneFate(), Watchdog(5) as watchdog:
     seed = 1 if fault == "config" else 0
-    hosts.agree("the start", hosts.facts() | {"config.seed": seed})
+    processes.agree("the start", processes.facts() | {"config.seed": seed})
     if fault == "absent":
       time.sleep(60)
-    hosts.agree("the data", {}, seconds=2)
+    processes.agree("the data", {}, seconds=2)
     for step in range(10_000):
       multihost_utils.process_allgather(np.ones(1))
       watchdog.beat()
@@ -75,18 +76,18 @@ def main():
         if fault == "hang": time.sleep(60)
       time.sleep(0.1)
 
-cli.run(main)
+cli.run_command(main)
 """
 # Four steps on each mesh of all devices along one axis; prints the exact losses.
 MESHES = """
 import importlib.util, itertools, json, sys
 import jax
 from flaxlm.data.feed import Feed
-from flaxlm.parallel import hosts
+from flaxlm.parallel import processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
-from flaxlm.program import build, use_config_mesh
+from flaxlm.runs.program import build_program, use_config_mesh
 
-hosts.join(False, 60)
+processes.join_processes(False, 60)
 spec = importlib.util.spec_from_file_location("config", sys.argv[1])
 spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
 found = {}
@@ -94,7 +95,7 @@ for axis in ("data", "fsdp", "tensor"):
   config = module.get_config()
   config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1, axis: jax.device_count()})
   mesh = make_mesh(**axis_sizes(config.mesh))
-  feed, program = Feed(config, mesh), build(config, mesh)
+  feed, program = Feed(config, mesh), build_program(config, mesh)
   with use_config_mesh(config, mesh):
     state, losses = program.init(jax.random.key(0)), []
     for batch in itertools.islice(feed.read_train(0), 4):

@@ -8,15 +8,15 @@ import math
 
 import pytest
 
-from flaxlm import config as configs
 from flaxlm import plan
+from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError, MissingInputError
-from flaxlm.parallel.hardware import parse
+from flaxlm.parallel.hardware import parse_hardware
 from flaxlm.planning import calibrate, search
-from flaxlm.planning.compiled import Compiled, count
+from flaxlm.planning.compile import Compiled, count_step
 
 LLAMA = "--config=configs/llama2_7b.py"
-GPUS = parse("h100x8")
+GPUS = parse_hardware("h100x8")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def play(limit: float):
   tried = []
 
   def step(config, hardware):
-    result = count(config, hardware)
+    result = count_step(config, hardware)
     tokens = config.data.batch_size * config.data.seq_len
     tokens /= config.step.accumulation_steps * result.sizes["tensor"]
     tokens /= 2 if config.model.remat == "full" else 1
@@ -142,7 +142,7 @@ def test_the_smallest_change_is_the_first_that_the_compiler_takes(small):
     assert [found.compiled.fits, len(tried) > 0] == [True, True]
   step, tried = play(1.0)
   assert search.nearest_that_fits(small, GPUS, step) is None
-  assert len({configs.to_json(config) for config in tried}) == len(tried)
+  assert len({config_to_json(config) for config in tried}) == len(tried)
 
 
 def test_the_search_uses_every_chip_and_puts_the_fastest_first(small):
@@ -151,15 +151,15 @@ def test_the_search_uses_every_chip_and_puts_the_fastest_first(small):
   for mesh in meshes:
     sizes = [size for key, size in mesh.items() if key.startswith("mesh.")]
     assert math.prod(sizes) == 8
-  found = search.search(small, GPUS, count)
+  found = search.search(small, GPUS, count_step)
   assert 1 < len(found) <= 6
   times = [one.prediction.mid for one in found]
   assert times == sorted(times)
-  slow = search.evaluate(small, GPUS, {"step.accumulation_steps": 8}, count)
+  slow = search.try_change(small, GPUS, {"step.accumulation_steps": 8}, count_step)
   assert times[0] < slow.prediction.mid
   # The lines are differences, and lead to what was judged.
   best = search.changed(small, found[0].changes)
-  assert search.judge(best, GPUS, count)[1] == found[0].prediction
+  assert search.judge(best, GPUS, count_step)[1] == found[0].prediction
   assert search.difference(small, GPUS, found[0].changes) == found[0].changes
 
 
@@ -171,11 +171,11 @@ def test_the_search_takes_the_compilers_word(small):
 
 
 def test_the_search_goes_on_after_what_does_not_fit_or_breaks_the_compiler(small):
-  first = search.search(small, GPUS, count, compiles=1)[0].compiled
+  first = search.search(small, GPUS, count_step, compiles=1)[0].compiled
   factor, tried = 2 * first.available / first.peak, []
 
   def step(config, hardware):
-    result = count(config, hardware)
+    result = count_step(config, hardware)
     tried.append(result.peak)
     if len(tried) == 2:
       raise ConfigError("config.mesh", "x", "a step that libtpu can compile", "y")
@@ -205,7 +205,7 @@ def test_this_machine_is_planned_for_when_it_was_measured(
   capsys, tmp_path, small, monkeypatch
 ):
   config = tmp_path / "config.json"
-  config.write_text(configs.to_json(small))
+  config.write_text(config_to_json(small))
   command = [f"--config={config}", f"--calibration={tmp_path / 'here.json'}"]
   with pytest.raises(MissingInputError, match="--calibrate"):
     plan.main([*command, "--hardware=this"])

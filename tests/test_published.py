@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from flaxlm import config as configs
-from flaxlm.models.flops import flops_per_token
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.models.transformer import Transformer, describe
+from flaxlm.config.load import load_config
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.cost import flops_per_token
+from flaxlm.models.transformer import Transformer, describe_weights
 from flaxlm.parallel import AXES
 from flaxlm.parallel.mesh import axis_sizes
 from flaxlm.training.state import with_shardings
@@ -81,7 +81,7 @@ ACTIVE = {
 
 
 def load(name: str):
-  return configs.load(DIRECTORY / f"{name}.py")
+  return load_config(DIRECTORY / f"{name}.py")
 
 
 def abstract(model):
@@ -92,7 +92,9 @@ def abstract(model):
 
 
 def count(name: str) -> int:
-  return sum(math.prod(shape) for _, shape, _ in describe(abstract(load(name).model)))
+  return sum(
+    math.prod(shape) for _, shape, _ in describe_weights(abstract(load(name).model))
+  )
 
 
 @pytest.mark.parametrize("name", SHIPPED)

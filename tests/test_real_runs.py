@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from flaxlm.data.store import Store
-from flaxlm.data.tokenizer import Tokenizer
+from flaxlm.data.store.shards import Store
+from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

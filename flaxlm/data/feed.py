@@ -8,23 +8,19 @@ import os
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import NamedSharding
 
-from flaxlm.data import baseline, masking
-from flaxlm.data.batches import Batches, SyntheticBatches, one_ahead, read_ahead
-from flaxlm.data.chat import open_template
-from flaxlm.data.examples import ExampleBatches, load_examples
-from flaxlm.data.store import Store
-from flaxlm.data.tokenizer_files import load_tokenizer
+from flaxlm.data.batches import masking, word_frequencies
+from flaxlm.data.batches.packed import Batches
+from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.data.store.shards import Store
+from flaxlm.data.tasks.examples import ExampleBatches, load_examples
 from flaxlm.errors import ConfigError
-from flaxlm.kernels.ring_attention import zigzag
-from flaxlm.parallel import hosts
-from flaxlm.parallel.sharding import spec
-
-
-def batch_sharding(config, mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Where the arrays of a batch live, (rows, places in a row)."""
-  return NamedSharding(mesh, spec(("batch", "length"), config.mesh.rules.to_dict()))
+from flaxlm.kernels.attention.ring import zigzag
+from flaxlm.parallel import placement
+from flaxlm.parallel.placement import batch_sharding
+from flaxlm.tokenizer.chat_template import open_template
+from flaxlm.tokenizer.files import load_tokenizer
 
 
 class Feed:
@@ -66,7 +62,7 @@ class Feed:
     self.order = None  # of the places in a row
     if config.model.attention == "ring" and mesh.shape["context"] > 1:
       self.order = zigzag(data.seq_len, mesh.shape["context"])
-    self.first_row, stop = hosts.local_rows(self.sharding, data.batch_size)
+    self.first_row, stop = placement.local_rows(self.sharding, data.batch_size)
     self.part = {"first_row": self.first_row, "num_rows": stop - self.first_row}
     self.store = self.validation = self.examples = self.chat_template = None
     self.fingerprint, self.tokenizer, self.tokenizer_sha256 = "synthetic", b"", ""
@@ -193,7 +189,7 @@ class Feed:
     """Of the validation text; None where not all of it is predicted."""
     if self.examples is not None:
       return None
-    return baseline.bytes_per_token(self.validation)
+    return word_frequencies.bytes_per_token(self.validation)
 
   @property
   def num_eval_batches(self) -> int:
@@ -213,7 +209,7 @@ class Feed:
     def place(rows):
       if self.order is not None:
         rows = {name: row[:, self.order] for name, row in rows.items()}
-      return hosts.to_global(rows, self.first_row, data.batch_size, self.sharding)
+      return placement.to_global(rows, self.first_row, data.batch_size, self.sharding)
 
     rows = read_ahead(batches, steps, loader, data.num_threads, data.prefetch)
     return one_ahead(map(place, rows))

@@ -38,7 +38,7 @@ NO_BIAS = {"attention_bias": (False,)}
 GPT2 = Family(
   model_type="gpt2",
   prefix="transformer.",
-  rows=names.GPT2,
+  rows=names.GPT2_WEIGHTS,
   architectures=(
     Architecture("GPT2LMHeadModel", {"head": "lm"}),
     Architecture("GPT2Model", {"head": "lm"}),

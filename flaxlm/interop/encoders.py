@@ -9,7 +9,7 @@ from flaxlm.interop.family import KEYS, Architecture, Family
 BERT = Family(
   model_type="bert",
   prefix="bert.",
-  rows=names.BERT,
+  rows=names.BERT_WEIGHTS,
   architectures=(
     Architecture(
       "BertForPreTraining",
@@ -97,7 +97,7 @@ BERT = Family(
 MODERNBERT = Family(
   model_type="modernbert",
   prefix="model.",
-  rows=names.MODERNBERT,
+  rows=names.MODERNBERT_WEIGHTS,
   architectures=(
     Architecture("ModernBertForMaskedLM", {"head": "mlm"}, names.MODERNBERT_MLM),
     *(

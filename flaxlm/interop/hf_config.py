@@ -20,14 +20,12 @@ from flaxlm.interop.hf_fields import (
   pattern_of,
   windows_of,
 )
-from flaxlm.interop.hf_layers import (
+from flaxlm.interop.hf_rope import read_rope, rope_keys, write_rope
+from flaxlm.interop.hf_windows import (
   WINDOW_KEYS,
-  read_rope,
   read_windows,
-  refuse,
-  rope_keys,
-  write_rope,
   write_windows,
+  wrong_hf_value,
 )
 
 FAMILIES = (*DECODERS, *ENCODERS)
@@ -60,12 +58,12 @@ def read_config(
     whole = ("model_type", "architectures")
     text = {k: v for k, v in hf.pop("text_config").items() if k not in whole}
     hf |= text
-  check_keys(family, hf)
+  check_hf_keys(family, hf)
   complete = family.defaults | hf
   fields = NEUTRAL | family.fields
   for key in family.keys:
     if key not in complete and family.keys[key] not in fields:
-      raise refuse(key, "nothing", "a value")
+      raise wrong_hf_value(key, "nothing", "a value")
   for key, field in family.keys.items():
     if key in complete:
       fields[field] = to_ours(key, field, complete[key], fields)
@@ -73,12 +71,14 @@ def read_config(
   fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
   if not fields["head_dim"]:
     if fields["embed_dim"] % fields["num_heads"]:
-      raise refuse("the number of heads", fields["num_heads"], "a divisor of the width")
+      raise wrong_hf_value(
+        "the number of heads", fields["num_heads"], "a divisor of the width"
+      )
     fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
   biases = {bool(complete.get(key)) for key in family.bias_keys}
   if len(biases) > 1:
     given = " ".join(f"{key}={complete.get(key)}" for key in family.bias_keys)
-    raise refuse("biases in some places alone", given, "all true, or all false")
+    raise wrong_hf_value("biases in some places alone", given, "all true, or all false")
   fields["use_bias"] |= biases == {True}
   windows = read_windows(family, complete, fields["num_layers"])
   fields["sliding_window"] = max(windows)
@@ -99,17 +99,17 @@ def read_config(
   return family, architecture, fields
 
 
-def check_keys(family: Family, hf: dict) -> None:
+def check_hf_keys(family: Family, hf: dict) -> None:
   """Raises DataError for a key or value that could change what is computed."""
   for key, allowed in family.fixed.items():
     if key in hf and hf[key] not in allowed:
-      raise refuse(key, hf[key], " or ".join(map(str, allowed)))
+      raise wrong_hf_value(key, hf[key], " or ".join(map(str, allowed)))
   known = {*family.keys, *family.fixed, *family.bias_keys, *SILENT}
   known |= {*WINDOW_KEYS[family.window], *rope_keys(family)}
   for key, value in hf.items():
     # What is off or empty changes nothing, whatever it is called.
     if key not in known and value not in (None, False, [], {}, ""):
-      raise refuse(
+      raise wrong_hf_value(
         f"the key {key!r}",
         f"{value}"[:80],
         f"a key that is understood for {family.model_type}\n"
@@ -126,12 +126,12 @@ def to_ours(key: str, field: str, value: object, fields: dict) -> object:
   }
   if field in tables:
     if value not in tables[field]:
-      raise refuse(key, value, "one of " + " ".join(tables[field]))
+      raise wrong_hf_value(key, value, "one of " + " ".join(tables[field]))
     return tables[field][value]
   if field == "moe.first_dense_layers":
     count = len(value or ())
     if list(value or ()) != list(range(count)):
-      raise refuse(key, value, "the first layers, or none")
+      raise wrong_hf_value(key, value, "the first layers, or none")
     return count
   if field == "attention_scale":
     return float(value) ** -0.5
@@ -143,10 +143,10 @@ def to_ours(key: str, field: str, value: object, fields: dict) -> object:
   if isinstance(value, bool) or value is None:
     kind = bool
   if not isinstance(value, int | float) or kind(value) != value:
-    raise refuse(key, value, "a number")
+    raise wrong_hf_value(key, value, "a number")
   # Two keys may mean one field.
   if field == "moe.num_experts" and fields[field] not in (0, value):
-    raise refuse(key, value, f"{fields[field]}, as elsewhere in the file")
+    raise wrong_hf_value(key, value, f"{fields[field]}, as elsewhere in the file")
   return kind(value)
 
 

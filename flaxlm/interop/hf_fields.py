@@ -3,7 +3,7 @@
 Flat, with dots for groups: {"moe.num_experts": 8}.
 """
 
-from flaxlm.interop.hf_layers import ROPE_FIELDS
+from flaxlm.interop.hf_rope import ROPE_FIELDS
 
 # Our fields where a family says nothing else: those of Llama.
 NEUTRAL = {

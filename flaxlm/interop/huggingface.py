@@ -22,7 +22,7 @@ from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop.family import Architecture, Family
 from flaxlm.interop.hf_config import choose_family, find_family, read_config
 from flaxlm.interop.hf_fields import SILENT, flatten, nest
-from flaxlm.interop.tensors import (
+from flaxlm.interop.safetensors_files import (
   INDEX,
   MAX_SHARD,
   Tensor,
@@ -32,20 +32,20 @@ from flaxlm.interop.tensors import (
 )
 from flaxlm.interop.torch_files import read_torch
 from flaxlm.interop.weight_names import Row
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.models.transformer import Transformer, describe
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer, describe_weights
 
 # In this order: safetensors are preferred where a directory has both.
 FILES = (
   ("model.safetensors", read_safetensors),
   ("pytorch_model.bin", read_torch),
 )
-DTYPES = {
+EXPORT_DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   "float16": np.dtype(np.float16),
 }
-FLOATS = (*DTYPES.values(), np.dtype(np.float64))
+FLOATS = (*EXPORT_DTYPES.values(), np.dtype(np.float64))
 # How a model runs is not in Hugging Face's config.
 RUNTIME = {
   "attention": "auto",
@@ -71,7 +71,7 @@ NO_IDS = dict.fromkeys(
 )
 
 
-class Piece(NamedTuple):
+class WeightPart(NamedTuple):
   """One tensor of the files, and the part of our weights that it is."""
 
   name: str
@@ -101,9 +101,9 @@ def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
       missing, unknown or of another shape; lists them.
   """
   directory = pathlib.Path(directory)
-  hf = read_json(directory / "config.json")
+  hf = read_json_file(directory / "config.json")
   family = find_family(hf.get("model_type"))
-  tensors = spell(family, open_weights(directory))
+  tensors = rename_tensors(family, open_weights(directory))
   for name, other in family.copies.items():
     if name in tensors and other not in tensors:
       tensors[other] = tensors.pop(name)  # tied, and saved under the other name
@@ -113,10 +113,12 @@ def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
   rows = pick_rows(family, architecture, tensors)
   pieces = plan(rows, fields, shapes)
   left_out = check_tensors(directory, pieces, tensors, family, skip)
-  return Imported(family, fields, fill(pieces, tensors, fields, shapes), hf, left_out)
+  return Imported(
+    family, fields, load_weights(pieces, tensors, fields, shapes), hf, left_out
+  )
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json_file(path: pathlib.Path) -> dict:
   try:
     value = json.loads(path.read_text())
     if isinstance(value, dict):
@@ -146,7 +148,7 @@ def open_weights(directory: pathlib.Path) -> dict[str, Tensor]:
   )
 
 
-def spell(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
   """Gives tensors the names of the tables: from older ones, or ones without prefix."""
   rows = [*family.rows, *family.old_rows]
   rows += [row for architecture in family.architectures for row in architecture.rows]
@@ -173,20 +175,20 @@ def complete(fields: dict) -> TransformerConfig:
   return TransformerConfig(**(RUNTIME | fields))
 
 
-def abstract_model(fields: dict) -> Transformer:
+def abstract_model_of(fields: dict) -> Transformer:
   config = complete(fields)
   return jax.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
 
 
 def weight_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
   """Returns {path: shape} of the model that `config.model` = `fields` means."""
-  return {path: shape for path, shape, _ in describe(abstract_model(fields))}
+  return {path: shape for path, shape, _ in describe_weights(abstract_model_of(fields))}
 
 
 def make_model(fields: dict, leaves: Mapping[str, np.ndarray]) -> Transformer:
   """Returns the model with these weights."""
-  model = abstract_model(fields)
-  values = [leaves[path] for path, _, _ in describe(model)]
+  model = abstract_model_of(fields)
+  values = [leaves[path] for path, _, _ in describe_weights(model)]
   return jax.tree.unflatten(jax.tree.structure(model), values)
 
 
@@ -204,7 +206,7 @@ def as_tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:
   return (path,) if isinstance(path, str) else path
 
 
-def plan(rows: list[Row], fields: dict, shapes: dict[str, tuple]) -> list[Piece]:
+def plan(rows: list[Row], fields: dict, shapes: dict[str, tuple]) -> list[WeightPart]:
   """Returns one piece for each tensor of the files, outermost first, then by layer.
 
   Raises:
@@ -229,7 +231,7 @@ def plan(rows: list[Row], fields: dict, shapes: dict[str, tuple]) -> list[Piece]
     for expert in range(experts) if "{expert}" in row.name else (None,):
       at = index if expert is None else (*index, expert)
       name = row.name.format(layer=layer, expert=expert)
-      pieces.append(Piece(name, shape, row.dims, paths, at))
+      pieces.append(WeightPart(name, shape, row.dims, paths, at))
       for path in paths:
         filled[path] += 1
         inner = tuple(size_of(c, sizes, 0) for c in row.dims.split(" -> ")[1].split())
@@ -283,7 +285,7 @@ def file_shape(dims: str, sizes: dict[str, int], num_paths: int) -> tuple[int, .
 
 
 def check_tensors(
-  directory, pieces: list[Piece], tensors: dict[str, Tensor], family: Family, skip
+  directory, pieces: list[WeightPart], tensors: dict[str, Tensor], family: Family, skip
 ) -> list[str]:
   """Raises DataError unless files and plan fit; returns what is left out of them."""
   needed = {piece.name: piece.shape for piece in pieces}
@@ -348,12 +350,12 @@ def check_copy(name: str, other: str, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def fill(pieces, tensors, fields: dict, shapes: dict) -> dict[str, np.ndarray]:
+def load_weights(pieces, tensors, fields: dict, shapes: dict) -> dict[str, np.ndarray]:
   """Copies each tensor to its place in newly made float32 weights."""
   sizes = letter_sizes(fields)
   leaves = {path: empty(shape) for path, shape in shapes.items()}
   for piece in pieces:
-    parts = to_ours(tensors[piece.name].read(), piece, sizes)
+    parts = weight_to_ours(tensors[piece.name].read(), piece, sizes)
     for path, part in zip(piece.paths, parts, strict=True):
       leaves[path][piece.index] = part
   return leaves
@@ -367,7 +369,9 @@ def empty(shape: tuple[int, ...]) -> np.ndarray:
   return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-def to_ours(array: np.ndarray, piece: Piece, sizes: dict) -> list[np.ndarray]:
+def weight_to_ours(
+  array: np.ndarray, piece: WeightPart, sizes: dict
+) -> list[np.ndarray]:
   """Splits a tensor of the files into ours; views, where the file is contiguous."""
   groups, ours = (side.split() for side in piece.dims.split(" -> "))
   letters = "".join(groups)
@@ -378,7 +382,7 @@ def to_ours(array: np.ndarray, piece: Piece, sizes: dict) -> list[np.ndarray]:
   return list(array) if "*" in letters else [array]
 
 
-def to_theirs(arrays: list[np.ndarray], piece: Piece) -> np.ndarray:
+def weight_to_theirs(arrays: list[np.ndarray], piece: WeightPart) -> np.ndarray:
   """The reverse of `to_ours`."""
   groups, ours = (side.split() for side in piece.dims.split(" -> "))
   letters = "".join(groups)
@@ -414,8 +418,8 @@ def write_model(
     StorageError: the disk is full or fails.
   """
   like = like or {}
-  if dtype not in DTYPES:
-    raise ConfigError("--dtype", dtype, "one of " + " ".join(DTYPES))
+  if dtype not in EXPORT_DTYPES:
+    raise ConfigError("--dtype", dtype, "one of " + " ".join(EXPORT_DTYPES))
   fields = RUNTIME | fields
   family, architecture, hf = choose_family(flatten(fields), like.get("model_type", ""))
   hf = complete_config(hf, like, dtype)
@@ -426,8 +430,8 @@ def write_model(
   pieces.sort(key=lambda piece: order[piece.paths[0]])
   text = json.dumps(hf, indent=2, sort_keys=True) + "\n"
   (pathlib.Path(directory) / "config.json").write_text(text)
-  specs = {piece.name: (piece.shape, DTYPES[dtype]) for piece in pieces}
-  arrays = convert(pieces, leaves, shapes, DTYPES[dtype])
+  specs = {piece.name: (piece.shape, EXPORT_DTYPES[dtype]) for piece in pieces}
+  arrays = convert(pieces, leaves, shapes, EXPORT_DTYPES[dtype])
   write_safetensors(directory, specs, arrays, max_shard)
   return hf
 
@@ -446,7 +450,10 @@ def complete_config(hf: dict, like: dict, dtype: str) -> dict:
 
 
 def convert(
-  pieces: list[Piece], leaves: Mapping[str, np.ndarray], shapes: dict, dtype: np.dtype
+  pieces: list[WeightPart],
+  leaves: Mapping[str, np.ndarray],
+  shapes: dict,
+  dtype: np.dtype,
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the tensors of the files one by one."""
   paths, whole = (), []
@@ -458,7 +465,7 @@ def convert(
         if array.shape != shapes[path]:
           raise ConfigError(f"the weight {path}", array.shape, f"{shapes[path]}")
     parts = [array[piece.index] for array in whole]
-    given = to_theirs(parts, piece)
+    given = weight_to_theirs(parts, piece)
     with np.errstate(over="ignore"):
       array = given.astype(dtype)
     if dtype == np.float16 and not np.array_equal(

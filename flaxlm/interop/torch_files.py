@@ -19,7 +19,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from flaxlm.interop.tensors import Tensor, c_strides, damaged, extent
+from flaxlm.interop.safetensors_files import Tensor, c_strides, damaged_weights, extent
 
 STORAGES = {
   "torch.DoubleStorage": np.dtype(np.float64),
@@ -83,7 +83,7 @@ class Recipe:
   strides: tuple[int, ...]
 
 
-MARK = object()
+PICKLE_MARK = object()
 
 
 class Machine:
@@ -108,7 +108,7 @@ class Machine:
       case "PROTO" | "FRAME":
         pass
       case "MARK":
-        push(MARK)
+        push(PICKLE_MARK)
       case "NONE":
         push(None)
       case "NEWTRUE" | "NEWFALSE":
@@ -132,10 +132,10 @@ class Machine:
         push(make_storage(pop()))
       case "REDUCE" | "NEWOBJ":
         arguments, function = pop(), pop()
-        push(build(function, arguments))
+        push(call_known(function, arguments))
       case "NEWOBJ_EX":
         _, arguments, function = pop(), pop(), pop()
-        push(build(function, arguments))
+        push(call_known(function, arguments))
       case "BUILD":
         pop()  # attributes of an object: no weights are among them
       case _ if name in CONSTANTS:
@@ -183,7 +183,7 @@ class Machine:
   def pop_marked(self) -> list:
     """Everything above the last mark, and the mark."""
     items = []
-    while (item := self.stack.pop()) is not MARK:
+    while (item := self.stack.pop()) is not PICKLE_MARK:
       items.append(item)
     return items[::-1]
 
@@ -223,7 +223,7 @@ def make_storage(persistent_id: tuple) -> Storage:
   return Storage(str(key), STORAGES[storage_type.name], size, start)
 
 
-def build(function, arguments: tuple):
+def call_known(function, arguments: tuple):
   """What calling `function` would give, for the few that are known."""
   name = function.name if isinstance(function, Placeholder) else ""
   if name in DICTS:
@@ -233,11 +233,11 @@ def build(function, arguments: tuple):
   if name in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"):
     return arguments[0]
   if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-    return make_recipe(*arguments[:4])
+    return make_tensor_recipe(*arguments[:4])
   return Placeholder(name or "an object")
 
 
-def make_recipe(storage, offset, shape, strides) -> Recipe:
+def make_tensor_recipe(storage, offset, shape, strides) -> Recipe:
   numbers = (offset, *shape, *strides)
   if not isinstance(storage, Storage):
     raise ValueError(f"a tensor made of {storage}")
@@ -267,10 +267,10 @@ def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
         value, starts = read_legacy(file)
       recipes = find_weights(value)
       size = path.stat().st_size
-      return {name: place(path, size, r, starts) for name, r in recipes.items()}
+      return {name: locate_tensor(path, size, r, starts) for name, r in recipes.items()}
     except FAILURES as error:
       reason = " ".join(f"{type(error).__name__}: {error}".split())
-      raise damaged(path, reason[:300]) from error
+      raise damaged_weights(path, reason[:300]) from error
 
 
 def read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
@@ -362,7 +362,7 @@ def find_weights(value) -> dict[str, Recipe]:
   return value
 
 
-def place(path, file_size: int, recipe: Recipe, starts: dict) -> Tensor:
+def locate_tensor(path, file_size: int, recipe: Recipe, starts: dict) -> Tensor:
   """Turns a recipe into bytes of the file."""
   storage, width = recipe.storage, recipe.storage.dtype.itemsize
   start, length = starts[storage.key]

@@ -19,7 +19,7 @@ class Row(NamedTuple):
   dims: str
 
 
-def rows(*table: tuple, before: str = "", under: str = "") -> tuple[Row, ...]:
+def weight_rows(*table: tuple, before: str = "", under: str = "") -> tuple[Row, ...]:
   """Puts what a table has in common before its names and paths."""
 
   def whole(path):
@@ -29,10 +29,10 @@ def rows(*table: tuple, before: str = "", under: str = "") -> tuple[Row, ...]:
 
 
 def layer(*table: tuple) -> tuple[Row, ...]:
-  return rows(*table, before="model.layers.{layer}.", under="blocks/")
+  return weight_rows(*table, before="model.layers.{layer}.", under="blocks/")
 
 
-OUTSIDE = rows(
+OUTSIDE = weight_rows(
   ("model.embed_tokens.weight", "embed", "V D -> V D"),
   ("model.norm.weight", "final_norm/scale", "D -> D"),
   ("lm_head.weight", "unembed", "V D -> D V"),
@@ -106,13 +106,13 @@ FUSED_EXPERTS = layer(
   ),
   ("mlp.experts.down_proj", "mlp/expert_down", "E D X -> E X D"),
 )
-GPT2 = rows(
+GPT2_WEIGHTS = weight_rows(
   ("transformer.wte.weight", "embed", "V D -> V D"),
   ("transformer.wpe.weight", "positions", "P D -> P D"),
   ("transformer.ln_f.weight", "final_norm/scale", "D -> D"),
   ("transformer.ln_f.bias", "final_norm/bias", "D -> D"),
   ("lm_head.weight", "unembed", "V D -> D V"),
-) + rows(
+) + weight_rows(
   ("ln_1.weight", "attention_norm/scale", "D -> D"),
   ("ln_1.bias", "attention_norm/bias", "D -> D"),
   (
@@ -136,14 +136,14 @@ GPT2 = rows(
   before="transformer.h.{layer}.",
   under="blocks/",
 )
-BERT = rows(
+BERT_WEIGHTS = weight_rows(
   ("word_embeddings.weight", "embed", "V D -> V D"),
   ("position_embeddings.weight", "positions", "P D -> P D"),
   ("token_type_embeddings.weight", "segment_types", "T D -> T D"),
   ("LayerNorm.weight", "embedding_norm/scale", "D -> D"),
   ("LayerNorm.bias", "embedding_norm/bias", "D -> D"),
   before="bert.embeddings.",
-) + rows(
+) + weight_rows(
   ("attention.self.query.weight", "attention/query", "NH D -> D N H"),
   ("attention.self.query.bias", "attention/query_bias", "NH -> N H"),
   ("attention.self.key.weight", "attention/key", "KH D -> D K H"),
@@ -163,7 +163,7 @@ BERT = rows(
   before="bert.encoder.layer.{layer}.",
   under="blocks/",
 )
-BERT_MLM = rows(
+BERT_MLM = weight_rows(
   ("transform.dense.weight", "head/dense", "O D -> D O"),
   ("transform.dense.bias", "head/dense_bias", "D -> D"),
   ("transform.LayerNorm.weight", "head/norm/scale", "D -> D"),
@@ -171,25 +171,25 @@ BERT_MLM = rows(
   ("bias", "head/vocab_bias", "V -> V"),
   before="cls.predictions.",
 )
-BERT_POOLER = rows(
+BERT_POOLER = weight_rows(
   ("bert.pooler.dense.weight", "head/dense", "O D -> D O"),
   ("bert.pooler.dense.bias", "head/dense_bias", "D -> D"),
 )
-BERT_PAIRS = rows(
+BERT_PAIRS = weight_rows(
   ("bert.pooler.dense.weight", "pair_head/dense", "O D -> D O"),
   ("bert.pooler.dense.bias", "pair_head/dense_bias", "D -> D"),
   ("cls.seq_relationship.weight", "pair_head/classifier", "2 D -> D 2"),
   ("cls.seq_relationship.bias", "pair_head/classifier_bias", "2 -> 2"),
 )
-CLASSIFIER = rows(
+CLASSIFIER = weight_rows(
   ("classifier.weight", "head/classifier", "C D -> D C"),
   ("classifier.bias", "head/classifier_bias", "C -> C"),
 )
-BERT_SPAN = rows(
+BERT_SPAN = weight_rows(
   ("qa_outputs.weight", "head/classifier", "C D -> D C"),
   ("qa_outputs.bias", "head/classifier_bias", "C -> C"),
 )
-MODERNBERT = rows(
+MODERNBERT_WEIGHTS = weight_rows(
   ("model.embeddings.tok_embeddings.weight", "embed", "V D -> V D"),
   ("model.embeddings.norm.weight", "embedding_norm/scale", "D -> D"),
   ("model.embeddings.norm.bias", "embedding_norm/bias", "D -> D"),
@@ -218,13 +218,13 @@ MODERNBERT = rows(
   ("mlp.Wo.weight", "mlp/down", "D F -> F D"),
   ("mlp.Wo.bias", "mlp/down_bias", "D -> D"),
 )
-MODERNBERT_DENSE = rows(
+MODERNBERT_DENSE = weight_rows(
   ("head.dense.weight", "head/dense", "O D -> D O"),
   ("head.dense.bias", "head/dense_bias", "D -> D"),
   ("head.norm.weight", "head/norm/scale", "D -> D"),
   ("head.norm.bias", "head/norm/bias", "D -> D"),
 )
-MODERNBERT_MLM = MODERNBERT_DENSE + rows(
+MODERNBERT_MLM = MODERNBERT_DENSE + weight_rows(
   ("decoder.weight", "unembed", "V D -> D V"),
   ("decoder.bias", "head/vocab_bias", "V -> V"),
 )

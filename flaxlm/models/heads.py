@@ -8,15 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxlm.models.layers import (
-  ACTIVATIONS,
-  TransformerConfig,
-  add_bias,
-  bias,
-  make_norm,
-  project,
-  weight,
-)
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.layers import ACTIVATIONS, add_bias, bias, make_norm, project, weight
+
+MAX_ANSWER = 30  # tokens of an extracted answer (Devlin et al. 2018 use the same)
 
 
 class Head(nnx.Module):
@@ -108,3 +103,42 @@ def label_scores(model, x_BLD: jax.Array, batch: dict[str, jax.Array]) -> jax.Ar
     return jnp.where(starts_BC >= 0, scores_BC, -1e30)[:, None]
   x_BD = pool(x_BLD, batch["segment_ids"], model.config.pooling)
   return head.classify(head.transform(x_BD))[:, None]
+
+
+def best_spans(
+  scores_B2L: jax.Array, token_types_BL: jax.Array, max_answer: int = MAX_ANSWER
+) -> tuple[jax.Array, jax.Array]:
+  """Finds the likeliest answer in each row; rows are windows of a context.
+
+  A span lies in the text of type 1, without the token that ends it, is in order and has
+  at most `max_answer` tokens. Span l..l+d is tried for one d after another: L x
+  `max_answer` sums, not L x L.
+
+  Args:
+    scores_B2L: of each column to be the answer's first and last.
+  Returns:
+    (columns B2, int32; scores B2, float32: of the span, and of column 0, "no answer").
+    Without any possible span the columns are 0 and the score is -inf.
+  """
+  L = scores_B2L.shape[2]
+  inside_BL = token_types_BL == 1
+  inside_BL &= jnp.roll(inside_BL, -1, axis=1).at[:, -1].set(False)
+  first_BL, last_BL = jnp.where(inside_BL[:, None], scores_B2L, -jnp.inf).swapaxes(0, 1)
+
+  def try_length(best, d):
+    # The last column of a span of d + 1 tokens, for each first one; -inf beyond L.
+    ends_BL = jnp.where(jnp.arange(L)[None] < L - d, jnp.roll(last_BL, -d, 1), -jnp.inf)
+    total_BL = first_BL + ends_BL
+    at_B = jnp.argmax(total_BL, axis=1)
+    score_B = jnp.max(total_BL, axis=1)
+    better_B = score_B > best[0]
+    found_B2 = jnp.stack([at_B, at_B + d], axis=1)
+    spans_B2 = jnp.where(better_B[:, None], found_B2, best[1])
+    return (jnp.where(better_B, score_B, best[0]), spans_B2.astype(jnp.int32)), None
+
+  none_B = jnp.full(scores_B2L.shape[0], -jnp.inf, scores_B2L.dtype)
+  start = none_B, jnp.zeros((scores_B2L.shape[0], 2), jnp.int32)
+  lengths = jnp.arange(min(max_answer, L))
+  (score_B, spans_B2), _ = jax.lax.scan(try_length, start, lengths)
+  no_answer_B = scores_B2L[:, 0, 0] + scores_B2L[:, 1, 0]
+  return spans_B2, jnp.stack([score_B, no_answer_B], axis=1).astype(jnp.float32)

@@ -1,130 +1,16 @@
 """The small parts: weights with named dimensions, norms, rotary positions, the MLP."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.quantized import quantized_matmul
+from flaxlm.kernels.matmul_8bit import quantized_matmul
+from flaxlm.models.config import TransformerConfig
 from flaxlm.parallel.sharding import constrain, gather
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-  """`config.model.rope`."""
-
-  theta: float
-  local_theta: float
-  scaling: str
-  factor: float
-  original_max_len: int
-  low_frequency_factor: float
-  high_frequency_factor: float
-  beta_fast: float
-  beta_slow: float
-  attention_factor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MoeConfig:
-  """`config.model.moe`."""
-
-  num_experts: int
-  experts_per_token: int
-  expert_dim: int
-  shared_dim: int
-  shared_gate: bool
-  first_dense_layers: int
-  router: str
-  renormalize: bool
-  routed_scale: float
-  balance: str
-  aux_loss: float
-  z_loss: float
-  bias_rate: float
-  capacity_factor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """`config.model`; each field is documented in configs/base.py."""
-
-  vocab_size: int
-  max_len: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_dim: int
-  causal: bool
-  positions: str
-  norm: str
-  norm_epsilon: float
-  norm_placement: str
-  zero_centered_norm: bool
-  first_norm: bool
-  gated_mlp: bool
-  activation: str
-  use_bias: bool
-  qkv_bias: bool
-  qk_norm: str
-  tie_embeddings: bool
-  scale_embeddings: bool
-  embedding_norm: bool
-  num_segment_types: int
-  sliding_window: int
-  layer_pattern: tuple[str, ...]
-  attention_scale: float
-  attention_softcap: float
-  attention_sinks: bool
-  logit_softcap: float
-  head: str
-  num_labels: int
-  pooling: str
-  head_dense: bool
-  head_norm: bool
-  head_activation: str
-  pair_head: bool
-  dropout: float
-  rope: RopeConfig
-  moe: MoeConfig
-  attention: str
-  dtype: str
-  quantize: str
-  remat: str
-  keep: tuple[str, ...]
-  offload: tuple[str, ...]
-  unroll: int
-
-  def __post_init__(self):
-    # The groups arrive as ConfigDicts, which cannot be hashed.
-    if not isinstance(self.rope, RopeConfig):
-      object.__setattr__(self, "rope", RopeConfig(**self.rope))
-    if not isinstance(self.moe, MoeConfig):
-      object.__setattr__(self, "moe", MoeConfig(**self.moe))
-
-  @property
-  def windows(self) -> tuple[int, ...]:
-    """How many tokens each layer sees; 0 is all."""
-    kinds = [self.layer_pattern[i % len(self.layer_pattern)] for i in self.layers]
-    return tuple(self.sliding_window if kind == "local" else 0 for kind in kinds)
-
-  @property
-  def layers(self) -> range:
-    return range(self.num_layers)
-
-  @property
-  def num_first_layers(self) -> int:
-    """Layers at the beginning that are built otherwise than the rest."""
-    dense = self.moe.first_dense_layers if self.moe.num_experts else 0
-    return max(dense, 0 if self.first_norm else 1)
-
 
 ACTIVATIONS: dict[str, Callable] = {
   "silu": jax.nn.silu,
@@ -244,57 +130,6 @@ class Norm(nnx.Module):
 
 def make_norm(config: TransformerConfig) -> Norm:
   return Norm((config.embed_dim,), config, ("norm",))
-
-
-def rotary_frequencies(rope: RopeConfig, head_dim: int, local: bool) -> tuple:
-  """Returns (radians per position of the H/2 pairs, float32; factor of sin and cos).
-
-  Scaling: linear (Chen et al. 2023), llama3 (Llama 3.1, by wavelength), yarn (Peng et
-  al. 2023, eq. 22 and 23). Local layers with a theta of their own are not scaled: their
-  window is as long as in training.
-  """
-  own = local and rope.local_theta
-  pairs = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-  plain = 1.0 / np.float32(rope.local_theta if own else rope.theta) ** pairs
-  if own or rope.scaling == "none":
-    return plain, 1.0
-  scaled = plain / np.float32(rope.factor)
-  if rope.scaling == "linear":
-    return scaled, 1.0
-  length = rope.original_max_len
-  if rope.scaling == "llama3":
-    low, high = rope.low_frequency_factor, rope.high_frequency_factor
-    turns = length * plain / np.float32(2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    return (keep * plain + (1 - keep) * scaled).astype(np.float32), 1.0
-
-  def pair_of(turns: float) -> float:  # the pair that turns so often in `length`
-    return head_dim * math.log(length / (turns * 2 * math.pi)) / (
-      2 * math.log(rope.theta)
-    )  # fmt: skip
-
-  first = max(math.floor(pair_of(rope.beta_fast)), 0)
-  last = min(math.ceil(pair_of(rope.beta_slow)), head_dim - 1)
-  pair = np.arange(head_dim // 2, dtype=np.float32)
-  drop = np.clip((pair - first) / max(last - first, 1e-3), 0, 1)
-  factor = rope.attention_factor or 0.1 * math.log(max(rope.factor, 1)) + 1
-  return (drop * scaled + (1 - drop) * plain).astype(np.float32), factor
-
-
-def rotary_angles(
-  positions_BL: jax.Array, rope: RopeConfig, head_dim: int, local: bool = False
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (sin, cos) of each position's H/2 angles, as BLH (arXiv 2104.09864)."""
-  frequencies, factor = rotary_frequencies(rope, head_dim, local)
-  angles = positions_BL[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
-  return jnp.sin(angles) * factor, jnp.cos(angles) * factor
-
-
-def rotate(x_BLNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Turns the pairs (i, i + H/2) of each head by their position's angles."""
-  sin, cos = (a[:, :, None, :].astype(x_BLNH.dtype) for a in angles)
-  left, right = jnp.split(x_BLNH, 2, axis=-1)
-  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 class Mlp(nnx.Module):

@@ -13,15 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxlm.models.layers import (
-  ACTIVATIONS,
-  Mlp,
-  TransformerConfig,
-  bias,
-  project,
-  residual_scale,
-  weight,
-)
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.layers import ACTIVATIONS, Mlp, bias, project, residual_scale, weight
 from flaxlm.parallel.sharding import constrain, gather, layout, shard_map
 
 

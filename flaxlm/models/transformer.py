@@ -15,15 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxlm.models.attention import Attention, KVCache, View
+from flaxlm.models.attend import View
+from flaxlm.models.attention import Attention
+from flaxlm.models.cache import KVCache
+from flaxlm.models.config import TransformerConfig
 from flaxlm.models.heads import Head, make_head
-from flaxlm.models.layers import (
-  Mlp,
-  TransformerConfig,
-  dropout,
-  make_norm,
-  weight,
-)
+from flaxlm.models.layers import Mlp, dropout, make_norm, weight
 from flaxlm.models.moe import MoeMlp, Routing
 from flaxlm.parallel.pipeline import pipeline
 from flaxlm.parallel.sharding import (
@@ -301,7 +298,7 @@ class Transformer(nnx.Module):
     return cap * jnp.tanh(logits_BLV / cap) if cap else logits_BLV
 
 
-def describe(model: Transformer) -> list[tuple[str, tuple[int, ...], tuple]]:
+def describe_weights(model: Transformer) -> list[tuple[str, tuple[int, ...], tuple]]:
   """Returns (path, shape, names of the dimensions) of each parameter, in tree order.
 
   Works on the abstract model that `jax.eval_shape` makes: no memory is needed.

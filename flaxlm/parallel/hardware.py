@@ -102,7 +102,7 @@ CHIPS = {
 }  # fmt: skip
 
 # `device_kind` of a jax.Device -> name above.
-KINDS = {
+DEVICE_KINDS = {
   "TPU v4": "v4",
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",
@@ -142,10 +142,10 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def chip_of(device: jax.Device) -> Chip | None:
   """The row of a device that is here; None when the table has none."""
-  return CHIPS.get(KINDS.get(device.device_kind, ""))
+  return CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
 
 
-def parse(text: str, here: Hardware | None = None) -> Hardware:
+def parse_hardware(text: str, here: Hardware | None = None) -> Hardware:
   """Reads what `--hardware` says.
 
   `v5p:8x16x16` is a torus of chips, `4xv6e:16x16` is four such slices, `h100x64` is 64

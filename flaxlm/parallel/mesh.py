@@ -50,7 +50,7 @@ def make_mesh(
     slice=slice, stage=stage, data=data, fsdp=fsdp, expert=expert, context=context,
     tensor=tensor,
   )  # fmt: skip
-  sizes = fill(sizes, len(devices), devices[0].device_kind)
+  sizes = fill_axes(sizes, len(devices), devices[0].device_kind)
   shape = tuple(sizes.values())
   groups = {getattr(device, "slice_index", 0) for device in devices}
   if len(groups) > 1 and slice != len(groups):
@@ -75,7 +75,7 @@ def one_device() -> jax.sharding.Mesh:
   return make_mesh(jax.devices()[:1])
 
 
-def fill(sizes: dict[str, int], count: int, kind: str) -> dict[str, int]:
+def fill_axes(sizes: dict[str, int], count: int, kind: str) -> dict[str, int]:
   """Returns the sizes with data=-1 replaced by what remains of `count` devices.
 
   Raises:

@@ -51,12 +51,12 @@ def pipeline(
     waiting_PM = waiting_PM.at[:, back].set(x_P)
     entering_P = jnp.where(i < M, x_M[i % M][None], waiting_PM[:, i % M])
     first_P = (stage_P == 0).reshape((P,) + (1,) * (x_P.ndim - 1))
-    x_P = split(jnp.where(first_P, entering_P, x_P))
+    x_P = split_microbatches(jnp.where(first_P, entering_P, x_P))
     turn_P = i - stage_P
     number_P = turn_P % M
     round_P = jnp.clip(turn_P // M, 0, R - 1)
     group_P = jax.tree.map(lambda w: w[:, 0] if R == 1 else pick(w, round_P), groups_PR)
-    sides_P = jax.tree.map(lambda side: split(side[number_P]), sides_M)
+    sides_P = jax.tree.map(lambda side: split_microbatches(side[number_P]), sides_M)
     x_P, sums_P = run(group_P, x_P, sides_P, number_P)
     busy_PR = (turn_P >= 0) & (turn_P < M * R)
     busy_PR = busy_PR[:, None] & (round_P[:, None] == jnp.arange(R)[None])
@@ -66,10 +66,10 @@ def pipeline(
       return total + jnp.where(here, part[:, None], 0)
 
     sums_PR = jax.tree.map(add, sums_PR, sums_P)
-    return (split(jnp.roll(x_P, 1, axis=0)), waiting_PM, sums_PR), None
+    return (split_microbatches(jnp.roll(x_P, 1, axis=0)), waiting_PM, sums_PR), None
 
-  x_P = split(jnp.zeros((P, *x_M.shape[1:]), x_M.dtype))
-  waiting_PM = split(jnp.zeros((P, *x_M.shape), x_M.dtype))
+  x_P = split_microbatches(jnp.zeros((P, *x_M.shape[1:]), x_M.dtype))
+  waiting_PM = split_microbatches(jnp.zeros((P, *x_M.shape), x_M.dtype))
   one = jax.tree.map(lambda x: x[:, 0], groups_PR)
   side = jax.tree.map(lambda x: x[:P], sides_M)
   _, sums = jax.eval_shape(run, one, x_P, side, stage_P)
@@ -84,7 +84,7 @@ def pipeline(
 def to_groups(w_S: jax.Array, stages: int, repeats: int) -> jax.Array:
   """(S, ...) to (stage, repeat, layers of a group, ...)."""
   w = w_S.reshape(repeats, stages, -1, *w_S.shape[1:])
-  return split(jnp.swapaxes(w, 0, 1))
+  return split_microbatches(jnp.swapaxes(w, 0, 1))
 
 
 def from_groups(x_PR: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def from_groups(x_PR: jax.Array) -> jax.Array:
   return x.reshape(-1, *x.shape[3:])
 
 
-def split(x_P: jax.Array) -> jax.Array:
+def split_microbatches(x_P: jax.Array) -> jax.Array:
   """Asks for one stage a device; what else splits `x_P` is left to the compiler."""
   rest = (PartitionSpec.UNCONSTRAINED,) * (x_P.ndim - 1)
   return jax.lax.with_sharding_constraint(x_P, PartitionSpec(STAGE, *rest))

@@ -12,12 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
-from flaxlm.parallel import AXES, hosts
-from flaxlm.parallel.hardware import CHIPS, KINDS, Calibration, Chip, Hardware, chip_of
+from flaxlm.machine import host_memory
+from flaxlm.parallel import AXES
+from flaxlm.parallel.hardware import (
+  CHIPS,
+  DEVICE_KINDS,
+  Calibration,
+  Chip,
+  Hardware,
+  chip_of,
+)
 from flaxlm.planning import roofline
-from flaxlm.planning.probes import prepare, seconds
-from flaxlm.planning.work import Op, operations
+from flaxlm.planning.microbenchmarks import measure_seconds, prepare
+from flaxlm.planning.operations import Op, operations
 
 SQUARE = 2048  # of the matmul that stands for the machine's peak
 SQUARE_KEY = ("matmul", 1, SQUARE, SQUARE, SQUARE, "float32")
@@ -31,19 +40,19 @@ def measure(config_list, budget: float = 0.2) -> dict:
   Returns:
     What `save` writes and `hardware` reads: plain values, seconds by operation.
   """
-  hosts.keep_freed_memory()  # as in training
+  machine.keep_freed_memory()  # as in training
   one = dict.fromkeys(AXES, 1)
   wanted = {SQUARE_KEY, COPY_KEY}
   for config in config_list:
     for op in operations(config, one, flash=False):
-      wanted.add(key_of(op, config.model.dtype))
+      wanted.add(measurement_key(op, config.model.dtype))
   device = jax.devices()[0]
   with jax.default_device(device):
     rows = []
     for key in sorted(wanted, key=str):
       function, args = prepare(key[0], key[1:-1], key[-1])
-      rows.append([*key, seconds(function, args, budget)])
-    dispatch = seconds(jax.jit(lambda x: x + 1), (jnp.zeros(()),), budget)
+      rows.append([*key, measure_seconds(function, args, budget)])
+    dispatch = measure_seconds(jax.jit(lambda x: x + 1), (jnp.zeros(()),), budget)
   return {
     "device_kind": device.device_kind,
     "platform": device.platform,
@@ -68,10 +77,10 @@ def all_reduce_bandwidth(budget: float, count: int = 1 << 22) -> float:
       check_vma=False,
     )
   )  # fmt: skip
-  return 2 * (n - 1) / n * 4 * count / seconds(reduce, (x,), budget)
+  return 2 * (n - 1) / n * 4 * count / measure_seconds(reduce, (x,), budget)
 
 
-def key_of(op: Op, dtype: str) -> tuple:
+def measurement_key(op: Op, dtype: str) -> tuple:
   """What an operation is called in a calibration."""
   dims = op.dims
   if op.kind in ("optimizer", "weights"):
@@ -79,7 +88,7 @@ def key_of(op: Op, dtype: str) -> tuple:
   return (op.kind, *dims, dtype)
 
 
-def save(measured: dict, path) -> None:
+def save_calibration(measured: dict, path) -> None:
   pathlib.Path(path).write_text(json.dumps(measured, indent=1) + "\n")
 
 
@@ -88,7 +97,7 @@ def hardware(measured: dict) -> Hardware:
   number = measured["num_devices"]
   crowd = number if measured["platform"] == "cpu" else 1
   times = {tuple(key): crowd * value for *key, value in measured["seconds"]}
-  known = CHIPS.get(KINDS.get(measured["device_kind"], ""))
+  known = CHIPS.get(DEVICE_KINDS.get(measured["device_kind"], ""))
   link = measured["link_bandwidth"]
   if known is not None:
     chip = known._replace(link_bandwidth=link or known.link_bandwidth)
@@ -104,7 +113,7 @@ def hardware(measured: dict) -> Hardware:
   return Hardware(chip, number, 1, "", calibration)
 
 
-def load(path) -> Hardware:
+def load_calibration(path) -> Hardware:
   """Reads what `save` wrote.
 
   Raises:
@@ -122,12 +131,6 @@ def load(path) -> Hardware:
     ) from error
 
 
-def host_memory() -> float:
-  import psutil
-
-  return float(psutil.virtual_memory().total)
-
-
 def expected_seconds(config, mesh: jax.sharding.Mesh) -> float | None:
   """The prediction of a step, in seconds, that the loop logs beside the measured time.
 
@@ -136,7 +139,7 @@ def expected_seconds(config, mesh: jax.sharding.Mesh) -> float | None:
   """
   path, number = pathlib.Path(config.log.calibration), jax.device_count()
   if path.is_file():
-    machine = load(path)
+    machine = load_calibration(path)
     if machine.num_chips != number:
       return None
   elif (chip := chip_of(jax.devices()[0])) is not None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxlm.parallel.hardware import Hardware
-from flaxlm.planning.messages import Collective, link_of
+from flaxlm.planning.collectives import Collective, link_of
 
-KINDS = {
+COLLECTIVE_KINDS = {
   "all-gather": "all-gather",
   "all-reduce": "all-reduce",
   "reduce-scatter": "reduce-scatter",
@@ -49,7 +49,7 @@ def collectives(
     text: `compiled.as_text()`.
     sizes: of the axes of the mesh that it was compiled for, in order.
   """
-  computations, entry = parse(text)
+  computations, entry = parse_hlo(text)
   found = {}
   walk(computations, entry, 1, entry, found)
   totals = collections.defaultdict(lambda: [0.0, 0])
@@ -66,7 +66,7 @@ def collectives(
   return sorted(rows, key=lambda row: -row.bytes)
 
 
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def parse_hlo(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """Returns (instructions by the name of their computation, the name of the entry)."""
   computations, entry, current = {}, "", []
   for line in text.splitlines():
@@ -87,14 +87,14 @@ def walk(computations: dict, name: str, times: int, scope: str, found: dict) -> 
   here = {instruction.name: instruction for instruction in computations[name]}
   for instruction in here.values():
     opcode, rest = instruction.opcode, instruction.rest
-    kind = KINDS.get(opcode.removesuffix("-done"))
+    kind = COLLECTIVE_KINDS.get(opcode.removesuffix("-done"))
     if kind and opcode != "recv-done":
       started = instruction
       if opcode.endswith("-done"):  # its shape is the result alone
         started = here[re.search(r"%([\w.\-]+)", rest)[1]]
       chain = re.search(r'chain_id="(\d+)"', started.rest)
       key = scope, chain[1] if chain else (name, instruction.name)
-      found[key] = (*describe(kind, instruction, started, name), times)
+      found[key] = (*describe_instruction(kind, instruction, started, name), times)
     elif opcode == "while":
       body, condition = (
         re.search(rf"{what}=%?([\w.\-]+)", rest)[1] for what in ("body", "condition")
@@ -109,14 +109,14 @@ def walk(computations: dict, name: str, times: int, scope: str, found: dict) -> 
         walk(computations, inner, times, name if opcode == "call" else scope, found)
 
 
-def describe(
+def describe_instruction(
   kind: str, result: Instruction, started: Instruction, computation: str
 ) -> tuple:
   """Returns (kind, bytes, members of groups or names of axes) of a message."""
   if transfer := re.search(r'megascale_transfer_type="(\w+)"', started.rest):
     kind = transfer[1].lower().replace("_", "-")
     size = num_bytes(result.shape.replace("u32[]", ""))
-    return kind if kind in KINDS else "permute", size, ("slice",)
+    return kind if kind in COLLECTIVE_KINDS else "permute", size, ("slice",)
   group = members(started.rest)
   size = num_bytes(result.shape)
   if kind == "reduce-scatter":

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxlm.kernels.backends import why_not
+from flaxlm.config.rules import attention_case
+from flaxlm.kernels.attention.choice import why_not
 from flaxlm.kernels.cross_entropy import chunk_tokens
-from flaxlm.models.layers import TransformerConfig
+from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import bytes_per_device
-from flaxlm.planning.work import itemsize, layer_parameters, share
-from flaxlm.relations import attention_case
+from flaxlm.planning.operations import itemsize, layer_parameters, share
 
 
 class Memory(NamedTuple):

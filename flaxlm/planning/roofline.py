@@ -9,14 +9,18 @@ their measured times.
 import math
 from typing import NamedTuple
 
-from flaxlm.kernels.backends import why_not
-from flaxlm.models.flops import flops_per_token
+from flaxlm.config.rules import attention_case
+from flaxlm.kernels.attention.choice import why_not
+from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import Calibration, Hardware
 from flaxlm.parallel.pipeline import bubble
-from flaxlm.planning import messages
-from flaxlm.planning.messages import Collective, expected_collectives, link_of
-from flaxlm.planning.work import Op, operations
-from flaxlm.relations import attention_case
+from flaxlm.planning.collectives import (
+  Collective,
+  expected_collectives,
+  link_of,
+  transfer_seconds,
+)
+from flaxlm.planning.operations import Op, operations
 
 __all__ = [
   "Budget", "Collective", "Prediction", "Terms", "budget", "expected_collectives",
@@ -157,7 +161,7 @@ def step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumptions
   exposed, hidden = {}, {}
   for one in collectives:
     near = one.link == hardware.chip.link
-    took = messages.seconds(one, sizes, hardware)
+    took = transfer_seconds(one, sizes, hardware)
     took /= assumed.link if near else assumed.network
     side = exposed if must_wait(one) else hidden
     side[one.link] = side.get(one.link, 0.0) + took

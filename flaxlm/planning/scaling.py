@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from flaxlm.parallel.hardware import Hardware
 from flaxlm.parallel.mesh import axis_sizes
-from flaxlm.planning.report import COLORS, band, digits, document
 from flaxlm.planning.roofline import Prediction, predict
+from flaxlm.planning.table import COLORS, band, digits, document
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 420, 80, 50
 

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flaxlm import config as configs
+from flaxlm.config.load import flatten, set_value
+from flaxlm.config.rules import broken_rules
 from flaxlm.errors import ConfigError
-from flaxlm.parallel import AXES, BATCH
+from flaxlm.parallel import AXES, BATCH_AXES
 from flaxlm.parallel.hardware import Hardware
-from flaxlm.parallel.mesh import axis_sizes, fill
-from flaxlm.planning import roofline, work
-from flaxlm.planning.compiled import Compiled, abstract_state, compile_apart, count
-from flaxlm.relations import relations
+from flaxlm.parallel.mesh import axis_sizes, fill_axes
+from flaxlm.planning import operations, roofline
+from flaxlm.planning.compile import Compiled, abstract_state, compile_apart, count_step
 
 REMAT = ("none", "dots", "full")  # from the fastest to the smallest
 ALIKE = (
@@ -43,11 +43,11 @@ def changed(config, changes: dict[str, object]):
   """Returns a changed copy of `config`, or None where the result cannot work."""
   config = copy.deepcopy(config)
   for key, value in changes.items():
-    configs.set_value(config, key, value)
-  return config if all(holds for holds, *_ in relations(config)) else None
+    set_value(config, key, value)
+  return config if all(holds for holds, *_ in broken_rules(config)) else None
 
 
-def evaluate(config, hardware: Hardware, changes: dict, step=compile_apart):
+def try_change(config, hardware: Hardware, changes: dict, step=compile_apart):
   """Returns the `Candidate` of some changes, or None where they cannot work.
 
   Args:
@@ -78,14 +78,14 @@ def search(
   Args:
     step: as in `evaluate`; it judges the best candidates, twice `compiles` at most.
   """
-  by_hand = functools.partial(count, state=abstract_state(config))
+  by_hand = functools.partial(count_step, state=abstract_state(config))
   counted = []
   for mesh in meshes(config, hardware):
     for remat in REMAT:
       fitting = []
       for passes in rows_in_flight(config, mesh):
         changes = mesh | passes | {"model.remat": remat}
-        candidate = evaluate(config, hardware, changes, by_hand)
+        candidate = try_change(config, hardware, changes, by_hand)
         if candidate and candidate.compiled.fits:
           fitting.append(candidate)
         if len(fitting) == 4:  # the most rows that fit, and the next
@@ -103,7 +103,7 @@ def search(
     if len(found) == compiles or tried == 2 * compiles:
       break
     tried += 1
-    candidate = evaluate(config, hardware, changes, step)
+    candidate = try_change(config, hardware, changes, step)
     if candidate is None:  # the compiler broke down, and would again
       kinds.add(kind)
       continue
@@ -118,7 +118,7 @@ def search(
 def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
   """Yields the meshes worth a thought, as knobs: all of the chips, all divisible."""
   model, experts = config.model, config.model.moe.num_experts
-  weights = 4 * sum(work.layer_parameters(config))
+  weights = 4 * sum(operations.layer_parameters(config))
   slices = {hardware.num_slices}
   if hardware.chip.link != "ici":  # nodes need not be an axis
     slices.add(1)
@@ -149,7 +149,7 @@ def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
 
 def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:
   """The ways to cut a batch into passes, down to one row a pass and group of chips."""
-  ways = math.prod(mesh[f"mesh.{axis}"] for axis in BATCH)
+  ways = math.prod(mesh[f"mesh.{axis}"] for axis in BATCH_AXES)
   rows, remainder = divmod(config.data.batch_size, ways)
   if remainder:
     return []
@@ -166,13 +166,13 @@ def nearest_that_fits(
   config, hardware: Hardware, step=compile_apart
 ) -> Candidate | None:
   """Returns the smallest change with which `config` fits, as compiled; None if none."""
-  by_hand = functools.partial(count, state=abstract_state(config))
+  by_hand = functools.partial(count_step, state=abstract_state(config))
   for changes in smaller(config, hardware):
-    counted = evaluate(config, hardware, changes, by_hand)
+    counted = try_change(config, hardware, changes, by_hand)
     # What is counted may be wrong, not by half: spare the compiler the hopeless.
     if counted is None or counted.compiled.peak > 1.5 * counted.compiled.available:
       continue
-    candidate = evaluate(config, hardware, changes, step)
+    candidate = try_change(config, hardware, changes, step)
     if candidate and candidate.compiled.fits:
       return candidate
   return None
@@ -180,7 +180,7 @@ def nearest_that_fits(
 
 def smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
   """Yields changes that need less memory, from harmless to costly."""
-  sizes = fill(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
+  sizes = fill_axes(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
   mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
   seen = [{}]
   for option in shrinking(config, hardware, mesh):
@@ -192,7 +192,7 @@ def smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
 
 def difference(config, hardware: Hardware, changes: dict) -> dict[str, object]:
   """The changes that change something; `mesh.data=-1` is what it would become."""
-  now = configs.flatten(config)
+  now = flatten(config)
   rest = math.prod(now[f"mesh.{axis}"] for axis in AXES if axis != "data")
   if now["mesh.data"] == -1 and hardware.num_chips % rest == 0:
     now["mesh.data"] = hardware.num_chips // rest

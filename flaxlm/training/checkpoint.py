@@ -24,7 +24,7 @@ import shutil
 import sys
 import threading
 import time
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -32,8 +32,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
+from flaxlm.models.trees import PyTree, named_leaves, nest
 from flaxlm.training.manifest import (
-  FORMAT,
+  CHECKPOINT_FORMAT,
   find_damage,
   hash_files,
   read_manifest,
@@ -41,7 +42,6 @@ from flaxlm.training.manifest import (
   write_manifest,
 )
 
-PyTree = Any
 NOTHING, ALL_BAD = -1, -2  # what process 0 broadcasts when it has no step to offer
 
 
@@ -133,7 +133,7 @@ class Checkpointer:
     assert all(isinstance(x, jax.Array) for x in leaves.values())
     tree = nest(leaves)
     manifest = {
-      "format": FORMAT,
+      "format": CHECKPOINT_FORMAT,
       "step": step,
       "meta": json.loads(json.dumps(meta, allow_nan=False)),
       "leaves": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
@@ -221,7 +221,7 @@ class Checkpointer:
       ConfigError: names, shapes or dtypes are not those of `target`.
     """
     self._join()
-    step = choose(self.directory, move_aside=True)
+    step = choose_step(self.directory, move_aside=True)
     if step is None:
       return None
     manifest = read_manifest(self.directory / str(step))
@@ -276,10 +276,10 @@ def _require(directory: pathlib.Path, step: int | None) -> int:
       f"  given:  {directory} ({has})\n"
       "  needed: a directory in which `python -m flaxlm.train` has saved"
     )
-  return choose(directory, move_aside=False, only=step)
+  return choose_step(directory, move_aside=False, only=step)
 
 
-def choose(
+def choose_step(
   directory: pathlib.Path, move_aside: bool, only: int | None = None
 ) -> int | None:
   """Returns the newest step that verifies, the same on all processes; or None."""
@@ -361,36 +361,6 @@ def check_space(directory: pathlib.Path, state_bytes: int) -> None:
       f"{directory}\n  needed: {needed / 1e9:.3f} GB, 1.2 x the state\n"
       "  try:    a lower --config.checkpoint.keep_last, or free some space"
     )
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Returns {"model/blocks/wq": leaf}: the names in files and messages."""
-  leaves = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # nnx.Param adds an attribute "value"; a weight that is called so keeps its name.
-    is_attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
-    if is_attribute and len(parts) > 1 and parts[-1] == "value":
-      parts.pop()
-    name = "/".join(parts)
-    assert name and name not in leaves, f"two leaves of the state are named {name!r}"
-    leaves[name] = leaf
-  return leaves
-
-
-def nest(leaves: dict[str, Any]) -> dict:
-  """The same as a tree of dicts, which is how Orbax stores it."""
-  root = {}
-  for name, leaf in leaves.items():
-    *parents, last = name.split("/")
-    node = root
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    assert isinstance(node, dict) and last not in node, (
-      f"{name!r} is a leaf and a group"
-    )
-    node[last] = leaf
-  return root
 
 
 def _restore(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.training.objectives import losses
+from flaxlm.training.losses import losses
 
 
 def make_eval_step() -> Callable:
@@ -47,21 +47,21 @@ def evaluate(
   """
   nats, tokens, choices = 0.0, 0.0, []
   for batch in batches:
-    row_nats, row_tokens, chosen = jax.tree.map(gather, eval_step(model, batch))
+    row_nats, row_tokens, chosen = jax.tree.map(gather_to_host, eval_step(model, batch))
     nats += float(np.sum(row_nats, dtype=np.float64))
     tokens += float(np.sum(row_tokens, dtype=np.float64))
     choices.append(chosen)
     on_batch()
     if should_stop():
       return None
-  result = summarize(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
+  result = summarize_loss(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
   if score is not None:
     del result["perplexity"]  # of words; labels have none
     result |= score(*jax.tree.map(lambda *parts: np.concatenate(parts), *choices))
   return result
 
 
-def summarize(
+def summarize_loss(
   loss: float, tokens: int, bytes_per_token: float | None
 ) -> dict[str, float]:
   result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -70,7 +70,7 @@ def summarize(
   return result | {"tokens": tokens}
 
 
-def gather(x: jax.Array) -> np.ndarray:
+def gather_to_host(x: jax.Array) -> np.ndarray:
   """The whole of an array that may be spread over hosts, on each of them."""
   if jax.process_count() == 1:
     return np.asarray(x)

@@ -5,18 +5,14 @@ before the seconds that importing JAX takes: a signal is then never lost, in any
 """
 
 import faulthandler
-import json
 import os
-import pathlib
-import shlex
 import signal
-import socket
 import sys
 import threading
 import time
 from typing import Self
 
-from flaxlm.errors import HANG_EXIT_CODE, NumericsError, OutputError, Preempted
+from flaxlm.errors import HANG_EXIT_CODE, NumericsError, Preempted
 
 
 class StopSignal:
@@ -118,79 +114,6 @@ class StopSignal:
     if self._stopping and not self.requested:
       self._say(signal.SIGTERM, f"all processes stop after step {step}")
     return self._stopping
-
-
-class RunLock:
-  """Holds `workdir` for one run; the operating system lets go when the process dies.
-
-  Raises:
-    OutputError: the directory cannot be written, or another run holds it.
-  """
-
-  def __init__(self, workdir: str | os.PathLike):
-    self.workdir = pathlib.Path(workdir)
-    self.owner = self.workdir / "owner.json"
-
-  def __enter__(self) -> Self:
-    import filelock
-
-    if "://" in str(self.workdir) or str(self.workdir).startswith("gs:/"):
-      raise self._refuse(
-        "a remote address", "mount the bucket (gcsfuse) and give its path"
-      )
-    try:
-      self.workdir.mkdir(parents=True, exist_ok=True)
-      self._lock = filelock.FileLock(self.workdir / ".lock", timeout=0)
-      self._lock.acquire()
-    except filelock.Timeout:
-      raise self._refuse(
-        self._describe_owner(), "wait for that run, or stop it"
-      ) from None
-    except (OSError, NotImplementedError) as error:
-      reason = getattr(error, "strerror", None) or str(error)
-      raise self._refuse(reason, "another --workdir, or other permissions") from None
-    try:
-      self._write_owner()
-    except OSError as error:
-      self._lock.release()
-      raise self._refuse(error.strerror, "free space, or another --workdir") from None
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.owner.unlink(missing_ok=True)
-    self._lock.release()
-
-  def _refuse(self, given: str, hint: str) -> OutputError:
-    return OutputError(
-      f"--workdir={self.workdir} cannot be used\n  given:  {given}\n"
-      f"  needed: a local directory that this run alone can write\n  try:    {hint}"
-    )
-
-  def _write_owner(self) -> None:
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    owner = {
-      "host": socket.gethostname(),
-      "pid": os.getpid(),
-      "started": started,
-      "command": shlex.join(sys.orig_argv),
-    }
-    text = json.dumps(owner, indent=2) + "\n"
-    draft = self.owner.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(self.owner)
-
-  def _describe_owner(self) -> str:
-    # The owner writes its name just after it takes the lock: give it a moment.
-    for _ in range(5):
-      try:
-        owner = json.loads(self.owner.read_text())
-        return (
-          f"in use by process {owner['pid']} on {owner['host']} "
-          f"since {owner['started']}: " + " ".join(owner["command"].split())[:120]
-        )
-      except (OSError, ValueError, KeyError):
-        time.sleep(0.1)
-    return "in use by another run"
 
 
 class Watchdog:

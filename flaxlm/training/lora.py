@@ -15,10 +15,10 @@ from flax import nnx
 
 from flaxlm.errors import ConfigError
 from flaxlm.models.transformer import Transformer
-from flaxlm.training.checkpoint import named_leaves
+from flaxlm.models.trees import named_leaves
 from flaxlm.training.optim import MUON_DIMENSIONS
 
-HEADS = ("lm", "mlm")  # these come with the base; other heads are the task's
+VOCABULARY_HEADS = ("lm", "mlm")  # these come with the base; other heads are the task's
 
 
 def init(
@@ -54,7 +54,7 @@ def init(
       "query,value",
     )
   trained = {"adapters": adapters}
-  if model.config.head not in HEADS:
+  if model.config.head not in VOCABULARY_HEADS:
     trained["head"] = model.head
   return trained
 

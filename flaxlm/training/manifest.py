@@ -12,7 +12,7 @@ import os
 import pathlib
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 
 
 def find_damage(path: pathlib.Path) -> str | None:
@@ -50,8 +50,10 @@ def read_manifest(path: pathlib.Path) -> dict:
   if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
     raise ValueError(f"{MANIFEST} does not match its own sha256")
   manifest = json.loads(body)
-  if manifest["format"] != FORMAT:
-    raise ValueError(f"{MANIFEST} has format {manifest['format']}; this reads {FORMAT}")
+  if manifest["format"] != CHECKPOINT_FORMAT:
+    raise ValueError(
+      f"{MANIFEST} has format {manifest['format']}; this reads {CHECKPOINT_FORMAT}"
+    )
   return manifest
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from flaxlm.models.moe import rebalance
 from flaxlm.models.transformer import Transformer, TransformerConfig
 from flaxlm.parallel.sharding import constrain, layout, sharding_of
-from flaxlm.training.objectives import count_predicted, summed_loss
+from flaxlm.training.losses import count_predicted, summed_loss
 
 
 @jax.tree_util.register_dataclass
@@ -122,14 +122,14 @@ def make_train_step(
       model = rebalance(model, metrics["expert_load"], bias_rate)
     # One bad step would stay in Adam's moments for ever: keep the old state instead.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    model = choose(finite, model, state.model)
-    opt_state = choose(after(model, finite), opt_state, old_opt_state)
+    model = select(finite, model, state.model)
+    opt_state = select(after(model, finite), opt_state, old_opt_state)
     ema = state.ema
     if ema is not None:
       average = jax.tree.map(
         lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
       )
-      ema = choose(finite, average, ema)
+      ema = select(finite, average, ema)
     skipped = state.skipped + (~finite).astype(jnp.int32)
     metrics = summarize_load(metrics) | {
       "grad_norm": grad_norm,
@@ -204,6 +204,6 @@ def after(tree, condition: jax.Array) -> jax.Array:
   return condition & jnp.all(jnp.stack([x == x for x in ends]))
 
 
-def choose(condition: jax.Array, one, other):
+def select(condition: jax.Array, one, other):
   """The tree `one` where `condition` holds, else `other`, on the device."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)

@@ -18,10 +18,10 @@ import time
 import common  # makes this clone importable
 import jax
 
-from flaxlm.kernels import chunked_attention as chunked
-from flaxlm.kernels.backends import why_not
-from flaxlm.kernels.conformance import Inputs, Mask, case_of, kernels, pull
-from flaxlm.parallel import hosts
+from flaxlm import machine
+from flaxlm.kernels.attention import chunked
+from flaxlm.kernels.attention.choice import why_not
+from flaxlm.kernels.attention.conformance import Inputs, Mask, case_of, kernels, pull
 
 HEADS, HEAD_DIM = 12, 64
 
@@ -34,8 +34,8 @@ def program(backend: str, given: Inputs):
 def programs_here(given: Inputs, blocks: list[int], platform: str) -> dict:
   """What computes attention and its gradients, by name: compiled, taking `given`."""
   programs = {"dense": program("dense", given)}
-  for chunked.BLOCK in blocks:
-    programs[f"blocks of {chunked.BLOCK}"] = program("chunked", given)
+  for chunked.LARGEST_BLOCK in blocks:
+    programs[f"blocks of {chunked.LARGEST_BLOCK}"] = program("chunked", given)
   at = given.q_BLNH
   if not why_not("cudnn", case_of(Mask(), at.dtype.name, at.shape[1], platform)):
     programs["cudnn"] = program("cudnn", given)
@@ -130,7 +130,7 @@ def main() -> None:
   parser.add_argument("--seconds", type=float, default=0.2, help="a turn of one")
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
-  hosts.keep_freed_memory()
+  machine.keep_freed_memory()
   platform = jax.devices()[0].platform
   lengths += [8192] if platform == "gpu" else []
   rows = [row for L in args.lengths or lengths for row in measure(L, args, platform)]

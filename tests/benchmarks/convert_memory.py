@@ -44,7 +44,8 @@ status = pathlib.Path("/proc/self/status").read_text()
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
 """
 PARTS = {
-  "nothing": "import jax, flaxlm.convert, flaxlm.weights, flaxlm.interop.huggingface\n"
+  "nothing": "import jax, flaxlm.convert, flaxlm.runs.weights\n"
+  "import flaxlm.interop.huggingface\n"
   "import flaxlm.training.checkpoint\njax.devices()",
   "read_model": "from flaxlm.interop.huggingface import read_model\nread_model('{hf}')",
   "import": "from flaxlm import convert\n"
@@ -90,7 +91,7 @@ def write_random(directory: pathlib.Path, config: dict) -> list[int]:
   from flaxlm.interop import huggingface as hf
   from flaxlm.interop.hf_config import read_config
   from flaxlm.interop.hf_fields import nest
-  from flaxlm.interop.tensors import write_safetensors
+  from flaxlm.interop.safetensors_files import write_safetensors
 
   family, architecture, fields = read_config(config, [])
   fields = nest(fields)

@@ -19,10 +19,12 @@ import time
 import common  # makes this clone importable
 import sentencepiece
 
-from configs import base
-from flaxlm.data import tokenizer, writer
-from flaxlm.data.batches import Batches, read_ahead
-from flaxlm.data.store import Store
+from flaxlm.config import base
+from flaxlm.data.batches.packed import Batches
+from flaxlm.data.batches.read_ahead import read_ahead
+from flaxlm.data.store import build
+from flaxlm.data.store.shards import Store
+from flaxlm.tokenizer import sentencepiece as tokenizer
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 MOST = 8 << 20  # characters a turn
@@ -37,7 +39,7 @@ def read_documents(path: str | None) -> list[str]:
 
 def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
   """MB/s of encode_batch and of the library, on one thread and on all."""
-  lines = tokenizer.sample(documents, 1 << 20)
+  lines = tokenizer.sample_lines(documents, 1 << 20)
   model = tokenizer.train_tokenizer(lines, kind, 8192)
   ours = tokenizer.Tokenizer(model)
   theirs = sentencepiece.SentencePieceProcessor()
@@ -62,7 +64,7 @@ def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
   return rows
 
 
-def prepare(documents: list[str], folder: pathlib.Path) -> writer.Report:
+def prepare(documents: list[str], folder: pathlib.Path) -> build.Report:
   """A store of these documents, prepared as flaxlm.prepare does."""
   (folder / "texts").mkdir()
   for number, text in enumerate(documents):
@@ -72,7 +74,7 @@ def prepare(documents: list[str], folder: pathlib.Path) -> writer.Report:
   config.tokenizer.vocab_size = 8192
   source = config.data.sources.main
   source.kind, source.path = "text", f"{folder}/texts/*.txt"
-  return writer.build(config, lambda line: None)
+  return build.build_store(config, lambda line: None)
 
 
 def loader_tokens_per_second(store: Store, loader: str) -> float:

@@ -24,14 +24,15 @@ import time
 
 import common  # makes this clone importable
 
-from flaxlm.parallel import hosts
+from flaxlm import machine
 
-hosts.keep_freed_memory()  # before anything large is allocated
+machine.keep_freed_memory()  # before anything large is allocated
 
 import jax
 import numpy as np
 
-from flaxlm.inference.decoding import Sampling, for_decoding, generate
+from flaxlm.inference.decoding import for_decoding, generate
+from flaxlm.inference.sampling import Sampling
 from flaxlm.interop.huggingface import make_model, read_model
 
 PROMPT, NEW = 32, 128

@@ -20,7 +20,7 @@ import common
 import peers
 import train_speed
 
-from flaxlm.models.flops import flops_per_token
+from flaxlm.models.cost import flops_per_token
 
 
 def names_here(size: str, args) -> list[str]:
@@ -91,7 +91,7 @@ def reason(said: str) -> str:
 
 def chip() -> tuple[str, float | None]:
   """The GPU's name and its bfloat16 FLOP/s; no library here may take its memory."""
-  from flaxlm.parallel.hardware import CHIPS, KINDS, OTHER_PEAKS
+  from flaxlm.parallel.hardware import CHIPS, DEVICE_KINDS, OTHER_PEAKS
 
   command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
   try:
@@ -99,7 +99,7 @@ def chip() -> tuple[str, float | None]:
   except (OSError, subprocess.CalledProcessError):
     return "", None
   name = said.splitlines()[0].strip()
-  row = CHIPS.get(KINDS.get(name, ""))
+  row = CHIPS.get(DEVICE_KINDS.get(name, ""))
   return name, row.bf16_flops if row else OTHER_PEAKS.get(name)
 
 

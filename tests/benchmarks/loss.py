@@ -12,9 +12,9 @@ import time
 
 import common  # makes this clone importable
 
-from flaxlm.parallel import hosts
+from flaxlm import machine
 
-hosts.keep_freed_memory()  # before anything large is allocated
+machine.keep_freed_memory()  # before anything large is allocated
 
 import jax
 import jax.numpy as jnp

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flaxlm import machine
+
 
 class Size(NamedTuple):
   """Of GPT-2's kind, or of Llama's where `kv_heads` are given."""
@@ -68,7 +70,7 @@ def config_of(size: str):
   """nanoGPT's or Llama's model of that size, without dropout and biases, for flaxlm."""
   import common  # noqa: F401  makes this clone importable
 
-  from configs import base
+  from flaxlm.config import base
 
   at = ALL_SIZES[size]
   config = base.get_config()
@@ -92,20 +94,19 @@ def config_of(size: str):
 
 def flaxlm(size: str, path: str, **knobs) -> Callable:
   """The step that `flaxlm.train` runs; `knobs` are of config.model."""
-  from flaxlm.parallel import hosts
 
-  hosts.keep_freed_memory()  # before anything large is allocated, as the trainer does
+  machine.keep_freed_memory()  # before anything large is allocated, as the trainer does
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as launch/ does
   import jax
 
-  from flaxlm.data.batches import SyntheticBatches
+  from flaxlm.data.batches.synthetic import SyntheticBatches
   from flaxlm.parallel.mesh import one_device
-  from flaxlm.program import build, use_config_mesh
+  from flaxlm.runs.program import build_program, use_config_mesh
 
   at, config = ALL_SIZES[size], config_of(size)
   config.model.update(knobs)
   mesh = one_device()
-  program = build(config, mesh)
+  program = build_program(config, mesh)
   with use_config_mesh(config, mesh):
     state = program.init(jax.random.key(0))
   batch = SyntheticBatches(at.length, at.batch, 0, at.vocabulary)[0]

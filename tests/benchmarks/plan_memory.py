@@ -16,6 +16,8 @@ import pathlib
 import subprocess
 import sys
 
+from flaxlm import machine
+
 sys.path[:0] = [
   str(pathlib.Path(__file__).parents[2]),
   str(pathlib.Path(__file__).parent),
@@ -23,17 +25,15 @@ sys.path[:0] = [
 
 import peers  # makes this clone importable
 
-from flaxlm.parallel import hosts
-
-hosts.keep_freed_memory()  # before anything large is allocated
+machine.keep_freed_memory()  # before anything large is allocated
 
 import jax
 import jax.numpy as jnp
 
-from flaxlm import program
 from flaxlm.parallel.hardware import CHIPS, Calibration, Hardware
 from flaxlm.parallel.mesh import one_device
-from flaxlm.planning.compiled import compile_step
+from flaxlm.planning.compile import compile_step
+from flaxlm.runs import program
 
 # name: (a size of peers.py, what differs from it)
 SIZES = {
@@ -68,7 +68,10 @@ def measure(name: str) -> dict[str, float]:
   here = Hardware(CHIPS["h100"], 1, 1, "", Calibration({}, 0.0))
   predicted = compile_step(config, here).peak
   mesh = one_device()
-  built, batch = program.build(config, mesh), program.abstract_batch(config, mesh)
+  built, batch = (
+    program.build_program(config, mesh),
+    program.abstract_batch(config, mesh),
+  )
   with program.use_config_mesh(config, mesh):
     step = built.train_step.lower(built.target, batch, None).compile()
     init = built.init.lower(jax.random.key(0)).compile()

@@ -30,17 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.config.load import config_to_json, load_run
+from flaxlm.runs import held_out
+
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configs import base
-from flaxlm import config as configs
-from flaxlm import convert, evaluate, prepare, weights
-from flaxlm.data.tokenizer_files import load_tokenizer
-from flaxlm.interop.tensors import write_safetensors
+from flaxlm import convert, prepare
+from flaxlm.config import base
+from flaxlm.interop.safetensors_files import write_safetensors
 from flaxlm.interop.torch_files import read_torch
-from flaxlm.loop import train
 from flaxlm.parallel.mesh import one_device
+from flaxlm.runs import weights
+from flaxlm.runs.loop import train
+from flaxlm.tokenizer.files import load_tokenizer
 from flaxlm.training.guards import StopSignal
 
 PACKAGES = {
@@ -104,7 +107,7 @@ def find(packages: pathlib.Path, package: str, name: str) -> pathlib.Path:
 def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
   """Imports `source` through the door; returns the model that a run starts from."""
   convert.main(["import", f"--from={source}", f"--workdir={workdir}", *more])
-  config = configs.load_run(workdir)
+  config = load_run(workdir)
   mesh = one_device()
   model, _ = weights.restore_model(workdir, config, mesh, config.mesh.rules.to_dict())
   return model
@@ -326,7 +329,7 @@ def check_smollm2(packages: pathlib.Path, work: pathlib.Path):
 
 def check_continuing(packages: pathlib.Path, work: pathlib.Path):
   """SmolLM2 goes on to learn text that it has not seen: this project's own code."""
-  config = configs.load_run(work / "smollm2")
+  config = load_run(work / "smollm2")
   config.init_from = config.tokenizer.path = str(work / "smollm2")
   text = base.source("text", str(ROOT / "flaxlm" / "data" / "*.py"))
   config.data.sources = base.sources(main=text)
@@ -334,14 +337,14 @@ def check_continuing(packages: pathlib.Path, work: pathlib.Path):
   config.data.seq_len, config.data.batch_size, config.eval.batches = 128, 4, 8
   config.num_steps, config.optim.warmup_steps = 10, 2
   config.optim.peak_learning_rate = 1e-4
-  (work / "code.json").write_text(configs.to_json(config))
+  (work / "code.json").write_text(config_to_json(config))
   prepare.main(["--config", str(work / "code.json")])
-  before = evaluate.evaluate_run(config, work / "smollm2", None)["bits_per_byte"]
+  before = held_out.evaluate_run(config, work / "smollm2", None)["bits_per_byte"]
   run = work / "continued"
   run.mkdir()
   with StopSignal() as stop:
     train(config, run, stop)
-  after = evaluate.evaluate_run(config, run, None)["bits_per_byte"]
+  after = held_out.evaluate_run(config, run, None)["bits_per_byte"]
   assert after < before - 0.02, (before, after)
   yield f"{'smollm2 continued':28} {before:.4f} -> {after:.4f} bits per byte, new text"
 

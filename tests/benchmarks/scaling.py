@@ -20,17 +20,17 @@ import time
 
 import common  # makes this clone importable
 
-from flaxlm.parallel import hosts
+from flaxlm import machine
 
-hosts.keep_freed_memory()  # before anything large is allocated
+machine.keep_freed_memory()  # before anything large is allocated
 
 import jax
 import numpy as np
 
-from configs import base
-from flaxlm.data.batches import SyntheticBatches
+from flaxlm.config import base
+from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.parallel.mesh import one_device
-from flaxlm.program import abstract_batch, build, use_config_mesh
+from flaxlm.runs.program import abstract_batch, build_program, use_config_mesh
 
 SERIES = {
   "layers": [8, 16, 32, 64, 96],
@@ -67,7 +67,7 @@ class Step:
 
   def __init__(self, config):
     self.config, self.mesh = config, one_device()
-    program = build(config, self.mesh)
+    program = build_program(config, self.mesh)
     with use_config_mesh(config, self.mesh):
       lowered = program.train_step.lower(
         program.target, abstract_batch(config, self.mesh), None

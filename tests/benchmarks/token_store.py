@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from flaxlm.data import store
+from flaxlm.data.store import shards
 
 ROWS = (257, 2049)  # tokens a row
 RECORD = 2048  # tokens an array_record record, a TensorStore chunk holds 32 of them
@@ -28,14 +28,14 @@ RECORD = 2048  # tokens an array_record record, a TensorStore chunk holds 32 of 
 
 def write_flaxlm(folder: pathlib.Path, ids: np.ndarray):
   """Raw memory-mapped shards, crc32 a block: what flaxlm uses."""
-  writer = store.ShardWriter(folder, "a", ids.dtype)
+  writer = shards.ShardWriter(folder, "a", ids.dtype)
   writer.begin(-1)
   writer.add(ids, 0)
   entry = writer.finish()
   files = [folder / "a.ids", folder / "a.index"]
 
   def open_it():
-    return store.Shard(*files, entry, ids.dtype).read
+    return shards.Shard(*files, entry, ids.dtype).read
 
   return open_it, files[0]
 

@@ -1,26 +1,8 @@
-"""Small texts and configs for the tests of the data room."""
-
-import sysconfig
-from pathlib import Path
+"""Configs for the tests of the data room."""
 
 import pytest
 
-from configs import base
-from flaxlm.data import tokenizer
-
-
-@pytest.fixture(scope="session")
-def english() -> str:
-  """Half a megabyte of the standard library."""
-  root = Path(sysconfig.get_path("stdlib"))
-  names = "argparse ast bdb calendar cmd copy csv difflib dis enum inspect typing"
-  return "\n".join((root / f"{name}.py").read_text("utf-8") for name in names.split())
-
-
-@pytest.fixture(scope="session")
-def bpe(english) -> tokenizer.Tokenizer:
-  lines = tokenizer.sample([english], 1_000_000)
-  return tokenizer.Tokenizer(tokenizer.train_tokenizer(lines, "bpe", 1000))
+from flaxlm.config import base
 
 
 @pytest.fixture

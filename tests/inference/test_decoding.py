@@ -7,16 +7,10 @@ import pytest
 from flax import nnx
 
 from flaxlm.errors import ConfigError
-from flaxlm.inference.decoding import (
-  PORTION,
-  Sampling,
-  for_decoding,
-  generate,
-  nucleus,
-  round_up,
-  sample,
-)
-from flaxlm.models.layers import TransformerConfig, Turned, project, turn
+from flaxlm.inference.decoding import for_decoding, generate, round_up
+from flaxlm.inference.sampling import PORTION, Sampling, nucleus, sample
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.layers import Turned, project, turn
 from flaxlm.models.transformer import Transformer
 
 PROMPTS = [[5, 9, 11], [7], [3, 1, 4, 1, 5, 9, 2, 6]]

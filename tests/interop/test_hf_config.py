@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flaxlm import config as configs
+from flaxlm.config.load import load_config
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import FAMILIES, choose_family, read_config, write_config
@@ -415,7 +415,7 @@ def test_shipped_configs_compute_what_the_files_of_the_hub_mean(name):
   published = HUB[SHIPPED[name]]
   if name == "bert_base":
     published = published | {"architectures": ["BertForPreTraining"]}
-  ours = canonical(flatten(configs.load(f"configs/{name}.py").model.to_dict()))
+  ours = canonical(flatten(load_config(f"configs/{name}.py").model.to_dict()))
   theirs = canonical(fields_of(published))
   different = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
   assert different <= {"max_len"}

@@ -19,9 +19,9 @@ from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import choose_family, find_family
 from flaxlm.interop.hf_fields import flatten
-from flaxlm.interop.tensors import read_safetensors
+from flaxlm.interop.safetensors_files import read_safetensors
 from flaxlm.models.heads import label_scores
-from flaxlm.training.objectives import losses
+from flaxlm.training.losses import losses
 
 torch = pytest.importorskip("torch", reason="parity needs torch: the extra `parity`")
 transformers = pytest.importorskip(

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from flaxlm.errors import DataError
-from flaxlm.interop.tensors import read_index
+from flaxlm.interop.safetensors_files import read_index
 from flaxlm.interop.torch_files import (
   Placeholder,
-  make_recipe,
+  locate_tensor,
   make_storage,
-  place,
+  make_tensor_recipe,
   read_torch,
 )
 
@@ -112,13 +112,13 @@ def test_views_of_storages_in_the_oldest_files():
   """A storage may be part of another there: (key, first number, numbers)."""
   kind = Placeholder("torch.FloatStorage")
   storage = make_storage(("storage", kind, "7", "cpu", 100, ("8", 10, 20)))
-  recipe = make_recipe(storage, 3, (4,), (2,))
-  tensor = place(pathlib.Path("x"), 1000, recipe, {"7": (50, 400)})
+  recipe = make_tensor_recipe(storage, 3, (4,), (2,))
+  tensor = locate_tensor(pathlib.Path("x"), 1000, recipe, {"7": (50, 400)})
   assert tensor.offset == 50 + 4 * (10 + 3) and tensor.strides == (2,)
   with pytest.raises(ValueError, match="in 20 numbers"):
-    make_recipe(storage, 3, (18,), (1,))
+    make_tensor_recipe(storage, 3, (18,), (1,))
   with pytest.raises(ValueError, match="is cut"):
-    place(pathlib.Path("x"), 1000, recipe, {"7": (50, 100)})
+    locate_tensor(pathlib.Path("x"), 1000, recipe, {"7": (50, 100)})
 
 
 class Evil:

@@ -1,5 +1,6 @@
 import pytest
-from stubs import Stubs
+
+from tests.launch.stubs import Stubs
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import yaml
-from stubs import LAUNCH, ODD, ROOT, SECRETS, commands, flags
+
+from tests.launch.stubs import LAUNCH, ODD, ROOT, SECRETS, commands, flags
 
 ALL = [
   ("tpu_vm.sh", "--spot --bucket=mine resume NAME us-east5-a v5p-128", ""),

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import yaml
-from stubs import LAUNCH, ROOT, SECRETS, flags
+
+from tests.launch.stubs import LAUNCH, ROOT, SECRETS, flags
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from stubs import LAUNCH, ODD, ROOT, commands
+
+from tests.launch.stubs import LAUNCH, ODD, ROOT, commands
 
 TINY = (
   "--config=configs/quickstart.py", "--config.data.loader=synthetic",

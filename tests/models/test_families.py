@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm import config as configs
-from flaxlm.models.attention import KVCache
-from flaxlm.models.layers import TransformerConfig
+from flaxlm.config.load import load_config
+from flaxlm.models.cache import KVCache
+from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,7 +24,7 @@ LENGTH = 20
 
 def shrink(name: str) -> TransformerConfig:
   """The family with its structure and small sizes; windows of 4 within 20 tokens."""
-  config = configs.load(str(ROOT / f"configs/{name}.py"))
+  config = load_config(str(ROOT / f"configs/{name}.py"))
   model = config.model
   grouped = model.num_kv_heads < model.num_heads
   model.vocab_size, model.max_len, model.num_layers = 64, 32, 3

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm.data.batches import SyntheticBatches
-from flaxlm.models.layers import ACTIVATIONS, TransformerConfig
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.layers import ACTIVATIONS
 from flaxlm.models.moe import MoeMlp, rebalance, route
-from flaxlm.parallel import hosts
+from flaxlm.parallel import placement
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.sharding import spec, use_mesh
 from flaxlm.training.optim import make_optimizer
@@ -196,7 +197,7 @@ def run(config, mesh, steps, skew=1.0):
     sharding = jax.sharding.NamedSharding(mesh, spec(("batch",), rules))
     losses = []
     for i in range(steps):
-      rows = hosts.to_global(batches[i % 2], 0, config.data.batch_size, sharding)
+      rows = placement.to_global(batches[i % 2], 0, config.data.batch_size, sharding)
       state, metrics = step(state, rows)
       losses.append(float(metrics["loss"]))
   return losses, metrics
@@ -242,11 +243,12 @@ def test_a_toy_learns_with_balanced_experts(config, one_device):
 
 def test_dense_layers_come_first(config):
   config.model.moe.first_dense_layers = 1
-  from flaxlm.models.transformer import Transformer, describe
+  from flaxlm.models.transformer import Transformer, describe_weights
 
   model_config = TransformerConfig(**config.model)
   shapes = {
-    path: shape for path, shape, _ in describe(Transformer(model_config, nnx.Rngs(0)))
+    path: shape
+    for path, shape, _ in describe_weights(Transformer(model_config, nnx.Rngs(0)))
   }
   assert shapes["first_blocks/mlp/up"] == (1, 32, 64)
   assert shapes["blocks/mlp/expert_up"] == (1, E, 32, 48)

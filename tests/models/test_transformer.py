@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm import config as configs
-from flaxlm.models.attention import KVCache, View
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.models.transformer import Transformer, describe
+from flaxlm.config.load import load_config
+from flaxlm.models.attend import View
+from flaxlm.models.cache import KVCache
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer, describe_weights
 
 GPT2 = {
   "positions": "learned",
@@ -160,8 +161,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_weights(config):
   [("gpt2_124m", 124_439_808), ("llama3_8b", 8_030_261_248)],
 )
 def test_published_parameter_counts(file, parameters):
-  config = TransformerConfig(**configs.load(f"configs/{file}.py").model)
+  config = TransformerConfig(**load_config(f"configs/{file}.py").model)
   model = jax.eval_shape(
     lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0)
   )
-  assert sum(np.prod(shape) for _, shape, _ in describe(model)) == parameters
+  assert sum(np.prod(shape) for _, shape, _ in describe_weights(model)) == parameters

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm.data.batches import SyntheticBatches
-from flaxlm.kernels import chunked_attention
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.kernels.attention import chunked
 from flaxlm.models import attention
-from flaxlm.models.layers import TransformerConfig
-from flaxlm.models.transformer import KVCache, Transformer, describe
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import KVCache, Transformer, describe_weights
 from flaxlm.training.optim import decays
 from tests.parallel.test_sharding import assert_same_gradient, gradient, mesh_of
 
@@ -37,7 +37,7 @@ def test_sinks_and_chunks_on_a_mesh(config, backend, split, one_device, monkeypa
   expected = gradient(config, one_device)
   sinks = expected[1].blocks.attention.sinks[...]
   assert sinks.shape == (4, 8) and np.all(sinks != 0)
-  monkeypatch.setattr(chunked_attention, "BLOCK", 8)
+  monkeypatch.setattr(chunked, "LARGEST_BLOCK", 8)
   monkeypatch.setattr(attention, "pays", lambda *_: True)
   config.model.attention = backend
   assert_same_gradient(gradient(config, one_device), expected)
@@ -46,7 +46,7 @@ def test_sinks_and_chunks_on_a_mesh(config, backend, split, one_device, monkeypa
 
 def test_sinks_have_a_name_and_do_not_decay(config):
   model = Transformer(TransformerConfig(**config.model), nnx.Rngs(0))
-  rows = [row for row in describe(model) if "sinks" in row[0]]
+  rows = [row for row in describe_weights(model) if "sinks" in row[0]]
   assert rows == [("blocks/attention/sinks", (4, 8), ("heads",))]
   assert not jax.tree.leaves(decays(model).blocks.attention.sinks)[0]
 

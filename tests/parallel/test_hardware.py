@@ -21,7 +21,7 @@ from flaxlm.parallel import hardware
   ],
 )
 def test_hardware_is_read(text, chip, chips, slices, topology):
-  found = hardware.parse(text)
+  found = hardware.parse_hardware(text)
   assert found.chip.name == chip
   assert found[1:] == (chips, slices, topology, None)
 
@@ -35,18 +35,18 @@ def test_hardware_is_read(text, chip, chips, slices, topology):
 )  # fmt: skip
 def test_other_hardware_is_refused_with_what_is_known(text):
   with pytest.raises(ConfigError, match=r"v5p .*h100"):
-    hardware.parse(text)
+    hardware.parse_hardware(text)
 
 
 def test_this_machine_needs_a_calibration():
   with pytest.raises(ConfigError, match="--calibrate"):
-    hardware.parse("cpu")
-  here = hardware.parse("h100x8")
-  assert hardware.parse("this", here) is here
+    hardware.parse_hardware("cpu")
+  here = hardware.parse_hardware("h100x8")
+  assert hardware.parse_hardware("this", here) is here
 
 
 def test_every_device_kind_has_a_row_and_rows_are_sane():
-  for kind, name in hardware.KINDS.items():
+  for kind, name in hardware.DEVICE_KINDS.items():
     device = types.SimpleNamespace(device_kind=kind)
     assert hardware.chip_of(device) is hardware.CHIPS[name]
     assert hardware.peak_flops(device) == hardware.CHIPS[name].bf16_flops

@@ -8,9 +8,9 @@ import pytest
 # Arrays above glibc's largest threshold (32 MiB), which it would map anew every time.
 SCRIPT = """
 import resource, statistics, sys
-from flaxlm.parallel import hosts
+from flaxlm import machine
 if sys.argv[1] == "keep":
-  assert hosts.keep_freed_memory() == "allocator: glibc keeps freed memory"
+  assert machine.keep_freed_memory() == "allocator: glibc keeps freed memory"
 import jax, jax.numpy as jnp
 weight = jnp.ones((100, 100))
 add = lambda x: x + jnp.sin(jnp.roll(jnp.cos(x), 1) @ weight)

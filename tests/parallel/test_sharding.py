@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from flaxlm import program as programs
-from flaxlm.data.batches import SyntheticBatches
-from flaxlm.data.feed import Feed, batch_sharding
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.data.feed import Feed
 from flaxlm.errors import ConfigError
-from flaxlm.kernels.ring_attention import zigzag
-from flaxlm.parallel import AXES, hosts
+from flaxlm.kernels.attention.ring import zigzag
+from flaxlm.parallel import AXES, placement
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.pipeline import bubble
+from flaxlm.parallel.placement import batch_sharding
 from flaxlm.parallel.sharding import bytes_per_device, sharding_of, spec
+from flaxlm.runs import program as programs
 from flaxlm.training.evaluation import evaluate, make_eval_step
-from flaxlm.training.objectives import count_predicted, summed_loss
+from flaxlm.training.losses import count_predicted, summed_loss
 from flaxlm.training.state import shardings_of
 
 STEPS = 3
@@ -43,12 +44,12 @@ def place(config, mesh, step: int = 0):
   if config.model.attention == "ring" and mesh.shape["context"] > 1:
     order = zigzag(data.seq_len, mesh.shape["context"])
     rows = {name: row[:, order] for name, row in rows.items()}
-  return hosts.to_global(rows, 0, data.batch_size, batch_sharding(config, mesh))
+  return placement.to_global(rows, 0, data.batch_size, batch_sharding(config, mesh))
 
 
 def start(config, mesh):
   """(program, state at step 0)."""
-  program = programs.build(config, mesh)
+  program = programs.build_program(config, mesh)
   with programs.use_config_mesh(config, mesh):
     return program, program.init(KEY)
 
@@ -221,7 +222,7 @@ def test_tokens_between_blocks_are_split_over_tensor_too(config):
   config.model.vocab_size = 512
   config.data.batch_size = 16
   config, mesh = mesh_of(config, fsdp=2, tensor=4)
-  program = programs.build(config, mesh)
+  program = programs.build_program(config, mesh)
   with programs.use_config_mesh(config, mesh):
     batch = programs.abstract_batch(config, mesh)
     text = program.train_step.lower(program.target, batch, None).compile().as_text()
@@ -250,7 +251,7 @@ def test_a_named_tensor_is_kept_or_offloaded(config, keep, backend, one_device):
   def dots(**changes):
     own, mesh = mesh_of(config, data=1)
     own.model.update(changes)
-    program = programs.build(own, mesh)
+    program = programs.build_program(own, mesh)
     batch = programs.abstract_batch(own, mesh)
     with programs.use_config_mesh(own, mesh):
       jaxpr = str(program.train_step.trace(program.target, batch, None).jaxpr)
@@ -272,7 +273,7 @@ def test_a_pipeline_reports_its_bubble():
 
 def test_stages_hold_their_own_layers_and_send_activations_on(full):
   config, mesh = mesh_of(full, stage=4, data=2)
-  program = programs.build(config, mesh)
+  program = programs.build_program(config, mesh)
   query = program.target.model.blocks.attention.query.get_value()
   assert query.sharding.spec[0] == "stage"
   with programs.use_config_mesh(config, mesh):
@@ -301,7 +302,7 @@ def test_weights_that_no_axis_splits_are_refused(config):
   config.mesh.rules.mlp = ()
   config, mesh = mesh_of(config, fsdp=2, tensor=2)
   with pytest.raises(ConfigError, match=r"2 devices along tensor, most .*mlp/"):
-    programs.build(config, mesh)
+    programs.build_program(config, mesh)
 
 
 def test_rules_that_do_not_fit_name_the_weight():
@@ -325,7 +326,7 @@ def test_a_ring_never_holds_all_scores_nor_masks(config):
   """JAX would compute the masks of all layers ahead, were they the same in each."""
   config.model.attention, config.data.seq_len = "ring", 128
   config, mesh = mesh_of(config, data=2, context=4)
-  program = programs.build(config, mesh)
+  program = programs.build_program(config, mesh)
   with programs.use_config_mesh(config, mesh):
     batch = programs.abstract_batch(config, mesh)
     text = program.train_step.lower(program.target, batch, None).compile().as_text()

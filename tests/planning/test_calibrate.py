@@ -7,9 +7,9 @@ import pytest
 from flaxlm.errors import ConfigError, MissingInputError
 from flaxlm.parallel import AXES
 from flaxlm.parallel.mesh import make_mesh
-from flaxlm.planning import calibrate, probes
+from flaxlm.planning import calibrate, microbenchmarks
+from flaxlm.planning.operations import operations
 from flaxlm.planning.roofline import predict
-from flaxlm.planning.work import operations
 
 ONE = dict.fromkeys(AXES, 1)
 
@@ -25,10 +25,10 @@ def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
   measured = calibrate.measure([tiny], budget=0.0)
   keys = {tuple(row[:-1]) for row in measured["seconds"]}
   for op in operations(tiny, ONE, flash=False):
-    assert calibrate.key_of(op, tiny.model.dtype) in keys
+    assert calibrate.measurement_key(op, tiny.model.dtype) in keys
   path = tmp_path / "machine.json"
-  calibrate.save(measured, path)
-  machine = calibrate.load(path)
+  calibrate.save_calibration(measured, path)
+  machine = calibrate.load_calibration(path)
   assert machine == calibrate.hardware(measured)
   assert machine.num_chips == 8 and machine.chip.link_bandwidth > 0
   found = predict(tiny, ONE | {"data": 8}, machine)
@@ -50,10 +50,10 @@ def test_an_unknown_machine_predicts_nothing(tiny, tmp_path):
 def test_a_bad_file_is_named(tmp_path, text):
   path = tmp_path / "machine.json"
   with pytest.raises(MissingInputError, match="--calibrate"):
-    calibrate.load(path)
+    calibrate.load_calibration(path)
   path.write_text(text)
   with pytest.raises(ConfigError, match=r"machine\.json"):
-    calibrate.load(path)
+    calibrate.load_calibration(path)
 
 
 @pytest.mark.parametrize(
@@ -68,5 +68,5 @@ def test_a_bad_file_is_named(tmp_path, text):
 )  # fmt: skip
 def test_every_operation_has_a_probe(kind, dims):
   for dtype in ("float32", "bfloat16"):
-    function, args = probes.prepare(kind, dims, dtype)
-    assert probes.seconds(function, args, 0.0) > 0
+    function, args = microbenchmarks.prepare(kind, dims, dtype)
+    assert microbenchmarks.measure_seconds(function, args, 0.0) > 0

@@ -2,16 +2,16 @@
 
 import pytest
 
-from flaxlm import program
 from flaxlm.kernels import cross_entropy
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.sharding import bytes_per_device
 from flaxlm.planning.memory import expected_memory, kept_bytes
+from flaxlm.runs import program
 
 
 def counted(config):
   mesh = make_mesh(**axis_sizes(config.mesh))
-  built = program.build(config, mesh)
+  built = program.build_program(config, mesh)
   return expected_memory(config, built.target, dict(mesh.shape)), built, mesh
 
 
@@ -63,7 +63,7 @@ def test_each_knob_saves_what_it_should(tiny, monkeypatch):
 
 
 def test_remat_keeps_less_and_named_tensors_more(tiny):
-  from flaxlm.models.layers import TransformerConfig
+  from flaxlm.models.config import TransformerConfig
 
   def kept(**changes):
     return kept_bytes(TransformerConfig(**(dict(tiny.model) | changes)), 32)

@@ -3,13 +3,13 @@
 import pytest
 
 from configs import gpt2_124m, llama3_8b
-from flaxlm.models.flops import flops_per_token
+from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel import AXES
-from flaxlm.parallel.hardware import Calibration, parse
+from flaxlm.parallel.hardware import Calibration, parse_hardware
 from flaxlm.planning import roofline
-from flaxlm.planning.messages import Collective
+from flaxlm.planning.collectives import Collective
+from flaxlm.planning.operations import operations
 from flaxlm.planning.roofline import budget, predict
-from flaxlm.planning.work import operations
 
 
 def mesh(**sizes):
@@ -23,7 +23,7 @@ def llama(attention="cudnn"):
 
 
 def test_a_band_around_a_believable_step():
-  found = predict(llama(), mesh(fsdp=128), parse("h100x128"))
+  found = predict(llama(), mesh(fsdp=128), parse_hardware("h100x128"))
   assert found.low < found.mid < found.high
   # Published: 38 to 60% for such models; remat takes a quarter of it here.
   assert 0.3 < found.mfu < 0.55 and found.bound == "matmul"
@@ -35,12 +35,16 @@ def test_a_band_around_a_believable_step():
   assert found.mfu == pytest.approx(model / found.mid / 989.4e12)
   # Recomputation: a third of what matmuls cost, more with masked pairs.
   assert 1.25 < found.hardware_flops / found.model_flops < 1.4
-  dense = predict(llama("xla"), mesh(fsdp=128), parse("h100x128"))
+  dense = predict(llama("xla"), mesh(fsdp=128), parse_hardware("h100x128"))
   assert dense.hardware_flops > found.hardware_flops and dense.mid > found.mid
 
 
 def test_what_binds_is_named_and_hiding_has_limits():
-  config, sizes, hardware = llama(), mesh(slice=2, fsdp=256), parse("2xv5e:16x16")
+  config, sizes, hardware = (
+    llama(),
+    mesh(slice=2, fsdp=256),
+    parse_hardware("2xv5e:16x16"),
+  )
   calm = predict(config, sizes, hardware, [])
   size = calm.mid * 3 * hardware.chip.network_bandwidth
   heavy = [Collective("all-reduce", size, 1, ("slice",), "dcn")]
@@ -59,14 +63,14 @@ def test_what_binds_is_named_and_hiding_has_limits():
 def test_a_pipeline_waits_for_its_ends():
   config = llama()
   config.mesh.microbatches = 8
-  found = predict(config, mesh(stage=4, fsdp=64), parse("v5p:8x8x4"))
+  found = predict(config, mesh(stage=4, fsdp=64), parse_hardware("v5p:8x8x4"))
   busy = found.mid - found.terms.bubble - found.terms.overhead
   assert found.terms.bubble / (found.terms.bubble + busy) == pytest.approx(3 / 11)
 
 
 def test_small_products_fill_no_tiles():
   # 64 columns use half of a unit of 128, so the time per FLOP doubles.
-  hardware = parse("v5p:2x2x1")
+  hardware = parse_hardware("v5p:2x2x1")
   config = gpt2_124m.get_config()
   op = next(o for o in operations(config, mesh(), False) if o.kind == "matmul")
   narrow = op._replace(dims=(1, 4096, 4096, 64), flops=1e15, bytes=0)
@@ -85,7 +89,7 @@ def test_measured_operations_replace_the_table():
   config.data.batch_size, config.step.accumulation_steps = 8, 1
   ops = operations(config, mesh(), False)
   times = {(op.kind, *op.dims, config.model.dtype): 1e-3 for op in ops}
-  hardware = parse("h100x1")._replace(calibration=Calibration(times, 0.5))
+  hardware = parse_hardware("h100x1")._replace(calibration=Calibration(times, 0.5))
   found = predict(config, mesh(), hardware)
   count = sum(op.count * (1 + op.again) for op in ops)
   factor = roofline.ASSUMPTIONS["mid"].measured
@@ -99,7 +103,7 @@ def test_measured_operations_replace_the_table():
 
 
 def test_a_budget_by_hand():
-  hardware = parse("h100x8")
+  hardware = parse_hardware("h100x8")
   found = predict(llama(), mesh(fsdp=8), hardware)
   cost = budget(found, hardware, tokens=found.tokens * 3600 / found.mid, price=2.0)
   assert cost.device_hours[1] == pytest.approx(8)

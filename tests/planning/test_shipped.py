@@ -13,12 +13,12 @@ import sys
 
 import pytest
 
-from flaxlm import config as configs
-from flaxlm import program
-from flaxlm.parallel.hardware import parse
-from flaxlm.parallel.mesh import axis_sizes, fill, make_mesh
+from flaxlm.config.load import load_config
+from flaxlm.parallel.hardware import parse_hardware
+from flaxlm.parallel.mesh import axis_sizes, fill_axes, make_mesh
 from flaxlm.planning import search
-from flaxlm.planning.compiled import topology
+from flaxlm.planning.compile import topology
+from flaxlm.runs import program
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(
@@ -37,7 +37,7 @@ SHOWN = {
 
 
 def load(name: str):
-  return configs.load(str(ROOT / "configs" / f"{name}.py"))
+  return load_config(str(ROOT / "configs" / f"{name}.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,15 +45,15 @@ def test_a_config_names_hardware_that_its_mesh_fills(name):
   config = load(name)
   assert config.hardware, f"configs/{name}.py: config.hardware is empty"
   if config.hardware != "cpu":
-    hardware = parse(config.hardware)
-    sizes = fill(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
+    hardware = parse_hardware(config.hardware)
+    sizes = fill_axes(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
     changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
     assert search.changed(config, changes), f"{name}: the batch does not divide"
 
 
 @pytest.mark.parametrize(("name", "least"), [("gpt3_175b", 1024), ("llama3_70b", 1024)])
 def test_the_largest_are_for_pods(name, least):
-  assert parse(load(name).hardware).num_chips >= least
+  assert parse_hardware(load(name).hardware).num_chips >= least
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_a_config_lowers_for_tpus(name, libtpu):
   if config.hardware in ("cpu", "h100x1"):
     config.hardware = "v5e:2x2"
     config.step.accumulation_steps = 1
-  mesh = make_mesh(topology(parse(config.hardware)), **axis_sizes(config.mesh))
-  built = program.build(config, mesh)
+  mesh = make_mesh(topology(parse_hardware(config.hardware)), **axis_sizes(config.mesh))
+  built = program.build_program(config, mesh)
   with program.use_config_mesh(config, mesh):
     batch = program.abstract_batch(config, mesh)
     traced = built.train_step.trace(built.target, batch, None)

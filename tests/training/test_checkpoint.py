@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError
+from flaxlm.models import trees
 from flaxlm.training import checkpoint
 from flaxlm.training.checkpoint import Checkpointer
 
@@ -222,7 +223,7 @@ def test_never_from_scratch_when_checkpoints_were_lost(saved, capsys):
 
 def changed(tree, name, **changes):
   """`tree` with the leaf called `name` replaced by another shape or dtype."""
-  names = list(checkpoint.named_leaves(tree))
+  names = list(trees.named_leaves(tree))
   leaves, treedef = jax.tree.flatten(tree)
   old = leaves[names.index(name)]
   new = {"shape": old.shape, "dtype": old.dtype, "sharding": old.sharding} | changes
@@ -525,7 +526,7 @@ def test_a_weight_may_be_called_value(tmp_path):
       self.key, self.value = nnx.Param(jnp.ones(3)), nnx.Param(jnp.arange(3.0))
 
   state = {"model": Attention()}
-  assert set(checkpoint.named_leaves(state)) == {"model/key", "model/value"}
+  assert set(trees.named_leaves(state)) == {"model/key", "model/value"}
   with Checkpointer(tmp_path, keep_last=1, keep_every=0, every=1) as checkpoints:
     checkpoints.save(1, state, {})
   target = jax.eval_shape(lambda: state)

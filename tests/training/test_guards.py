@@ -11,7 +11,8 @@ import time
 import pytest
 
 from flaxlm.errors import NumericsError, OutputError
-from flaxlm.training.guards import BadSteps, RunLock, StopSignal, Watchdog
+from flaxlm.runs.directory import RunLock
+from flaxlm.training.guards import BadSteps, StopSignal, Watchdog
 
 
 def start(code: str, *arguments, **options) -> subprocess.Popen:
@@ -165,7 +166,7 @@ def test_all_processes_stop_after_the_same_step(number):
 
 HOLDER = """
 import sys, time
-from flaxlm.training.guards import RunLock
+from flaxlm.runs.directory import RunLock
 with RunLock(sys.argv[1]):
   print("locked")
   time.sleep(60)

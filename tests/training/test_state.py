@@ -9,18 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from flaxlm.data.batches import SyntheticBatches
-from flaxlm.data.masking import Objective, synthetic_vocabulary
-from flaxlm.models.layers import TransformerConfig, dropout
-from flaxlm.training import objectives
+from flaxlm.data.batches.masking import Objective, synthetic_vocabulary
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.layers import dropout
+from flaxlm.training import losses as objectives
 from flaxlm.training.evaluation import evaluate, make_eval_step
-from flaxlm.training.objectives import summed_loss
-from flaxlm.training.optim import (
-  decays,
-  leaf_name,
-  make_optimizer,
-  make_schedule,
-)
+from flaxlm.training.losses import summed_loss
+from flaxlm.training.optim import decays, leaf_name, make_optimizer, make_schedule
 from flaxlm.training.state import init_state, make_train_step
 
 SCHEDULE = {

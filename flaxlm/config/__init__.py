@@ -1,0 +1,1 @@
+"""Every knob, how configs are loaded, and the rules they must satisfy. No JAX."""

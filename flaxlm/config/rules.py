@@ -1,0 +1,268 @@
+"""What the knobs of a config owe each other, each with the fix: see config.check.
+
+No JAX here: a config is refused before anything slow is imported.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from flaxlm.kernels.attention.choice import Case, why_not
+from flaxlm.parallel import AXES, BATCH_AXES
+
+
+def broken_rules(config: ConfigDict):
+  """Yields (holds, key, what is needed, what to try) for what knobs owe each other."""
+  model, data, optim = config.model, config.data, config.optim
+  heads, layers = model.num_heads, model.num_layers
+  yield (
+    heads % model.num_kv_heads == 0,
+    "model.num_kv_heads",
+    f"a divisor of config.model.num_heads={heads}",
+    nearest_divisors(heads, model.num_kv_heads),
+  )
+  yield from model_relations(model)
+  yield from prediction_relations(config)
+  yield (
+    layers % model.unroll == 0,
+    "model.unroll",
+    f"a divisor of config.model.num_layers={layers}",
+    nearest_divisors(layers, model.unroll),
+  )
+  limit = f"at most config.model.max_len={model.max_len}"
+  yield data.seq_len <= model.max_len, "data.seq_len", limit, f"{model.max_len}"
+  limit = f"at most config.num_steps={config.num_steps}"
+  hint = f"{config.num_steps // 10}"
+  yield optim.warmup_steps <= config.num_steps, "optim.warmup_steps", limit, hint
+  limit = f"at most config.model.vocab_size={model.vocab_size}"
+  fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
+  yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
+  yield len(data.sources) > 0, "data.sources", "at least one source", "main"
+  yield from mesh_relations(config)
+
+
+def mesh_relations(config: ConfigDict):
+  """What the mesh asks of the model and of the batch."""
+  model, data, mesh = config.model, config.data, config.mesh
+  devices = "devices along the axis, or -1 for all that remain"
+  yield mesh.data == -1 or mesh.data > 0, "mesh.data", devices, "-1"
+  for name, axes in mesh.rules.items():
+    known = set(axes) <= set(AXES)
+    yield known, f"mesh.rules.{name}", "mesh axes: " + " ".join(AXES), "fsdp or ()"
+  rows = math.prod(mesh[axis] for axis in BATCH_AXES if axis != "data") * max(
+    mesh.data, 1
+  )
+  micro = (mesh.microbatches or mesh.stage) if mesh.stage > 1 else 1
+  unit = config.step.accumulation_steps * rows * micro
+  yield (
+    data.batch_size % unit == 0,
+    "data.batch_size",
+    f"a multiple of {unit} = accumulation_steps x mesh.{' x '.join(BATCH_AXES)}"
+    + f" x {micro} microbatches" * (micro > 1),
+    nearest_multiples(data.batch_size, unit),
+  )
+  yield (
+    mesh.stage == 1 or micro >= mesh.stage,
+    "mesh.microbatches",
+    f"at least config.mesh.stage={mesh.stage}",
+    f"{mesh.stage}",
+  )
+  groups, layers = mesh.stage * mesh.stage_repeats, pipelined_layers(model)
+  yield (
+    mesh.stage == 1 or layers % groups == 0,
+    "model.num_layers",
+    f"{groups} = mesh.stage x mesh.stage_repeats equal groups of {layers} layers",
+    nearest_multiples(layers, groups),
+  )
+  experts = model.moe.num_experts
+  yield (
+    mesh.expert == 1 or (experts > 0 and experts % mesh.expert == 0),
+    "mesh.expert",
+    f"a divisor of config.model.moe.num_experts={experts}",
+    nearest_divisors(max(experts, 1), mesh.expert),
+  )
+  yield from context_relations(config)
+  # What a kernel cannot compute; what it needs of the devices is seen later.
+  why = why_not(model.attention, attention_case(config))
+  yield model.attention == "auto" or why is None, "model.attention", f"{why}", "auto"
+
+
+def attention_case(config: ConfigDict, platform: str = "") -> Case:
+  """What the config asks of a kernel for attention."""
+  model, length = config.model, config.data.seq_len
+  asked = config.objective.kind if config.task.kind == "none" else config.task.kind
+  return Case(
+    platform,
+    model.dtype,
+    length,
+    length,
+    model.head_dim,
+    model.attention_softcap,
+    prefix=asked in ("prefix", "span"),
+    sinks=model.attention_sinks,
+  )
+
+
+def context_relations(config: ConfigDict):
+  """What splitting rows over their length asks."""
+  model, data, mesh = config.model, config.data, config.mesh
+  whole = mesh.context == 1
+  yield (
+    whole or (model.head in ("lm", "mlm") and not model.pair_head),
+    "mesh.context",
+    f"1 with config.model.head={model.head} and pairs: these read whole rows",
+    "1",
+  )
+  ring, ways = model.attention == "ring", mesh.context * mesh.tensor
+  needed = "auto where config.mesh.context=1"
+  yield not ring or not whole, "model.attention", needed, "auto"
+  unit = 2 * mesh.context if ring else mesh.context
+  yield (
+    data.seq_len % unit == 0,
+    "data.seq_len",
+    f"a multiple of {unit}: config.mesh.context={mesh.context}",
+    nearest_multiples(data.seq_len, unit),
+  )
+  yield (
+    whole or ring or model.num_kv_heads % ways == 0,
+    "model.attention",
+    f"ring, unless config.model.num_kv_heads={model.num_kv_heads} divides by {ways} = "
+    "mesh.context x mesh.tensor",
+    "ring",
+  )
+
+
+def pipelined_layers(model: ConfigDict) -> int:
+  """Layers of one build: those before them run ahead of the pipeline."""
+  dense = model.moe.first_dense_layers if model.moe.num_experts else 0
+  return model.num_layers - max(dense, 0 if model.first_norm else 1)
+
+
+def model_relations(model: ConfigDict):
+  """The relations within `config.model`."""
+  yield (
+    model.positions != "rope" or model.head_dim % 2 == 0,
+    "model.head_dim",
+    "an even number: rotary positions turn pairs",
+    f"{model.head_dim + 1}",
+  )
+  pattern = set(model.layer_pattern)
+  names = pattern <= {"local", "global"} and len(pattern) > 0
+  yield names, "model.layer_pattern", "local and global, with commas", "local,global"
+  moe, rope = model.moe, model.rope
+  yield (
+    moe.num_experts == 0 or moe.experts_per_token <= moe.num_experts,
+    "model.moe.experts_per_token",
+    f"at most config.model.moe.num_experts={moe.num_experts}",
+    f"{moe.num_experts}",
+  )
+  yield (
+    moe.num_experts == 0 or not model.use_bias,
+    "model.use_bias",
+    "False with experts, which have no biases",
+    "False",
+  )
+  for key in ("keep", "offload"):
+    named = set(model[key]) <= {"query", "key", "value", "attention", "hidden"}
+    needed = "of query key value attention hidden"
+    yield named, f"model.{key}", needed, "attention,hidden"
+    full = model.remat == "full" or not model[key]
+    yield full, "model.remat", f"full, for config.model.{key}", "full"
+  fewer = moe.num_experts == 0 or moe.first_dense_layers < model.num_layers
+  limit = f"fewer than config.model.num_layers={model.num_layers}"
+  yield fewer, "model.moe.first_dense_layers", limit, "1"
+  yield (
+    rope.scaling in ("none", "linear") or rope.original_max_len > 0,
+    "model.rope.original_max_len",
+    f"the length that {rope.scaling} scaling starts from",
+    f"{model.max_len}",
+  )
+  alone = model.first_norm or (
+    model.norm_placement in ("pre", "both") and moe.num_experts == 0
+  )
+  yield alone, "model.first_norm", "True, unless norms come before dense layers", "True"
+  yield (
+    moe.num_experts == 0 or model.quantize == "none",
+    "model.quantize",
+    "none with experts, whose grouped products (ragged_dot) are not quantised",
+    "none",
+  )
+
+
+# Which head the model needs for what it is asked to do.
+HEAD_FOR = {
+  "causal": "lm",
+  "span": "lm",
+  "prefix": "lm",
+  "fim": "lm",
+  "masked": "mlm",
+  "classify": "sequence",
+  "tag": "token",
+  "qa": "span",
+  "choice": "choice",
+  "chat": "lm",
+}
+
+
+def prediction_relations(config: ConfigDict):
+  """The relations between what is predicted, and the model that predicts it."""
+  model, objective, task = config.model, config.objective, config.task
+  asked = objective.kind if task.kind == "none" else task.kind
+  group = "objective" if task.kind == "none" else "task"
+  head = HEAD_FOR[asked]
+  needed = f"{head}, for config.{group}.kind={asked}"
+  yield model.head == head, "model.head", needed, head
+  needed = f"True, for config.{group}.kind={asked}"
+  yield head != "lm" or model.causal, "model.causal", needed, "True"
+  needed = "False: a masked token must be hidden from no side"
+  yield asked != "masked" or not model.causal, "model.causal", needed, "False"
+  pairs = task.kind == "none" and objective.pairs != "none"
+  needed = f"masked, for config.objective.pairs={objective.pairs}"
+  yield not pairs or asked == "masked", "objective.kind", needed, "masked"
+  needed = f"True, for config.objective.pairs={objective.pairs}"
+  yield not pairs or model.pair_head, "model.pair_head", needed, "True"
+  rates = objective.mask_token_rate + objective.random_token_rate
+  needed = "at most 1, with config.objective.mask_token_rate"
+  yield rates <= 1 + 1e-9, "objective.random_token_rate", needed, "0.1"
+  has_path = task.kind == "none" or task.path != ""
+  needed = "labelled examples: csv, tsv, jsonl, or a TFDS name"
+  yield has_path, "task.path", needed, "train.csv"
+  needed = "False: a causal model has read nothing where an option begins"
+  yield asked != "choice" or not model.causal, "model.causal", needed, "False"
+  yield from objective_relations(config, asked, pairs)
+  frozen = config.lora.rank == 0 or config.init_from != ""
+  needed = "the run whose weights config.lora.rank adds to"
+  yield frozen, "init_from", needed, "runs/base"
+
+
+def objective_relations(config: ConfigDict, asked: str, pairs: bool):
+  """What the knobs of `config.objective` need, where they are used."""
+  objective, model, length = config.objective, config.model, config.data.seq_len
+  given = asked not in ("masked", "span") or objective.mask_rate > 0
+  yield given, "objective.mask_rate", f"above 0 for kind={asked}", "0.15"
+  yield objective.mean_span >= 1, "objective.mean_span", "1 token or more", "3.0"
+  yield not pairs or length >= 16, "data.seq_len", "room for two sentences", "128"
+  types = not pairs or model.num_segment_types >= 2
+  needed = f"2, for config.objective.pairs={objective.pairs}"
+  yield types, "model.num_segment_types", needed, "2"
+  if asked != "span":
+    return
+  some = objective.mask_rate < 1
+  needed = "below 1: some of the text must be given"
+  yield some, "objective.mask_rate", needed, "0.15"
+  spans = math.ceil(length * objective.mask_rate / objective.mean_span) + 2
+  needed = f"at least {spans}: one for each span of a row, and the end"
+  yield objective.num_sentinels >= spans, "objective.num_sentinels", needed, f"{spans}"
+
+
+def nearest_divisors(number: int, near: int) -> str:
+  """The divisors of `number` that lie nearest to `near`, as text."""
+  found = [d for d in range(1, number + 1) if number % d == 0]
+  found = sorted(sorted(found, key=lambda d: abs(d - near))[:3])
+  return " or ".join(map(str, found))
+
+
+def nearest_multiples(given: int, unit: int) -> str:
+  """The multiples of `unit` on both sides of `given`, as text."""
+  down = given // unit * unit
+  return " or ".join(str(m) for m in (down, down + unit) if m)

@@ -1,0 +1,1 @@
+"""The token store: built once, checksummed, read at random."""

@@ -1,0 +1,292 @@
+"""The token store: tokenised text in immutable shards, and how to read and write them.
+
+A shard is two files. `X.ids` holds the ids of whole documents, [bos] text [eos] one
+after another, as raw little-endian integers. `X.index` holds where each document begins
+(uint64), then the crc32 of each 64 KiB block of `X.ids` (uint32). Memory-mapped files
+won over TensorStore and array_record by far (tests/benchmarks/token_store.py); the
+block checksums give them what they lack: a flipped byte is an error, not a wrong token.
+Reading needs numpy alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+
+import numpy as np
+
+from flaxlm import errors
+from flaxlm.data.text import remote
+from flaxlm.files import sync, write_atomically
+
+STORE_FORMAT = 1
+CHECKSUM_BYTES = 65536  # bytes of ids that share a checksum
+SPLITS = ("train", "validation")
+WORDS = "words.u1"  # a byte an id: 1 if it continues a word
+
+
+class Store:
+  """A finished store. Raises MissingInputError or DataError if there is none."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = str(path)
+    is_remote = remote.is_remote(self.path)
+    root = remote.path(self.path) if is_remote else pathlib.Path(self.path)
+    self._root, self._cache = root, None
+    file = f"{self.path}/manifest.json"
+    if not (remote.exists(file) if is_remote else os.path.exists(file)):
+      raise errors.MissingInputError(
+        f"config.data.store={self.path} holds no finished token store\n"
+        f"  given:  {root / 'manifest.json'} (missing)\n"
+        "  needed: a directory that flaxlm.prepare completed\n"
+        "  try:    python -m flaxlm.prepare --config=CONFIG.py  (the config you train)"
+      )
+    self.manifest = read_store_manifest(root / "manifest.json")
+    # Stores of before do not name the file, nor the tokens that encoders need.
+    tokenizer = {"file": "tokenizer.model", "words_sha256": ""}
+    tokenizer |= {"unk_id": -1, "mask_id": -1, "cls_id": -1, "sep_id": -1}
+    tokenizer |= {"special_tokens": {}}
+    tokenizer |= self.manifest["tokenizer"]
+    self._tokenizer_file: str = tokenizer["file"]
+    self._words_sha256: str = tokenizer["words_sha256"]
+    self.fingerprint: str = self.manifest["fingerprint"]
+    self.tokenizer_sha256: str = tokenizer["sha256"]
+    self.vocab_size: int = tokenizer["vocab_size"]
+    self.pad_id: int = tokenizer["pad_id"]
+    self.bos_id: int = tokenizer["bos_id"]
+    self.eos_id: int = tokenizer["eos_id"]
+    self.unk_id: int = tokenizer["unk_id"]
+    self.mask_id: int = tokenizer["mask_id"]
+    self.cls_id: int = tokenizer["cls_id"]
+    self.sep_id: int = tokenizer["sep_id"]
+    self.special_tokens: dict[str, int] = tokenizer["special_tokens"]
+    if is_remote:
+      self._cache = remote.cache() / self.fingerprint
+
+  @property
+  def tokenizer(self) -> bytes:
+    """The bytes of the tokenizer that the ids belong to."""
+    return self._read(self._tokenizer_file, self.tokenizer_sha256)
+
+  @property
+  def continues_word(self) -> np.ndarray | None:
+    """Of each id, whether it continues a word, bool V; None in stores of before."""
+    if not self._words_sha256:
+      return None
+    return np.frombuffer(self._read(WORDS, self._words_sha256), np.uint8).astype(bool)
+
+  def stream(self, source: str, split: str) -> "TokenStream":
+    known = self.manifest["sources"]
+    if source not in known or split not in SPLITS:
+      has = " ".join(f"{name}/{s}" for name in known for s in SPLITS)
+      raise errors.DataError(
+        f"the token store has no {source}/{split}\n  given:  {self.path}\n"
+        f"  needed: one of {has}\n  try:    prepare the config that you train"
+      )
+    return TokenStream(self, known[source][split])
+
+  def _read(self, name: str, sha256: str) -> bytes:
+    path = self._local(name, sha256)
+    if not path.exists():
+      raise broken(path, "it is missing")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+      raise broken(path, "its sha256 is not the one in manifest.json")
+    return content
+
+  def _local(self, name: str, sha256: str) -> pathlib.Path:
+    """Where file `name` lies here; a remote one is copied and checked once."""
+    if self._cache is None:
+      return self._root / name
+    path = self._cache / name
+    if not path.exists() and not remote.download(f"{self.path}/{name}", path, sha256):
+      raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
+    return path
+
+
+class TokenStream:
+  """All ids of one split of one source, as one long array that is read by range."""
+
+  def __init__(self, store: Store, entry: dict):
+    self.num_tokens: int = entry["tokens"]
+    self.num_documents: int = entry["documents"]
+    self.num_bytes: int = entry["bytes"]
+    self._store = store
+    self._dtype = np.dtype(store.manifest["dtype"])
+    self._entries = entry["shards"]
+    self._ends = np.cumsum([shard["tokens"] for shard in self._entries], dtype=np.int64)
+    # Threads may open a shard, or check a block, twice: the result is the same.
+    self._shards: dict[int, Shard] = {}
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Returns ids [start, stop); blocks are verified when they are first touched."""
+    parts = [shard.read(a, b) for shard, a, b, _ in self._overlap(start, stop)]
+    if len(parts) == 1:
+      return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+  def document_starts(self, start: int, stop: int) -> np.ndarray:
+    """Returns the positions in [start, stop) at which a document begins, as int64."""
+    parts = []
+    for shard, a, b, offset in self._overlap(start, stop):
+      first, last = np.searchsorted(shard.starts, np.array([a, b], np.uint64))
+      parts.append(shard.starts[first:last].astype(np.int64) + offset)
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+  def _overlap(self, start: int, stop: int):
+    """Yields (shard, start in it, stop in it, its offset) for all that overlap."""
+    if not 0 <= start <= stop <= self.num_tokens:
+      raise IndexError(f"[{start}, {stop}) is not within {self.num_tokens} tokens")
+    number = int(np.searchsorted(self._ends, start, side="right"))
+    while start < stop:
+      offset = int(self._ends[number]) - self._entries[number]["tokens"]
+      end = min(stop, int(self._ends[number]))
+      yield self._shard(number), start - offset, end - offset, offset
+      start, number = end, number + 1
+
+  def _shard(self, number: int) -> "Shard":
+    if number not in self._shards:
+      entry, store = self._entries[number], self._store
+      ids = store._local(entry["name"] + ".ids", entry["sha256"])
+      index = store._local(entry["name"] + ".index", entry["index_sha256"])
+      self._shards[number] = Shard(ids, index, entry, self._dtype)
+    return self._shards[number]
+
+
+class Shard:
+  """One memory-mapped shard whose blocks are checked on first use."""
+
+  def __init__(self, path, index_path, entry: dict, dtype: np.dtype):
+    self.path = path
+    tokens, documents = entry["tokens"], entry["documents"]
+    blocks = -(-tokens * dtype.itemsize // CHECKSUM_BYTES)
+    sizes = {path: tokens * dtype.itemsize, index_path: documents * 8 + blocks * 4}
+    for file, size in sizes.items():
+      found = file.stat().st_size if file.exists() else "missing"
+      if found != size:
+        raise broken(file, f"{found} bytes, not the {size} of manifest.json")
+    index = index_path.read_bytes()
+    if hashlib.sha256(index).hexdigest() != entry["index_sha256"]:
+      raise broken(index_path, "its sha256 is not the one in manifest.json")
+    self.starts = np.frombuffer(index, "<u8", documents)
+    self._crcs = np.frombuffer(index, "<u4", blocks, documents * 8).tolist()
+    self._ids = np.memmap(path, dtype, "r")
+    self._bytes = self._ids.view(np.uint8)
+    self._verified = np.zeros(blocks, bool)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    size = self._ids.itemsize
+    first, last = start * size // CHECKSUM_BYTES, -(-stop * size // CHECKSUM_BYTES)
+    if not self._verified[first:last].all():
+      for block in range(first, last):
+        data = self._bytes[block * CHECKSUM_BYTES : (block + 1) * CHECKSUM_BYTES]
+        if zlib.crc32(data) != self._crcs[block]:
+          raise broken(
+            self.path, f"block {block} ({CHECKSUM_BYTES} bytes) fails its checksum"
+          )
+        self._verified[block] = True
+    return np.array(self._ids[start:stop])
+
+
+class ShardWriter:
+  """Writes one shard under temporary names; `finish` makes it real."""
+
+  def __init__(self, root: pathlib.Path, name: str, dtype: np.dtype):
+    self._root, self._name, self._dtype = root, name, dtype
+    self.tokens = self.documents = self.bytes = 0
+    self._starts: list[int] = []
+    self._crcs: list[int] = []
+    self._sha256 = hashlib.sha256()
+    self._buffer = bytearray()
+    self._file = None  # opened by the first block: a shard may stay empty
+
+  def begin(self, bos_id: int) -> None:
+    self._starts.append(self.tokens)
+    self.documents += 1
+    self._write(np.array([bos_id] if bos_id >= 0 else [], self._dtype))
+
+  def add(self, ids: np.ndarray, num_bytes: int) -> None:
+    self.bytes += num_bytes
+    self._write(ids.astype(self._dtype))
+
+  def end(self, eos_id: int) -> None:
+    self._write(np.array([eos_id] if eos_id >= 0 else [], self._dtype))
+
+  def close(self) -> None:
+    """Lets go of the file; without `finish` before it, the shard does not exist."""
+    if self._file is not None:
+      with contextlib.suppress(
+        OSError
+      ):  # the disk may be full: that was raised already
+        self._file.close()
+
+  def _write(self, ids: np.ndarray) -> None:
+    self.tokens += len(ids)
+    self._buffer += ids.tobytes()
+    whole = len(self._buffer) // CHECKSUM_BYTES * CHECKSUM_BYTES
+    if whole >= 16 * CHECKSUM_BYTES:
+      self._flush(whole)
+
+  def _flush(self, size: int) -> None:
+    if self._file is None:
+      self._file = open(self._root / f"{self._name}.ids.tmp", "wb")  # noqa: SIM115
+    for start in range(0, size, CHECKSUM_BYTES):
+      self._crcs.append(
+        zlib.crc32(self._buffer[start : min(start + CHECKSUM_BYTES, size)])
+      )
+    self._sha256.update(self._buffer[:size])
+    self._file.write(self._buffer[:size])
+    del self._buffer[:size]
+
+  def finish(self) -> dict:
+    self._flush(len(self._buffer))
+    sync(self._file)
+    index = np.array(self._starts, "<u8").tobytes()
+    index += np.array(self._crcs, "<u4").tobytes()
+    path = self._root / self._name
+    os.replace(f"{path}.ids.tmp", f"{path}.ids")
+    write_atomically(pathlib.Path(f"{path}.index"), index)
+    return {
+      "name": self._name,
+      "documents": self.documents,
+      "bytes": self.bytes,
+      "tokens": self.tokens,
+      "sha256": self._sha256.hexdigest(),
+      "index_sha256": hashlib.sha256(index).hexdigest(),
+    }
+
+
+def broken(path: object, what: str) -> errors.DataError:
+  return errors.DataError(
+    f"a file of the token store is damaged\n  given:  {path}: {what}\n"
+    "  needed: the bytes that flaxlm.prepare wrote\n"
+    "  try:    delete the store and prepare again, or copy it again"
+  )
+
+
+def fingerprint_of(manifest: dict) -> str:
+  body = {key: value for key, value in manifest.items() if key != "fingerprint"}
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_store_manifest(path) -> dict:
+  """Returns the manifest at `path` once it is found whole and of this format."""
+  try:
+    manifest = json.loads(path.read_text())
+    version, fingerprint = manifest["format"], manifest["fingerprint"]
+  except (ValueError, KeyError, TypeError, OSError) as error:
+    raise broken(path, f"not a manifest ({type(error).__name__}: {error})") from error
+  if version != STORE_FORMAT:
+    raise errors.DataError(
+      f"the token store has another format\n  given:  {path}: format {version}\n"
+      f"  needed: format {STORE_FORMAT}\n  try:    prepare again, into a new directory"
+    )
+  if fingerprint != fingerprint_of(manifest):
+    raise broken(path, "its contents do not match its fingerprint")
+  return manifest
+
+
+def dump(tree: dict) -> bytes:
+  return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()

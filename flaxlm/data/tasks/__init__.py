@@ -1,0 +1,1 @@
+"""Labelled examples, for fine-tuning, and the scores of what is predicted."""

@@ -1,0 +1,445 @@
+"""Labelled records → rows of tokens and labels, one function a kind of task.
+
+Texts are laid out as in BERT: [CLS] text [SEP], [CLS] text [SEP] pair [SEP], the pair
+with token type 1. A causal model, or a tokenizer without these, has bos for [CLS] and
+eos for [SEP]: what it has seen at the ends of documents.
+"""
+
+import bisect
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flaxlm import errors
+from flaxlm.data.tasks.records import choice_columns, columns
+from flaxlm.data.text.formats import Record, kind_of
+from flaxlm.tokenizer.word_offsets import Located, WordEncoder
+
+SHORTEST = 8  # tokens of a row: the special ones and some of each text
+CUT = "longer than a row, cut"
+NO_TARGET = "nothing to predict in the row, dropped"
+MISPLACED = "answer not where its offset says, not learnt"
+
+
+class Labels:
+  """The classes of a task, numbered in a given order, or sorted once all are seen."""
+
+  def __init__(self, names: Sequence[str] = ()):
+    self.names, self.open = tuple(names), not names
+    self._numbers = {name: number for number, name in enumerate(self.names)}
+
+  def number(self, value: object, record: Record, column: str) -> int:
+    """The number of the class that a record names; a whole number may stand for it."""
+    if not isinstance(value, str | int) or value == "":
+      given = "no label" if value in ("", None) else kind_of(value)
+      raise record.wrong(f"{column}: {given}", "the name or number of a class")
+    name = str(value).lower() if isinstance(value, bool) else str(value)
+    if name in self._numbers:
+      return self._numbers[name]
+    if self.open:
+      self._numbers[name] = len(self._numbers)
+      return self._numbers[name]
+    if name.isdecimal() and int(name) < len(self.names) and not self.are_numbers():
+      return int(name)
+    known = " ".join(self.names[:10]) + " ..." * (len(self.names) > 10)
+    raise record.wrong(
+      f"{column}: unknown label {name!r}", f"one of the {len(self.names)}: {known}",
+      "--config.task.labels with all names, or other records",
+    )  # fmt: skip
+
+  def are_numbers(self) -> bool:
+    return all(map(is_number, self._numbers))
+
+  def close(self) -> np.ndarray:
+    """Settles the order; returns the new number of each number given out so far."""
+    found = list(self._numbers)
+    if self.open:
+      order = sorted(found, key=int if self.are_numbers() else str)
+      self.__init__(order)
+    return np.array([self._numbers[name] for name in found], np.int32)
+
+
+def is_number(name: str) -> bool:
+  return name.removeprefix("-").isdecimal()
+
+
+class Rows:
+  """Rows being made; every array is flat, so that a million rows stay small."""
+
+  def __init__(self, vocab_size: int):
+    self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    self.tokens, self.types, self.begins = bytearray(), bytearray(), bytearray()
+    self.token_labels, self.labels = bytearray(), bytearray()  # int32
+    self.lengths: list[int] = []
+    self.problems: collections.Counter[str] = collections.Counter()
+    # Of questions: what their rows show of which context, and what counts as right.
+    self.windows: list[tuple[int, int, int, int]] = []
+    self.contexts: list[tuple[str, Located]] = []
+    self.answers: list[list[str]] = []
+
+  def add(self, ids, types, labels=(), token_labels=None, begins=None) -> None:
+    """Adds a row. `begins`: the columns at which its segments begin, if not 0 alone."""
+    self.tokens += np.asarray(ids).astype(self.dtype).tobytes()
+    self.types += np.asarray(types, np.uint8).tobytes()
+    self.labels += np.asarray(labels, np.int32).tobytes()
+    self.lengths.append(len(ids))
+    if token_labels is not None:
+      self.token_labels += np.asarray(token_labels, np.int32).tobytes()
+    if begins is not None:
+      marks = np.zeros(len(ids), np.uint8)
+      marks[begins] = 1
+      self.begins += marks.tobytes()
+
+
+@dataclasses.dataclass
+class Encoder:
+  """What it takes to turn the records of a task into rows.
+
+  Raises:
+    ConfigError: no token parts two texts; rows are too short for anything.
+  """
+
+  task: ConfigDict
+  tokenizer: object  # a Tokenizer
+  seq_len: int
+  causal: bool
+  num_threads: int = 1
+  chat_template: object = None  # as encode_chat takes it
+
+  def __post_init__(self):
+    tok, self.kind, self.columns = self.tokenizer, self.task.kind, columns(self.task)
+    starts, stops = [tok.cls_id, tok.bos_id], [tok.sep_id, tok.eos_id]
+    if self.causal:
+      starts, stops = starts[::-1], stops[::-1]
+    self.start = [i for i in starts if i >= 0][:1]
+    self.stop = [i for i in stops if i >= 0][:1]
+    if not self.stop and self.kind != "chat":
+      raise errors.ConfigError(
+        "config.tokenizer.path", "a model with neither sep nor eos",
+        "a token that ends a text, for config.task.kind=" + self.kind,
+      )  # fmt: skip
+    if self.seq_len < SHORTEST:
+      needed = f"{SHORTEST} tokens or more for config.task.kind={self.kind}"
+      raise errors.ConfigError("config.data.seq_len", self.seq_len, needed)
+    self.words = None
+    if self.kind in ("tag", "qa"):
+      self.words = WordEncoder(tok, self.num_threads)
+
+  def encode(self, records: list[Record], labels: Labels, rows: Rows) -> None:
+    """Adds the rows of some records."""
+    kind = self.kind
+    if kind == "classify":
+      encode_classes(self, records, labels, rows)
+    elif kind == "tag":
+      encode_tags(self, records, labels, rows)
+    elif kind == "qa":
+      encode_questions(self, records, rows)
+    elif kind == "choice":
+      encode_choices(self, records, labels, rows)
+    else:
+      encode_chats(self, records, rows)
+
+  def encode_all(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The ids of each different text."""
+    texts = list(dict.fromkeys(texts))
+    ids = self.tokenizer.encode_batch(texts, self.num_threads)
+    return dict(zip(texts, ids, strict=True))
+
+  def lay_out(self, first, second=None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids, token types) of one text, or two, between the special tokens."""
+    parts = [self.start, first, self.stop]
+    if second is not None:
+      parts += [second, self.stop]
+    ids = np.concatenate([np.asarray(part, np.int32) for part in parts])
+    types = np.zeros(len(ids), np.uint8)
+    if second is not None:
+      types[len(ids) - len(second) - 1 :] = 1
+    return ids, types
+
+  def lay_out_pair(self, first, second, limit: int):
+    """The same for two texts that are cut to `limit` tokens, the longer one first."""
+    a, b = fit_pair(len(first), len(second), limit - len(self.start) - 2)
+    return self.lay_out(first[:a], second[:b])
+
+
+def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
+  """Lengths that fit into `room`: the longer text loses its last token, repeatedly."""
+  if first + second <= room:
+    return first, second
+  short = min(first, second, room // 2)
+  long = room - short
+  return (short, long) if first <= second else (long, short)
+
+
+def split_key(record: Record, encoder: Encoder) -> str:
+  """What decides on the split of a record: those with the same text stay together."""
+  text, pair, _ = encoder.columns
+  if encoder.kind == "classify":
+    return record.text(text) + ("\n" + record.text(pair) if pair else "")
+  column = pair if encoder.kind == "qa" else text
+  value = record.value(column)
+  return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def encode_classes(
+  encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
+) -> None:
+  """One text, or a pair, and its class."""
+  text, pair, label = encoder.columns
+  firsts = [record.text(text) for record in records]
+  seconds = [record.text(pair) for record in records] if pair else []
+  ids = encoder.encode_all(firsts + seconds)
+  room = encoder.seq_len - len(encoder.start) - 1
+  for i, record in enumerate(records):
+    number = labels.number(record.value(label), record, label)
+    first = ids[firsts[i]]
+    if pair:
+      second = ids[seconds[i]]
+      row = encoder.lay_out_pair(first, second, encoder.seq_len)
+      rows.problems[CUT] += len(first) + len(second) > room - 1
+    else:
+      row = encoder.lay_out(first[:room])
+      rows.problems[CUT] += len(first) > room
+    rows.add(*row, [number])
+
+
+def encode_tags(
+  encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
+) -> None:
+  """Words with a tag each, which the first token of the word carries."""
+  text, _, label = encoder.columns
+  sentences = [record.texts(text) for record in records]
+  space, unknown = encoder.words.space, max(encoder.tokenizer.unk_id, 0)
+  firsts = [sentence[0] for sentence in sentences]
+  encoder.words.learn(firsts + [space + w for s in sentences for w in s[1:]])
+  for record, sentence in zip(records, sentences, strict=True):
+    tags = record.value(label)
+    if not isinstance(tags, list) or len(tags) != len(sentence):
+      given = f"{len(tags)} tags" if isinstance(tags, list) else kind_of(tags)
+      raise record.wrong(
+        f"{label}: {given}", f"a list of {len(sentence)}, as many as in {text}"
+      )
+    parts = encoder.words.encode(sentence)
+    # A word of which nothing is left (control characters) has a tag all the same.
+    parts = [part if len(part) else np.array([unknown], np.int32) for part in parts]
+    heads = np.cumsum([0, *map(len, parts)])
+    own = np.full(heads[-1], -1, np.int32)
+    own[heads[:-1]] = [labels.number(tag, record, label) for tag in tags]
+    room = encoder.seq_len - len(encoder.start) - 1
+    ids, types = encoder.lay_out(np.concatenate(parts)[:room])
+    marks = np.full(len(ids), -1, np.int32)
+    marks[len(encoder.start) : -1] = own[:room]
+    rows.problems[CUT] += len(own) > room
+    rows.add(ids, types, token_labels=marks)
+
+
+def encode_choices(
+  encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
+) -> None:
+  """A query with each of its options: the segments of one row."""
+  label = encoder.columns[2]
+  pairs = [read_options(record, encoder) for record in records]
+  ids = encoder.encode_all(
+    [text for options in pairs for pair in options for text in pair]
+  )
+  extra, seq_len = len(encoder.start) + 2, encoder.seq_len
+  for record, options in zip(records, pairs, strict=True):
+    number = option_number(record, label, labels, len(options))
+    lengths = [len(ids[a]) + len(ids[b]) + extra for a, b in options]
+    limit = fit_all(lengths, seq_len)
+    if limit < min(extra + 2, max(lengths)):
+      raise record.wrong(
+        f"{len(options)} options in a row of {seq_len} tokens",
+        f"{extra + 2} tokens or more for each", f"--config.data.seq_len={2 * seq_len}",
+      )  # fmt: skip
+    rows.problems[CUT] += limit < max(lengths)
+    laid = [encoder.lay_out_pair(ids[a], ids[b], limit) for a, b in options]
+    begins = np.cumsum([0, *(len(segment) for segment, _ in laid[:-1])])
+    all_ids, all_types = (np.concatenate(part) for part in zip(*laid, strict=True))
+    rows.add(all_ids, all_types, [number], begins=begins)
+
+
+def read_options(record: Record, encoder: Encoder) -> list[tuple[str, str]]:
+  """The (query, option) pairs of a record: either may be one text for all of them."""
+  query, names = encoder.columns[0], choice_columns(encoder.task)
+  texts = record.value(query)
+  texts = record.texts(query) if isinstance(texts, list) else [record.text(query)]
+  if len(names) == 1:
+    listed = isinstance(record.value(names[0]), list)
+    options = record.texts(names[0]) if listed else [record.text(names[0])]
+  else:
+    options = [record.text(name) for name in names]
+  count = max(len(texts), len(options))
+  if count < 2 or {len(texts), len(options)} - {1, count}:
+    raise record.wrong(
+      f"{len(texts)} texts in {query}, {len(options)} in {' '.join(names)}",
+      "two or more options, and one query or as many",
+      "--config.task.choices with the columns that hold the options",
+    )  # fmt: skip
+  texts, options = (x * count if len(x) == 1 else x for x in (texts, options))
+  return list(zip(texts, options, strict=True))
+
+
+def option_number(record: Record, label: str, labels: Labels, count: int) -> int:
+  """The number of the right option, from 0; `labels` may name them: A B C D."""
+  value = record.value(label)
+  if labels.names:
+    number = labels.number(value, record, label)
+  else:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    decimal = isinstance(value, str) and value.isdecimal()
+    number = int(value) if whole or decimal else -1
+  if not 0 <= number < count:
+    raise record.wrong(
+      f"{label}: {kind_of(value)}", f"the number of an option, 0 to {count - 1}",
+      "--config.task.labels=A,B,C,D if they have names",
+    )  # fmt: skip
+  return number
+
+
+def fit_all(lengths: Sequence[int], room: int) -> int:
+  """The largest limit that all lengths can be cut to so that they fit into `room`."""
+  limit, rest = max(lengths), room
+  if sum(lengths) <= room:
+    return limit
+  for done, length in enumerate(sorted(lengths)):
+    limit = rest // (len(lengths) - done)
+    if limit < length:
+      return limit
+    rest -= length
+  return limit
+
+
+def encode_questions(encoder: Encoder, records: list[Record], rows: Rows) -> None:
+  """Questions and the spans of a context that answer them; windows of long contexts."""
+  question, context, _ = encoder.columns
+  ids = encoder.encode_all([record.text(question) for record in records])
+  texts = {record.text(context): -1 for record in records}
+  encoder.words.learn([word for text in texts for word in encoder.words.surfaces(text)])
+  for record in records:
+    text = record.text(context)
+    if texts[text] < 0:
+      texts[text] = len(rows.contexts)
+      rows.contexts.append((text, encoder.words.locate(text)))
+    number = texts[text]
+    located = rows.contexts[number][1]
+    answers = read_answers(record, encoder.columns[2])
+    span = find_span(text, located, answers)
+    rows.problems[MISPLACED] += span == (-1, -1)
+    space = encoder.seq_len - len(encoder.start) - 2
+    asked = ids[record.text(question)][: space // 2]
+    room = space - len(asked)
+    column = len(encoder.start) + len(asked) + 1
+    for first in windows(len(located.ids), room, encoder.task.doc_stride):
+      shown = located.ids[first : first + room]
+      row = encoder.lay_out(asked, shown)
+      rows.windows.append((len(rows.answers), number, first, column))
+      rows.add(*row, place_span(span, first, len(shown), column))
+    rows.answers.append([answer for answer, _ in answers])
+
+
+def windows(count: int, room: int, stride: int) -> range:
+  """Where windows of `room` tokens begin that show all of `count`, `stride` apart."""
+  stride = min(stride, room)
+  return range(0, max(count - room, 0) + stride, stride)
+
+
+def place_span(
+  span: tuple[int, int], first: int, count: int, column: int
+) -> tuple[int, int]:
+  """The columns of a span of context tokens in a window; 0 0 if it is not in it."""
+  if span is None or span == (-1, -1):
+    return span or (0, 0)
+  if first <= span[0] and span[1] < first + count:
+    return span[0] - first + column, span[1] - first + column
+  return 0, 0
+
+
+def find_span(
+  text: str, located: Located, answers: list[tuple[str, int]]
+) -> tuple[int, int] | None:
+  """The (first, last) token of the first answer; None if the context has no answer.
+
+  (-1, -1) if the answer is not at its offset: neither "here" nor "nowhere" is learnt.
+  """
+  if not answers:
+    return None
+  answer, start = answers[0]
+  inside = np.flatnonzero(
+    (located.starts < start + len(answer)) & (located.ends > start)
+  )
+  if not len(inside) or text[start : start + len(answer)] != answer:
+    return -1, -1
+  return int(inside[0]), int(inside[-1])
+
+
+def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
+  """(text, offset in characters) of each right answer; none if there is no answer."""
+  value = record.value(column)
+  try:
+    if isinstance(value, dict):
+      pairs = list(zip(value["text"], value["answer_start"], strict=True))
+    else:
+      pairs = [(answer["text"], answer["answer_start"]) for answer in value]
+  except (KeyError, TypeError, ValueError):
+    pairs = [(None, None)]
+  for text, start in pairs:
+    if not isinstance(text, str) or not isinstance(start, int):
+      raise record.wrong(
+        f"{column}: {kind_of(value)}", "answers, each with text and answer_start"
+      )
+  return pairs
+
+
+def encode_chats(encoder: Encoder, records: list[Record], rows: Rows) -> None:
+  """Conversations; the next token is a target where encode_chat says so."""
+  from flaxlm.tokenizer.chat_template import encode_chat
+
+  column = encoder.columns[0]
+  for record in records:
+    messages = record.value(column)
+    try:
+      ids, learnt = encode_chat(messages, encoder.tokenizer, encoder.chat_template)
+    except errors.DataError as error:
+      raise errors.DataError(f"{record.place}: {error}") from error
+    ids = np.asarray(ids, np.int32)
+    targets = np.where(np.asarray(learnt, bool), ids, -1)[1:]
+    targets = targets[: encoder.seq_len]
+    if not (targets >= 0).any():
+      rows.problems[NO_TARGET] += 1
+      continue
+    rows.problems[CUT] += len(ids) - 1 > encoder.seq_len
+    tokens = ids[: len(targets)]
+    types = np.zeros(len(tokens), np.uint8)
+    rows.add(tokens, types, token_labels=targets, begins=[0])
+
+
+def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
+  """Which rows share a row of `size`: the longest first, each where it fits best.
+
+  Best-fit decreasing fills rows nearly whole (Ding et al. 2024, arXiv 2404.10830).
+  """
+  packed: list[list[int]] = []
+  with_room: dict[int, list[int]] = {}  # room left -> packed rows that have it
+  rooms: list[int] = []  # its keys, sorted
+  for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+    at = bisect.bisect_left(rooms, lengths[row])
+    if at < len(rooms):
+      room = rooms[at]
+      chosen = with_room[room].pop()
+      if not with_room[room]:
+        del with_room[room], rooms[at]
+    else:
+      room, chosen = size, len(packed)
+      packed.append([])
+    packed[chosen].append(row)
+    left = room - lengths[row]
+    if left not in with_room:
+      with_room[left] = []
+      bisect.insort(rooms, left)
+    with_room[left].append(chosen)
+  return packed

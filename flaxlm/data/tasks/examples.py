@@ -1,0 +1,366 @@
+"""Labelled examples → batches, to fine-tune and to score.
+
+A batch holds int32 arrays: tokens, segment_ids and positions BL as in batches.py, and
+  classify  token_types BL, labels B1: the class, -1 in padding rows
+  tag       token_types BL, labels BL: the class of a word at its first token, else -1
+  qa        token_types BL, labels B2: first and last column of the answer; 0 0 if it
+            is not in this window of the context
+  choice    token_types BL, labels B1, starts BC: option c is the segment that begins at
+            column starts[:, c]; -1 where a row has fewer options
+  chat      targets BL: the next token where it is the assistant's, else -1
+
+Everything is tokenised once and kept in memory, three to nine bytes a token. As in
+batches.py, batch t is a function of (seed, t) alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flaxlm import errors
+from flaxlm.data.batches.order import derive_key, permute
+from flaxlm.data.tasks.encode import Encoder, Labels, Rows, pack, split_key
+from flaxlm.data.tasks.records import Records, has_validation, open_records
+from flaxlm.data.text.documents import split_of
+from flaxlm.data.text.formats import Record, wrong
+from flaxlm.tokenizer.word_offsets import Located
+
+RECORDS_TOGETHER = 1024  # records that are tokenised together
+
+
+@dataclasses.dataclass
+class Examples:
+  """The rows of a split, without their padding: row r is flat[offsets[r]:offsets[r+1]].
+
+  Flat arrays that a kind does not need are empty.
+  """
+
+  kind: str
+  label_names: tuple[str, ...]
+  offsets: np.ndarray  # int64, one more than rows
+  tokens: np.ndarray  # flat, uint16 or int32
+  token_types: np.ndarray  # flat, uint8
+  begins: np.ndarray  # flat, uint8: 1 where a segment begins (choice, chat)
+  token_labels: np.ndarray  # flat, int32 (tag: classes; chat: targets)
+  labels: np.ndarray  # int32, rows x R (classify, choice, qa)
+  problems: dict[str, int]  # what was odd, and how often
+  # Of questions: each row's question, context, first token shown and its column.
+  windows: np.ndarray
+  contexts: list[tuple[str, Located]]
+  answers: list[list[str]]
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  @property
+  def num_choices(self) -> int:
+    """The most options that a row has."""
+    return int(np.add.reduceat(self.begins, self.offsets[:-1], dtype=np.int64).max())
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """sha256 of all that a model learns from."""
+    whole = hashlib.sha256(repr((self.kind, self.label_names)).encode())
+    for array in (self.offsets, self.tokens, self.token_types, self.begins,
+                  self.token_labels, self.labels):  # fmt: skip
+      whole.update(f"{array.dtype} {array.shape}".encode())
+      whole.update(np.ascontiguousarray(array))
+    return whole.hexdigest()
+
+  @property
+  def references(self) -> np.ndarray | list:
+    """What training/scores.py compares predictions with: the true answer of each.
+
+    classify, choice: int32 N. tag: an int32 array a sentence. qa: a list of right
+    texts a question, empty if there is no answer.
+    """
+    if self.kind == "qa":
+      return self.answers
+    if self.kind == "tag":
+      rows = np.split(self.token_labels, self.offsets[1:-1])
+      return [row[row >= 0] for row in rows]
+    return self.labels[:, 0]
+
+  def scored(self, predicted_NR: np.ndarray, scores_N2: np.ndarray | None = None):
+    """Returns (predictions, references) in the form that `references` has.
+
+    Args:
+      predicted_NR: of the first N rows in order, padding rows after the last allowed;
+        like `labels` in batches.
+      scores_N2: qa: scores of the span and of "no answer here", as best_spans gives.
+    """
+    count = min(len(predicted_NR), len(self))
+    if self.kind == "qa":
+      return self._read_answers(predicted_NR[:count], scores_N2[:count])
+    if self.kind == "tag":
+      predictions = []
+      for row in range(count):
+        own = self.token_labels[self.offsets[row] : self.offsets[row + 1]]
+        predictions.append(predicted_NR[row, : len(own)][own >= 0])
+      return predictions, self.references[:count]
+    return predicted_NR[:count, 0], self.references[:count]
+
+  def _read_answers(self, spans_N2: np.ndarray, scores_N2: np.ndarray):
+    """The text of the best span over the windows of each question."""
+    count, windows = len(spans_N2), self.windows[: len(spans_N2)]
+    # The last question may have windows that were not scored.
+    questions = self.windows[count][0] if count < len(self) else len(self.answers)
+    may_be_empty = not all(self.answers)
+    texts, best = [""] * questions, np.full(questions, -np.inf)
+    none = np.full(questions, np.inf)
+    for row, (question, context, first, column) in enumerate(windows.tolist()):
+      if question >= questions:
+        break
+      none[question] = min(none[question], scores_N2[row, 1])
+      text, located = self.contexts[context]
+      start, stop = (spans_N2[row] - column + first).tolist()
+      inside = first <= start <= stop < len(located.ids)
+      if inside and scores_N2[row, 0] > best[question]:
+        best[question] = scores_N2[row, 0]
+        texts[question] = text[located.starts[start] : located.ends[stop]]
+    if may_be_empty:
+      texts = [text if best[i] > none[i] else "" for i, text in enumerate(texts)]
+    return texts, self.answers[:questions]
+
+
+def load_examples(
+  task: ConfigDict,
+  tokenizer,
+  seq_len: int,
+  *,
+  causal: bool,
+  validation_fraction: float,
+  num_threads: int = 1,
+  chat_template: object = None,
+  training: bool = True,
+) -> tuple[Examples | None, Examples | None]:
+  """Reads, checks and tokenises config.task's records; returns (train, validation).
+
+  Without validation records of their own, `validation_fraction` of the records is held
+  out by a hash of their text; validation is None if that is 0.
+
+  Args:
+    causal: lay rows out with bos and eos rather than [CLS] and [SEP].
+    chat_template: what encode_chat takes.
+    training: False reads validation records alone, if task.labels names the classes
+      or there are none to name; train is then None.
+  Raises:
+    ConfigError, MissingInputError, DataError: with the file and line where known.
+  """
+  encoder = Encoder(task, tokenizer, seq_len, causal, num_threads, chat_template)
+  own, classes = has_validation(task), task.kind in ("classify", "tag")
+  other = open_records(task, validation=True) if own else None
+  labels = Labels(task.labels or find_label_names(other, encoder))
+  seen_names = not classes or not labels.open
+  main = open_records(task) if training or not own or not seen_names else None
+  if labels.open:
+    labels = Labels(find_label_names(main, encoder))
+  splits = {name: Rows(tokenizer.vocab_size) for name in ("train", "validation")}
+  if main:
+    fraction = 0.0 if own else validation_fraction
+    records = split_records(main, encoder, fraction)
+    if not training and seen_names:
+      records = (pair for pair in records if pair[0] == "validation")
+    encode_splits(encoder, records, labels, splits)
+  renumber = labels.close() if classes else None
+  if classes and len(labels.names) < 2:
+    given = f"labels: {' '.join(labels.names) or 'none'}"
+    raise wrong(f"config.task.path={task.path}", given, "two classes or more")
+  train = None
+  if training:
+    if not splits["train"].lengths:
+      raise nothing(main, splits["train"])
+    train = to_examples(splits["train"], task, seq_len, labels, renumber)
+  if other:
+    encode_splits(encoder, (("validation", r) for r in other.read()), labels, splits)
+    renumber = None  # these were numbered in the settled order
+  elif not validation_fraction:
+    return train, None
+  if not splits["validation"].lengths:
+    raise nothing(other or main, splits["validation"], held_out=not own)
+  return train, to_examples(splits["validation"], task, seq_len, labels, renumber)
+
+
+def find_label_names(records: Records | None, encoder: Encoder) -> tuple[str, ...]:
+  """The names of the classes where the data set tells them, as TFDS does."""
+  return records.class_names.get(encoder.columns[2], ()) if records else ()
+
+
+def split_records(
+  records: Records, encoder: Encoder, fraction: float
+) -> Iterator[tuple[str, Record]]:
+  """Yields (split, record): "validation" for `fraction` of them."""
+  for record in records.read():
+    split = "train"
+    if fraction:
+      split = split_of(split_key(record, encoder).encode(), fraction)
+    yield split, record
+
+
+def encode_splits(
+  encoder: Encoder, records, labels: Labels, splits: dict[str, Rows]
+) -> None:
+  """Encodes records into the rows of their split, CHUNK at a time."""
+  waiting: dict[str, list[Record]] = {name: [] for name in splits}
+  for split, record in records:
+    waiting[split].append(record)
+    if len(waiting[split]) == RECORDS_TOGETHER:
+      encoder.encode(waiting[split], labels, splits[split])
+      waiting[split] = []
+  for split, rest in waiting.items():
+    if rest:
+      encoder.encode(rest, labels, splits[split])
+
+
+def nothing(records: Records, rows: Rows, held_out: bool = False) -> errors.DataError:
+  if held_out:
+    return wrong(
+      f"{records.path} as validation records", "none were held out",
+      "at least one", "config.task.validation_path, or more of "
+      "config.data.validation_fraction, or 0 for no validation",
+    )  # fmt: skip
+  found = "; ".join(f"{what}: {n}" for what, n in rows.problems.items() if n)
+  return wrong(records.path, f"no examples in it ({found or 'empty'})", "at least one")
+
+
+def to_examples(
+  rows: Rows, task: ConfigDict, seq_len: int, labels: Labels, renumber
+) -> Examples:
+  """The rows as arrays; `renumber`: the settled number of each label as it was read."""
+  kind, count = task.kind, len(rows.lengths)
+  offsets = np.concatenate([[0], np.cumsum(rows.lengths, dtype=np.int64)])
+  flat = {
+    "tokens": np.frombuffer(rows.tokens, rows.dtype),
+    "token_types": np.frombuffer(rows.types, np.uint8),
+    "begins": np.frombuffer(rows.begins, np.uint8),
+    "token_labels": np.frombuffer(rows.token_labels, np.int32),
+  }
+  own = np.frombuffer(rows.labels, np.int32).reshape(count, -1)
+  if renumber is not None and kind == "tag":
+    known = flat["token_labels"]
+    flat["token_labels"] = np.where(known >= 0, renumber[known], -1).astype(np.int32)
+  elif renumber is not None:
+    own = renumber[own]
+  if kind == "chat" and task.pack:
+    groups = pack(rows.lengths, seq_len)
+    order = [row for group in groups for row in group]
+    flat = {name: reorder(array, offsets, order) for name, array in flat.items()}
+    sizes = [sum(rows.lengths[row] for row in group) for group in groups]
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    own = own.reshape(len(groups), 0)
+  return Examples(
+    kind=kind,
+    label_names=labels.names,
+    offsets=offsets,
+    labels=own,
+    problems={what: n for what, n in sorted(rows.problems.items()) if n},
+    windows=np.array(rows.windows, np.int32).reshape(-1, 4),
+    contexts=rows.contexts,
+    answers=rows.answers,
+    **flat,
+  )
+
+
+def reorder(flat: np.ndarray, offsets: np.ndarray, order: list[int]) -> np.ndarray:
+  """The rows of a flat array one after another in another order."""
+  if not len(flat):
+    return flat
+  return np.concatenate([flat[offsets[row] : offsets[row + 1]] for row in order])
+
+
+@dataclasses.dataclass
+class ExampleBatches:
+  """`batches[t]` is batch t of training; `first_row` and `num_rows` cut out one host's.
+
+  Every example comes once an epoch. With `in_order`, batch t holds rows t*B.., each
+  once, and the last batch is filled with padding: that is how models are scored.
+  """
+
+  examples: Examples
+  seq_len: int
+  batch_size: int
+  seed: int
+  vocab_size: int
+  pad_id: int
+  in_order: bool = False
+  first_row: int = 0
+  num_rows: int = 0
+
+  def __post_init__(self):
+    self.num_rows = self.num_rows or self.batch_size
+    largest = int(self.examples.tokens.max(initial=0))
+    if largest >= self.vocab_size:
+      raise errors.ConfigError(
+        "config.model.vocab_size",
+        self.vocab_size,
+        f"more than {largest}, a token of the examples",
+        "the vocabulary size of the tokenizer",
+      )
+    kind = self.examples.kind
+    self._num_choices = self.examples.num_choices if kind == "choice" else 0
+
+  def __len__(self) -> int:
+    """Batches that hold every row once."""
+    return -(-len(self.examples) // self.batch_size)
+
+  def rows(self, step: int) -> np.ndarray:
+    """The rows of the examples that this host reads for batch `step`; -1 is padding."""
+    first, size = step * self.batch_size + self.first_row, len(self.examples)
+    number = np.arange(first, first + self.num_rows)
+    if self.in_order:
+      return np.where(number < size, number, -1)
+    row = np.empty_like(number)
+    for epoch in np.unique(number // size):
+      here = number // size == epoch
+      row[here] = permute(number[here] % size, size, derive_key(self.seed, 0, epoch))
+    return row
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    own, rows = self.examples, self.rows(step)
+    shape = (self.num_rows, self.seq_len)
+    arrays = {
+      "tokens": np.full(shape, max(self.pad_id, 0), np.int32),
+      "segment_ids": np.zeros(shape, np.int32),
+      "positions": np.zeros(shape, np.int32),
+    }
+    chat = own.kind == "chat"
+    if chat:
+      arrays["targets"] = np.full(shape, -1, np.int32)
+    else:
+      arrays["token_types"] = np.zeros(shape, np.int32)
+      width = self.seq_len if own.kind == "tag" else own.labels.shape[1]
+      arrays["labels"] = np.full((self.num_rows, width), -1, np.int32)
+    if own.kind == "choice":
+      arrays["starts"] = np.full((self.num_rows, self._num_choices), -1, np.int32)
+    for i, row in enumerate(rows.tolist()):
+      if row >= 0:
+        self._fill(arrays, i, row)
+    return arrays
+
+  def _fill(self, arrays: dict[str, np.ndarray], i: int, row: int) -> None:
+    """Writes a row of the examples into row i of a batch."""
+    own = self.examples
+    at = slice(own.offsets[row], own.offsets[row + 1])
+    length = at.stop - at.start
+    arrays["tokens"][i, :length] = own.tokens[at]
+    arrays["segment_ids"][i, :length] = 1
+    arrays["positions"][i, :length] = np.arange(length)
+    if len(own.begins):
+      segments = np.cumsum(own.begins[at], dtype=np.int32)
+      starts = np.flatnonzero(own.begins[at])
+      arrays["segment_ids"][i, :length] = segments
+      arrays["positions"][i, :length] -= starts[segments - 1].astype(np.int32)
+    if own.kind == "chat":
+      arrays["targets"][i, :length] = own.token_labels[at]
+      return
+    arrays["token_types"][i, :length] = own.token_types[at]
+    if own.kind == "tag":
+      arrays["labels"][i, :length] = own.token_labels[at]
+    else:
+      arrays["labels"][i] = own.labels[row]
+    if own.kind == "choice":
+      arrays["starts"][i, : len(starts)] = starts

@@ -1,0 +1,251 @@
+"""Labelled records to fine-tune on: csv, tsv, jsonl, SQuAD's json, CoNLL and TFDS.
+
+A record is a dict of named fields, as the file has them, with the place it was read
+from: what is wrong with one is said with its file and line. Nothing is repaired here,
+unlike in texts for pretraining: people make labelled files, and can mend them.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from flaxlm import errors
+from flaxlm.data.text import formats
+from flaxlm.data.text import tfds as tfds_text
+from flaxlm.data.text.formats import (
+  Record,
+  csv_rows,
+  no_column,
+  table_records,
+  text_lines,
+  tsv_rows,
+  wrong,
+)
+from flaxlm.data.text.tfds import tfds_examples
+
+FORMATS = {  # by the ending of the path; all else is TFDS's
+  "csv": "csv",
+  "tsv": "tsv",
+  "jsonl": "jsonl",
+  "json": "squad",
+  "conll": "conll",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Where the columns of a kind are if the config does not say: text, text_pair, label.
+COLUMNS = {
+  "classify": ("text", "", "label"),
+  "tag": ("tokens", "", "tags"),
+  "qa": ("question", "context", "answers"),
+  "choice": ("query", "", "gold"),
+  "chat": ("messages", "", ""),
+}
+
+
+class Records(NamedTuple):
+  """An opened set of records."""
+
+  path: str
+  class_names: dict[
+    str, tuple[str, ...]
+  ]  # of TFDS's columns, in the order of their ids
+  read: Callable[[], Iterator[Record]]
+
+
+def columns(task: ConfigDict) -> tuple[str, str, str]:
+  """The names of the text, text_pair and label columns: the config's, or the usual."""
+  given = (task.text, task.text_pair, task.label)
+  return tuple(a or b for a, b in zip(given, COLUMNS[task.kind], strict=True))
+
+
+def choice_columns(task: ConfigDict) -> tuple[str, ...]:
+  """The column that lists the options of a choice, or a column for each of them."""
+  return tuple(task.choices) or ("choices",)
+
+
+def has_validation(task: ConfigDict) -> bool:
+  """Whether validation records are named, or must be held out of the others."""
+  if task.validation_path:
+    return True
+  return find_format(task, "path") == "tfds" and bool(task.validation_split)
+
+
+def open_records(task: ConfigDict, validation: bool = False) -> Records:
+  """Opens config.task's training or validation records.
+
+  Raises:
+    ConfigError, MissingInputError: there is no such file, data set or split.
+    DataError: while reading, for the first record that is not as its format asks.
+  """
+  knob = "validation_path" if validation and task.validation_path else "path"
+  path = task[knob]
+  if not path:
+    raise errors.ConfigError(
+      f"config.task.{knob}", "''", f"where the records of task.kind={task.kind} are",
+      "train.csv or a TFDS name such as glue/sst2",
+    )  # fmt: skip
+  kind = find_format(task, knob)
+  if kind == "tfds":
+    return open_tfds_records(task, path, "validation_split" if validation else "split")
+  files = formats.find_files(f"config.task.{knob}", path)
+  names = task.columns
+
+  def read() -> Iterator[Record]:
+    for file in files:
+      if kind in ("csv", "tsv"):
+        rows = csv_rows(file) if kind == "csv" else tsv_rows(file)
+        yield from table_records(file, rows, names)
+      elif kind == "jsonl":
+        yield from json_records(file)
+      elif kind == "squad":
+        yield from squad_records(file)
+      else:
+        yield from conll_records(file, names, columns(task))
+
+  return Records(path, {}, read)
+
+
+def find_format(task: ConfigDict, knob: str) -> str:
+  """The format of the records at a path: the config's, or by the ending."""
+  if task.format != "auto":
+    return task.format
+  name = os.path.basename(task[knob]).lower()
+  for ending in COMPRESSED:
+    name = name.removesuffix(ending)
+  if (ending := name.rpartition(".")[2]) in FORMATS:
+    return FORMATS[ending]
+  local = os.path.expanduser(task[knob])
+  if glob.has_magic(local) or os.path.isfile(local):
+    raise errors.ConfigError(
+      "config.task.format", f"auto, with config.task.{knob}={task[knob]}",
+      f"a path that ends in {' '.join(FORMATS)}, or the format", "csv",
+    )  # fmt: skip
+  return "tfds"
+
+
+def json_records(file: str) -> Iterator[Record]:
+  for number, line in text_lines(file):
+    if not line.strip():
+      continue
+    try:
+      fields = json.loads(line)
+    except ValueError as error:
+      given = " ".join(str(error).split())
+      raise wrong(f"{file} line {number}", given, "one JSON object a line") from None
+    if not isinstance(fields, dict):
+      given = f"a JSON {type(fields).__name__}"
+      raise wrong(f"{file} line {number}", given, "one JSON object a line")
+    yield Record(fields, file, "line", number)
+
+
+def squad_records(file: str) -> Iterator[Record]:
+  """One record a question, with the fields that TFDS's squad has."""
+  needed = "SQuAD's form: data[].paragraphs[].{context, qas[].{question, answers}}"
+  number = 0
+  try:
+    text = "".join(line for _, line in text_lines(file))
+    for article in json.loads(text)["data"]:
+      for paragraph in article["paragraphs"]:
+        for question in paragraph["qas"]:
+          number += 1
+          fields = {"context": paragraph["context"], "answers": [], **question}
+          yield Record(fields, file, "question", number)
+  except (KeyError, TypeError) as error:
+    given = f"{type(error).__name__}: {error}"
+    raise wrong(f"{file} after question {number}", given, needed) from None
+  except json.JSONDecodeError as error:
+    raise wrong(file, f"no JSON: {error}", needed) from None
+
+
+def conll_records(
+  file: str, names: tuple[str, ...], usual: tuple[str, str, str]
+) -> Iterator[Record]:
+  """One record a sentence: lists of the columns, which tabs or spaces part.
+
+  Without names, the first column holds the words and the last one the tags.
+  """
+  rows, first = [], 0
+  for number, line in text_lines(file):
+    line = line.rstrip("\r\n")
+    values = line.split("\t") if "\t" in line else line.split()
+    if not values or values[0] == "-DOCSTART-":
+      if rows:
+        yield Record(sentence(rows, names, usual), file, "line", first)
+      rows = []
+      continue
+    width = len(rows[0]) if rows else len(values)
+    expected = len(names) or width
+    if len(values) != expected or expected < 2:
+      raise wrong(
+        f"{file} line {number}", f"{len(values)} columns: {line[:60]!r}",
+        f"{expected if expected > 1 else 'two or more'}, a word and its tags a line",
+      )  # fmt: skip
+    first = first if rows else number
+    rows.append(values)
+  if rows:
+    yield Record(sentence(rows, names, usual), file, "line", first)
+
+
+def sentence(rows: list, names: tuple[str, ...], usual: tuple[str, str, str]) -> dict:
+  by_column = [list(column) for column in zip(*rows, strict=True)]
+  if names:
+    return dict(zip(names, by_column, strict=True))
+  return {usual[0]: by_column[0], usual[2]: by_column[-1]}
+
+
+def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
+  """Opens a split of a TFDS data set, by its name or directory."""
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise errors.MissingInputError(
+      f"config.task.path={path} needs TensorFlow Datasets\n  given:  {error}\n"
+      "  needed: pip install tensorflow-datasets tensorflow-cpu"
+    ) from error
+  builder, split = tfds_text.find_builder(tfds, "config.task", path), task[knob]
+  if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
+    known = " ".join(builder.info.splits)
+    raise errors.ConfigError(
+      f"config.task.{knob}", repr(split), f"a split of {path}", known
+    )
+  features = builder.info.features
+  wanted = [*columns(task), *(choice_columns(task) if task.kind == "choice" else ())]
+  wanted = [name for name in wanted if name]
+  if missing := [name for name in wanted if name not in features]:
+    raise no_column(f"{path} {split}", missing[0], features)
+  names = {name: class_names(tfds, features[name]) for name in wanted}
+
+  def read() -> Iterator[Record]:
+    for number, example in enumerate(tfds_examples(builder, split, wanted), 1):
+      fields = {name: plain(example[name], names[name]) for name in wanted}
+      yield Record(fields, f"{path} {split}", "example", number)
+
+  return Records(path, names, read)
+
+
+def class_names(tfds, feature) -> tuple[str, ...]:
+  """The names of a ClassLabel, or of a sequence of them; of all else none."""
+  if isinstance(feature, tfds.features.ClassLabel):
+    return tuple(feature.names or ())
+  if isinstance(feature, tfds.features.Sequence):
+    return class_names(tfds, feature.feature)
+  return ()
+
+
+def plain(value, names: tuple[str, ...]) -> object:
+  """What TFDS yields as Python's own types; classes by their name, -1 as None."""
+  if isinstance(value, dict):
+    return {key: plain(item, names) for key, item in value.items()}
+  if isinstance(value, bytes):
+    return value.decode(errors="replace")
+  if isinstance(value, list | tuple):
+    return [plain(item, names) for item in value]
+  if hasattr(value, "tolist"):  # numpy's
+    return plain(value.tolist(), names)
+  if names:
+    return names[value] if value >= 0 else None
+  return value

@@ -1,0 +1,1 @@
+"""Documents in: files, tables and data sets become a stream of texts."""

@@ -1,0 +1,278 @@
+"""Where documents come from: the standard library, text, tables, JSON lines, TFDS.
+
+A document is a run of `Piece`s, the last of which has `end` set, so that one of any
+size passes through bounded memory. Every piece says where the next document begins,
+and reading can start there: the order is fixed (sorted paths, stored order) and so is
+the cut into pieces. What is wrong with a text is repaired and noted in `problems`.
+"""
+
+import codecs
+import hashlib
+import json
+import lzma
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from flaxlm import errors
+from flaxlm.data.text import formats
+from flaxlm.data.text.formats import (
+  BAD_JSON,
+  BAD_SURROGATE,
+  BAD_UTF8,
+  BOM,
+  Parts,
+  clean,
+  damaged_file,
+  file_size,
+  find_files,
+  lines,
+  no_match,
+  open_binary,
+  open_stream,
+  text_chunks,
+)
+from flaxlm.tokenizer import sentencepiece
+
+# Tests, examples and installed packages: not prose, not the library, or not everywhere.
+STDLIB_SKIPS = {
+  "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+  "lib2to3", "turtledemo", "ensurepip", "lib-dynload",
+}  # fmt: skip
+
+
+class TextPiece(NamedTuple):
+  """Part of a document, or all of it."""
+
+  text: str  # at most tokenizer.PIECE characters
+  end: bool  # the document's last piece
+  position: tuple[int, int]  # of the next document: (file, documents before it there)
+  split: str  # "train" or "validation"; "" leaves it to the hash
+  problems: tuple[str, ...]
+
+
+class Corpus(NamedTuple):
+  """An opened source."""
+
+  files: list[str]
+  sizes: list[int]  # bytes on disk, to estimate what remains
+  fingerprint: str  # of what would be read
+  read: Callable[[tuple[int, int]], Iterator[TextPiece]]  # from a position
+
+
+def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
+  """Opens the source that the config calls `name`; TFDS is catalogue.py's.
+
+  With `tail`, the last fraction `tail` of the characters of each text file is its
+  validation split, as in nanoGPT.
+  """
+  key = f"config.data.sources.{name}"
+  if source.validation_split:
+    raise errors.ConfigError(
+      f"{key}.validation_split", source.validation_split, "'' unless kind is tfds",
+      "config.data.split chooses how other sources are split",
+    )  # fmt: skip
+  if source.kind == "stdlib":
+    files, base = stdlib_files()
+  else:
+    files, base = find_files(f"{key}.path", source.path), ""
+  sizes = [file_size(file) for file in files]
+
+  def read(position=(0, 0)) -> Iterator[TextPiece]:
+    for number in range(position[0], len(files)):
+      skip = position[1] if number == position[0] else 0
+      yield from to_pieces(split_parts(files[number], source, tail), number, skip)
+
+  names = [os.path.relpath(f, base) if base else os.path.basename(f) for f in files]
+  listing = json.dumps(list(zip(names, sizes, strict=True))).encode()
+  return Corpus(files, sizes, hashlib.sha256(listing).hexdigest(), read)
+
+
+def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple]:
+  """Yields (split, parts) of one file: one with split "", or its head and its tail."""
+  if source.kind == "jsonl":
+    yield "", json_documents(file, source.field)
+  elif source.kind == "parquet":
+    yield "", parquet_documents(file, source.field)
+  elif source.kind in ("csv", "tsv"):
+    yield "", table_documents(file, source.kind, source.field)
+  elif not tail:
+    yield "", text_documents(text_chunks(file), source.document)
+  else:
+    total = sum(len(text) for text, _ in text_chunks(file))
+    middle = int(total * (1 - tail))
+    for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
+      chunks = slice_chunks(text_chunks(file), start, stop)
+      yield split, text_documents(chunks, source.document)
+
+
+def to_pieces(
+  splits: Iterable[tuple[str, Parts]], file: int, skip: int, number: int = 0
+) -> Iterator[TextPiece]:
+  """Cuts documents into pieces; the first is number `number`, those below `skip` go."""
+  for split, parts in splits:
+    buffer, problems = "", ()
+    for text, end, found in parts:
+      if number < skip:
+        number += end
+        continue
+      buffer += text
+      problems += found
+      if end or len(buffer) > sentencepiece.PIECE:
+        *whole, buffer = sentencepiece.cut(buffer, sentencepiece.PIECE)
+        for text in whole:
+          yield TextPiece(text, False, (file, number), split, problems)
+          problems = ()
+      if end:
+        number += 1
+        yield TextPiece(buffer, True, (file, number), split, problems)
+        buffer, problems = "", ()
+
+
+def stdlib_files() -> tuple[list[str], str]:
+  """The .py files of the running interpreter's library, about 12 MB, and their root."""
+  root = sysconfig.get_path("stdlib")
+  found = []
+  for folder, folders, files in os.walk(root):
+    folders[:] = [f for f in folders if f not in STDLIB_SKIPS and "config-" not in f]
+    found += [os.path.join(folder, f) for f in files if f.endswith(".py")]
+  if not found:
+    raise no_match("kind=stdlib", root, "a Python that has its library")
+  return sorted(found), root
+
+
+def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
+  """Yields the part of the text that lies between characters `start` and `stop`."""
+  offset = 0
+  for text, problems in chunks:
+    part = text[max(start - offset, 0) : max(stop - offset, 0)]
+    offset += len(text)
+    if part:
+      yield part, problems
+
+
+def text_documents(chunks: Iterable, unit: str) -> Parts:
+  """Parts the text of a file into documents: the file, its paragraphs or its lines."""
+  if unit == "file":
+    for text, problems in chunks:
+      yield text, False, problems
+    yield "", True, ()
+  elif unit == "line":
+    yield from lines(chunks)
+  else:
+    yield from paragraphs(lines(chunks))
+
+
+def paragraphs(lines: Parts) -> Parts:
+  """Joins lines into documents that blank lines part."""
+  inside = started = False  # in a paragraph; in a line of which some was passed on
+  space, carried = "", ()  # the beginning of a line that may turn out to be blank
+  for text, end, problems in lines:
+    if not started:
+      text, problems = space + text, carried + problems
+      space, carried = "", ()
+      if not text.strip() and len(text) < sentencepiece.PIECE:
+        carried = problems
+        if not end:
+          space = text
+        elif inside:
+          inside = False
+          yield "", True, ()
+        continue
+      text = "\n" + text if inside else text
+      inside = True
+    yield text, False, problems
+    started = not end
+  if inside:
+    yield "", True, ()
+
+
+def json_documents(path: str, field: str) -> Parts:
+  """The texts in `field` of a file of one JSON object a line."""
+  found = False
+  try:
+    with open_stream(path) as stream:
+      for number, line in enumerate(stream):
+        problems = ()
+        if not number and line.startswith(codecs.BOM_UTF8):
+          line, problems = line.removeprefix(codecs.BOM_UTF8), (BOM,)
+        if not line.strip():
+          continue
+        try:
+          record = parse_json(line.decode())
+        except UnicodeDecodeError:
+          record = parse_json(line.decode(errors="replace"))
+          problems += (BAD_UTF8,)
+        text = record.get(field) if isinstance(record, dict) else None
+        if isinstance(record, dict) and field not in record and not found:
+          raise no_field(path, field, record)
+        if not isinstance(text, str):
+          yield "", True, (*problems, BAD_JSON)
+          continue
+        found = True
+        text, more = clean(text, BAD_SURROGATE)
+        yield text, True, problems + more
+  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    raise damaged_file(path, error, "a whole file of JSON lines") from error
+
+
+def parse_json(text: str) -> object:
+  try:
+    return json.loads(text)
+  except ValueError:
+    return None
+
+
+def no_field(where: str, field: str, has: Iterable[str]) -> errors.DataError:
+  return errors.DataError(
+    f"there is no field {field!r} to take the text from\n  given:  {where} with fields "
+    f"{' '.join(map(str, has))}\n  needed: the field that holds the text\n"
+    "  try:    --config.data.sources.NAME.field=FIELD"
+  )
+
+
+def parquet_documents(path: str, field: str) -> Parts:
+  """The texts in column `field` of a parquet file, a row group at a time at most."""
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    with open_binary(path) as file, parquet.ParquetFile(file) as table:
+      if field not in table.schema_arrow.names:
+        raise no_field(path, field, table.schema_arrow.names)
+      for batch in table.iter_batches(batch_size=256, columns=[field]):
+        for value in batch.column(0).to_pylist():
+          yield record_text(value)
+  except (pyarrow.ArrowException, OSError) as error:
+    raise damaged_file(path, error, "a parquet file") from error
+
+
+def table_documents(path: str, kind: str, field: str) -> Parts:
+  """The texts in column `field` of a table whose first line names the columns."""
+
+  rows = formats.csv_rows(path) if kind == "csv" else formats.tsv_rows(path)
+  for record in formats.table_records(path, rows, ()):
+    if field not in record.fields:
+      raise no_field(path, field, record.fields)
+    yield record_text(record.fields[field])
+
+
+def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
+  """A whole document from the value of a record's text field."""
+  if isinstance(value, bytes):
+    text, problems = clean(value.decode(errors="surrogateescape"), BAD_UTF8)
+  elif isinstance(value, str):
+    text, problems = clean(value, BAD_SURROGATE)
+  else:
+    text, problems = "", (BAD_JSON,)
+  return text, True, problems
+
+
+def split_of(text: bytes, fraction: float) -> str:
+  """The split of the document that begins with `text`: equal documents, equal split."""
+  number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+  return "validation" if number < fraction * 2**64 else "train"

@@ -1,0 +1,102 @@
+"""Sliding windows and layer patterns, as Hugging Face's config.json writes them."""
+
+from flaxlm.errors import DataError
+from flaxlm.interop.family import Family
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+WINDOW_KEYS = {
+  "none": (),
+  "all": ("sliding_window",),
+  "qwen": (
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+  ),
+  "qwen3_moe": ("sliding_window", "use_sliding_window", "max_window_layers"),
+  "gemma": ("sliding_window", "layer_types", "sliding_window_pattern"),
+  "modernbert": ("local_attention", "layer_types", "global_attn_every_n_layers"),
+}
+
+
+def wrong_hf_value(key: str, given: object, needed: str) -> DataError:
+  return DataError(
+    f"config.json: {key} cannot be used\n  given:  {given}\n  needed: {needed}"
+  )
+
+
+def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
+  """Returns what each layer sees, by our count; 0 is all.
+
+  Args:
+    hf: config.json, completed by the defaults of the family.
+  Raises:
+    DataError: kinds of layers that we do not know, or no window for local ones.
+  """
+  kind = family.window
+  if kind == "none":
+    return [0] * num_layers
+  if kind in ("all", "qwen3_moe"):
+    used = kind == "all" or hf.get("use_sliding_window")
+    return [(hf["sliding_window"] or 0) if used else 0] * num_layers
+  types = hf.get("layer_types")
+  if types is None:
+    is_local = default_pattern(kind, hf, num_layers)
+    types = [LOCAL if local else GLOBAL for local in is_local]
+  if len(types) != num_layers or not set(types) <= {GLOBAL, LOCAL}:
+    given = f"{len(types)} of {' '.join(sorted(set(types)))}"
+    raise wrong_hf_value("layer_types", given, f"{num_layers} of {GLOBAL} or {LOCAL}")
+  if LOCAL not in types:
+    return [0] * num_layers
+  if kind == "modernbert":
+    window = hf["local_attention"] // 2 + 1  # half on each side, and the token itself
+  else:
+    window = hf["sliding_window"]
+  if not window or (kind == "qwen" and not hf.get("use_sliding_window")):
+    raise wrong_hf_value("layer_types", f"{LOCAL} without a window", "sliding_window")
+  return [window if name == LOCAL else 0 for name in types]
+
+
+def default_pattern(kind: str, hf: dict, layers: int) -> list[bool]:
+  """Which layers are local where `layer_types` does not say."""
+  if kind == "modernbert":
+    return [i % hf["global_attn_every_n_layers"] > 0 for i in range(layers)]
+  if kind == "gemma":
+    return [(i + 1) % hf["sliding_window_pattern"] > 0 for i in range(layers)]
+  if not hf.get("use_sliding_window"):
+    return [False] * layers
+  if "qkv_bias" in hf:  # Qwen 2 MoE: its rule has changed between versions
+    raise wrong_hf_value("use_sliding_window", True, "layer_types beside it")
+  return [i >= hf["max_window_layers"] for i in range(layers)]
+
+
+def write_windows(family: Family, windows: list[int]) -> dict[str, object]:
+  """The keys of config.json for the windows of the layers."""
+  window, kind = max(windows), family.window
+  if kind == "none":
+    return {}
+  if kind == "all":
+    return {"sliding_window": window or None}
+  if kind == "qwen3_moe":
+    return {"sliding_window": window or None, "use_sliding_window": window > 0}
+  types = [LOCAL if w else GLOBAL for w in windows]
+  written = {"layer_types": types}
+  if kind == "qwen":
+    first_local = types.index(LOCAL) if window else len(types)
+    return written | {
+      "sliding_window": window or None,
+      "use_sliding_window": window > 0,
+      "max_window_layers": first_local,
+    }
+  if kind == "gemma":
+    written["sliding_window"] = window or family.defaults["sliding_window"]
+    key = "sliding_window_pattern"
+  else:
+    written["local_attention"] = 2 * (window - 1) if window else 128
+    key = "global_attn_every_n_layers"
+  # The older key, if the layers follow its rule.
+  local = [w > 0 for w in windows]
+  for period in range(1, len(local) + 2):
+    if default_pattern(kind, {key: period}, len(local)) == local:
+      return written | {key: period}
+  return written

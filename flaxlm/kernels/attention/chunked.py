@@ -1,0 +1,158 @@
+"""Attention whose memory grows with the length of a row, not with its square.
+
+Each block of queries walks over the blocks of keys that it can see: from the first to
+the last, by causality, window and documents. Those outside are not computed. Scores
+exist for one block of queries and one of keys at a time.
+
+Dims beside the legend's: P blocks of l queries · J blocks of m keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flaxlm.kernels.attention import blockwise
+from flaxlm.kernels.attention.blockwise import Keys, Queries, Rule
+
+LARGEST_BLOCK = (
+  128  # tokens; of 64, 128 and 256 the fastest on a CPU, whose cache it fits
+)
+# From so many tokens a row on chunks pay. On a CPU, forward and backward with the heads
+# of GPT-2 124M, they need 4/3 of the time of whole scores at 512 and 1,024 tokens and
+# 9/8 at 2,048 (AVX-512; AVX2: 8/5 to 9/5), but a tenth of the memory there
+# (tests/benchmarks/attention_speed.py).
+# On accelerators that is unmeasured: there it is where whole scores outgrow all else.
+LEAST = {"cpu": 2048}
+LEAST_ELSEWHERE = 4096
+
+
+def block_size(length: int) -> int:
+  """The largest divisor of `length` that is at most BLOCK."""
+  return max(m for m in range(1, min(length, LARGEST_BLOCK) + 1) if length % m == 0)
+
+
+def pays(platform: str, L: int, M: int) -> bool:
+  """Whether chunks are the better way for these shapes."""
+  least = LEAST.get(platform, LEAST_ELSEWHERE)
+  return min(L, M) >= least and min(block_size(L), block_size(M)) >= LARGEST_BLOCK // 2
+
+
+def chunked_attention(
+  q_BLNH: jax.Array,
+  k_BMKH: jax.Array,
+  v_BMKH: jax.Array,
+  sinks_N: jax.Array | None,
+  q_segment_ids_BL: jax.Array | None,
+  k_segment_ids_BM: jax.Array | None,
+  k_prefix_BM: jax.Array | None,
+  q_offset: jax.Array | int,
+  causal: bool,
+  window: jax.Array | int,
+  scale: float,
+  softcap: float,
+) -> jax.Array:
+  """Returns what `attention` returns; a query that sees no key gets 0."""
+  L, N = q_BLNH.shape[1:3]
+  M, K = k_BMKH.shape[1:3]
+  length, size = block_size(L), block_size(M)
+  out_PBKGlH = chunked(
+    Rule(causal, scale, softcap),
+    blockwise.split_heads(q_BLNH, length, K),
+    blockwise.split_heads(k_BMKH, size),
+    blockwise.split_heads(v_BMKH, size),
+    None if sinks_N is None else sinks_N.reshape(K, N // K),
+    blockwise.split_blocks(q_segment_ids_BL, length),
+    blockwise.split_blocks(k_segment_ids_BM, size),
+    blockwise.split_blocks(k_prefix_BM, size),
+    jnp.asarray(q_offset, jnp.int32),
+    jnp.asarray(window, jnp.int32),
+  )
+  return blockwise.join_heads(out_PBKGlH)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked(rule: Rule, *arrays):
+  """`chunked_attention` on blocks: PBKGlH, in the type of the queries."""
+  return chunked_fwd(rule, *arrays)[0]
+
+
+def chunked_fwd(
+  rule, q_PBKGlH, k_JBKmH, v_JBKmH, sinks_KG, q_segments, k_segments, prefix, offset,
+  window,
+):  # fmt: skip
+  # Masks depend on no weight: in a scan over layers JAX would compute all of them once,
+  # and keep L x M of them. The barrier makes them depend on the queries of this layer.
+  offset, q_PBKGlH, q_segments = jax.lax.optimization_barrier(
+    (offset, q_PBKGlH, q_segments)
+  )
+  P, length = q_PBKGlH.shape[::4]
+  J, size = k_JBKmH.shape[::3]
+  queries = Queries(offset + length * jnp.arange(P), q_PBKGlH, q_segments)
+  keys = Keys(size * jnp.arange(J), k_JBKmH, v_JBKmH, k_segments, prefix)
+
+  def block(_, one):
+    queries, first, last = one
+
+    def visit(j, state):
+      return blockwise.see(rule, window, state, queries, take(keys, j))
+
+    state = blockwise.start(queries.q_BKGlH, sinks_KG)
+    state = jax.lax.fori_loop(first, last, visit, state)
+    return None, blockwise.finish_rows(state, q_PBKGlH.dtype)
+
+  reach = reaches(rule, window, queries, keys)
+  _, (out_PBKGlH, lse_PBKGl) = jax.lax.scan(block, None, (queries, *reach))
+  out_PBKGlH, lse_PBKGl = checkpoint_name((out_PBKGlH, lse_PBKGl), "attention")
+  saved = (window, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl)
+  return out_PBKGlH, saved
+
+
+def chunked_bwd(rule, saved, dout_PBKGlH):
+  window, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl = saved
+  queries = blockwise.with_gradient(queries, out_PBKGlH, lse_PBKGl, dout_PBKGlH)
+
+  def block(dkv_J, one):
+    queries, first, last = one
+
+    def visit(j, gradients):
+      dq_BKGlH, dkv_J = gradients
+      dq_BKGlH, dkv_BKmH = blockwise.see_back(
+        rule, window, dq_BKGlH, take(dkv_J, j), queries, take(keys, j)
+      )
+      return dq_BKGlH, jax.tree.map(lambda x, y: x.at[j].set(y), dkv_J, dkv_BKmH)
+
+    dq_BKGlH = jnp.zeros(queries.q_BKGlH.shape, jnp.float32)
+    dq_BKGlH, dkv_J = jax.lax.fori_loop(first, last, visit, (dq_BKGlH, dkv_J))
+    return dkv_J, dq_BKGlH.astype(queries.q_BKGlH.dtype)
+
+  values = (keys.k_BKmH, keys.v_BKmH)
+  zeros_J = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values)
+  reach = reaches(rule, window, queries, keys)
+  dkv_J, dq_PBKGlH = jax.lax.scan(block, zeros_J, (queries, *reach))
+  dk_JBKmH, dv_JBKmH = jax.tree.map(lambda dx, x: dx.astype(x.dtype), dkv_J, values)
+  dsinks_KG = blockwise.sinks_gradient(sinks_KG, queries)
+  return dq_PBKGlH, dk_JBKmH, dv_JBKmH, dsinks_KG, None, None, None, None, None
+
+
+chunked.defvjp(chunked_fwd, chunked_bwd)
+
+
+def take(tree, j):
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), tree
+  )
+
+
+def reaches(rule: Rule, window, queries: Queries, keys: Keys) -> tuple:
+  """For each block of queries, the first block of keys to see, and the one after."""
+
+  def seen(queries, keys):
+    return blockwise.any_visible(rule, window, queries, keys)
+
+  seen_PJ = jax.vmap(lambda q: jax.vmap(lambda k: seen(q, k))(keys))(queries)
+  J = seen_PJ.shape[1]
+  first_P = jnp.argmax(seen_PJ, axis=1)
+  last_P = jnp.where(seen_PJ.any(1), J - jnp.argmax(seen_PJ[:, ::-1], axis=1), 0)
+  return first_P, last_P

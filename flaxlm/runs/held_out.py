@@ -1,0 +1,75 @@
+"""Evaluates a run on its held-out data."""
+
+import pathlib
+
+import jax
+
+from flaxlm.data.feed import Feed
+from flaxlm.data.tasks.scores import score_predictions
+from flaxlm.errors import DataError
+from flaxlm.parallel.mesh import axis_sizes, make_mesh
+from flaxlm.runs import directory, weights
+from flaxlm.runs.program import use_config_mesh
+from flaxlm.training.evaluation import evaluate, make_eval_step
+
+
+def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, float]:
+  """Returns the metrics of one checkpoint on config.data.store."""
+
+  from flaxlm.data.batches import word_frequencies
+  from flaxlm.data.feed import Feed
+  from flaxlm.runs.held_out import scorer
+  from flaxlm.tokenizer.files import find_tokenizer
+
+  mesh = make_mesh(**axis_sizes(config.mesh))
+  rules = config.mesh.rules.to_dict()
+  with use_config_mesh(config, mesh):
+    tokenizer, template = find_tokenizer(workdir) or "", workdir / directory.TEMPLATE
+    if template.exists():
+      config.task.chat_template = str(template)
+    feed = Feed(config, mesh, tokenizer, training=False)
+    if feed.validation is None:
+      raise DataError(
+        "there is no held-out text to evaluate on\n"
+        f"  given:  {config.data.store} (loader {config.data.loader})\n"
+        "  needed: a store prepared with config.data.validation_fraction above 0"
+      )
+    model, meta = weights.restore_model(workdir, config, mesh, rules, step)
+    if meta["tokenizer_sha256"] != feed.tokenizer_sha256:
+      raise DataError(
+        "the token store was made with another tokenizer than the model's\n"
+        f"  given:  {config.data.store}, {feed.tokenizer_sha256[:12]}\n"
+        f"  needed: {meta['tokenizer_sha256'][:12]}\n"
+        f"  try:    prepare it with --config.tokenizer.path={tokenizer}"
+      )
+    result = evaluate(
+      model,
+      feed.read_validation(),
+      jax.jit(make_eval_step()),
+      feed.bytes_per_token(),
+      score=scorer(feed),
+    )
+  result = {"step": meta["step"], **result}
+  if feed.examples is not None:
+    return result
+  if "bits_per_byte" in result:
+    unigram = word_frequencies.unigram_bits_per_byte(feed.train, feed.validation)
+    return result | {"unigram_bits_per_byte": unigram}
+  batches = feed.num_eval_batches
+  unigram = word_frequencies.unigram_nats(feed.train, feed.validation, batches)
+  return result | {"unigram_loss": unigram}
+
+
+def scorer(feed: Feed):
+  """What turns predicted labels into metrics, or None where words are predicted."""
+  if feed.examples is None or feed.examples.kind == "chat":
+    return None
+  examples = feed.validation.examples
+
+  def score_all(chosen, scores):
+    predictions, references = examples.scored(chosen, scores)
+    return score_predictions(
+      examples.kind, predictions, references, examples.label_names
+    )
+
+  return score_all

@@ -1,0 +1,178 @@
+"""What a run will compute, from shapes alone: its state, its step, its batch.
+
+The loop runs this; `flaxlm.plan` compiles the same for machines that are not here.
+"""
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxlm.config.rules import attention_case
+from flaxlm.data.batches import masking
+from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.errors import ConfigError
+from flaxlm.kernels.attention import choice
+from flaxlm.kernels.attention.choice import why_not
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.trees import named_leaves
+from flaxlm.parallel.placement import batch_sharding
+from flaxlm.parallel.sharding import check_split, use_mesh
+from flaxlm.runs import weights
+from flaxlm.runs.directory import KERNEL
+from flaxlm.training import lora
+from flaxlm.training.optim import make_optimizer
+from flaxlm.training.state import (
+  TrainState,
+  init_state,
+  make_train_step,
+  shardings_of,
+  with_shardings,
+)
+
+# XLA:CPU has two libraries for products. Its default, YNN, makes the steps of narrow
+# models 2 to 9% slower than Eigen, and those of GPT-2 124M a tenth faster (RESULTS.md).
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+WIDE = 768  # numbers a token, from which on YNN is faster
+
+
+class Program(NamedTuple):
+  tx: optax.GradientTransformation
+  learning_rate: Callable
+  init: Callable  # jitted: key -> TrainState
+  target: TrainState  # abstract, with shardings
+  assemble: Callable  # (what is trained, frozen weights or None) -> the model
+  train_step: Callable  # jitted: (state, batch, frozen weights or None)
+
+
+def use_config_mesh(
+  config, mesh: jax.sharding.Mesh
+) -> contextlib.AbstractContextManager:
+  """`use_mesh` as config.mesh asks for it; programs are traced inside."""
+  knobs = config.mesh
+  return use_mesh(mesh, knobs.rules.to_dict(), knobs.microbatches, knobs.stage_repeats)
+
+
+def build_program(config, mesh: jax.sharding.Mesh) -> Program:
+  """Returns what `config` computes on `mesh`; no weight is allocated.
+
+  Raises:
+    ConfigError: the mesh, its rules, the kernel or the unrolled layers do not suit the
+      model or the devices.
+  """
+  backend, platform = config.model.attention, mesh.devices.flat[0].platform
+  why = why_not(backend, attention_case(config, platform))
+  if backend != "auto" and why:
+    raise ConfigError("config.model.attention", backend, why, "auto")
+  check_unrolled(config.model, platform)
+  tx, learning_rate = make_optimizer(config.num_steps, **config.optim)
+  initial = make_init(config, tx)
+  with use_config_mesh(config, mesh):
+    rules = config.mesh.rules.to_dict()
+    state = jax.eval_shape(lambda: initial(jax.random.key(0)))
+    target = with_shardings(state, mesh, rules, config.step.offload_optimizer)
+    whole = target.model
+    if config.lora.rank:  # what is trained are small additions
+      whole = with_shardings(weights.abstract_model(config), mesh, rules)
+    check_split(named_leaves(whole), mesh)
+  # It runs once: LLVM at full strength takes longer than it saves (RESULTS.md).
+  options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+  init = jax.jit(initial, out_shardings=shardings_of(target), compiler_options=options)
+  assemble = weights.assembler(config)
+  train_step = jax.jit(
+    make_train_step(
+      tx, learning_rate, **config.step, seed=config.seed,
+      bias_rate=balancing_rate(config.model.moe), assemble=assemble,
+    ),
+    donate_argnums=0,
+    out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
+    compiler_options=step_options(config.model, platform),
+  )  # fmt: skip
+  return Program(tx, learning_rate, init, target, assemble, train_step)
+
+
+def check_unrolled(model, platform: str) -> None:
+  """Raises ConfigError if XLA would undo the remat that `model` asks for."""
+  unrolled = 1 < model.num_layers <= model.unroll
+  if platform == "cpu" and unrolled and model.remat != "none":
+    needed = (
+      f"fewer than the {model.num_layers} layers for config.model.remat={model.remat}: "
+      "on a CPU XLA merges what is computed again with what is there"
+    )
+    raise ConfigError("config.model.unroll", model.unroll, needed, "1")
+
+
+def step_options(model, platform: str) -> dict | None:
+  """XLA's options for the training step; none where this XLA does not know them."""
+  if platform != "cpu" or model.embed_dim >= WIDE:
+    return None
+  try:
+    jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
+  except jax.errors.JaxRuntimeError:  # the option is experimental: it may go
+    return None
+  return EIGEN
+
+
+def settle_attention(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
+  """Makes attention=auto one kernel, where it depends on what the doctor measured.
+
+  A resumed run keeps the kernel that it began with, whatever the doctor has found
+  since: the loop writes it to KERNEL.
+
+  Returns:
+    What that file is to say: device, version of JAX and kernel.
+  """
+  device, model = mesh.devices.flat[0], config.model
+  where = f"{device.device_kind}, jax {jax.__version__}: "
+  if model.attention == "auto" and device.platform in choice.FUSED:
+    file = workdir / KERNEL
+    before = file.read_text() if file.is_file() else ""
+    measured = choice.load_measured(device.device_kind, jax.__version__)
+    chosen = choice.choose_backend(attention_case(config, device.platform), measured)
+    begun = before.startswith(where)
+    model.attention = before.removeprefix(where).strip() if begun else chosen
+  return f"{where}{model.attention}\n"
+
+
+def make_init(config, tx) -> Callable:
+  """The function that makes the state of a new run from a random key."""
+  adapt = {}
+  if config.lora.rank:
+    adapt["adapt"] = functools.partial(lora.init, **config.lora, seed=config.seed)
+  return functools.partial(
+    init_state,
+    model_config=TransformerConfig(**config.model),
+    tx=tx,
+    ema_decay=config.step.ema_decay,
+    **adapt,
+  )
+
+
+def balancing_rate(moe) -> float:
+  return moe.bias_rate if moe.num_experts and moe.balance == "bias" else 0.0
+
+
+def abstract_batch(config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a batch of config.objective, with shardings and without contents."""
+  objective = masking.Objective(**config.objective)
+  data, vocab_size = config.data, config.model.vocab_size
+  vocabulary = None
+  if objective != masking.CAUSAL:
+    vocabulary = masking.synthetic_vocabulary(objective, vocab_size)
+  rows = SyntheticBatches(
+    data.seq_len, 1, config.seed, vocab_size, objective=objective, vocabulary=vocabulary
+  )[0]
+  return {
+    name: jax.ShapeDtypeStruct(
+      (data.batch_size, *row.shape[1:]),
+      row.dtype,
+      sharding=batch_sharding(config, mesh),
+    )
+    for name, row in rows.items()
+  }

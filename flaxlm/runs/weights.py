@@ -1,0 +1,135 @@
+"""The weights of a run: to evaluate, to decode, or to start another run from.
+
+A run is named by its directory, or by one of its checkpoints: `runs/x` means the newest
+of `runs/x/checkpoints`, `runs/x/checkpoints/500` that one.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from flaxlm.config.load import load_run
+from flaxlm.errors import ConfigError
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer
+from flaxlm.models.trees import named_leaves
+from flaxlm.runs.directory import TEMPLATE, split_address
+from flaxlm.tokenizer.files import find_tokenizer
+from flaxlm.training import lora
+from flaxlm.training.checkpoint import restore_for_inference
+from flaxlm.training.state import with_shardings
+
+NEW = ("head/", "pair_head/")  # what a task may bring along, or leave behind
+
+
+def restore_model(workdir, config, mesh, rules: dict, step: int | None = None):
+  """Restores the weights that evaluation and decoding use: (model, meta of checkpoint).
+
+  The average of the weights (config.step.ema_decay) where the run kept one; adapters
+  (config.lora) are merged into the weights that the run started from.
+  """
+  trained = abstract = abstract_model(config)
+  if config.lora.rank:
+    trained = jax.eval_shape(lambda model: lora.init(model, **config.lora), abstract)
+  name = "ema" if config.step.ema_decay else "model"
+  target = {name: with_shardings(trained, mesh, rules)}
+  restored, meta = restore_for_inference(
+    pathlib.Path(workdir) / "checkpoints", target, step
+  )
+  if not config.lora.rank:
+    return restored[name], meta
+  base, _ = initial_model(config, mesh, rules)
+  return lora.merge(base, restored[name], config.lora.alpha), meta
+
+
+def assembler(config) -> Callable:
+  """Returns what makes the model of what is trained, and of frozen weights."""
+  if not config.lora.rank:
+    return lambda trained, base: trained
+  return lambda trained, base: lora.merge(base, trained, config.lora.alpha)
+
+
+def tokenizer_path(config) -> pathlib.Path | str:
+  """Where the tokenizer of a new run is found: named, or that of config.init_from."""
+  if config.tokenizer.path or not config.init_from:
+    return config.tokenizer.path
+  return find_tokenizer(split_address(config.init_from)[0]) or ""
+
+
+def template_path(config) -> str:
+  """Where the chat template of a new run is: named, or that of config.init_from."""
+  if config.task.chat_template or not config.init_from:
+    return config.task.chat_template
+  path = split_address(config.init_from)[0] / TEMPLATE
+  return str(path) if path.is_file() else ""
+
+
+def abstract_model(config) -> Transformer:
+  """The model without memory: shapes and types alone."""
+  model_config = TransformerConfig(**config.model)
+  return jax.eval_shape(lambda: Transformer(model_config, nnx.Rngs(jax.random.key(0))))
+
+
+def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
+  """The model that config.init_from gives this run: (model, meta of that checkpoint).
+
+  Weights move by name. Heads may differ: what is new is initialised from config.seed,
+  what is not needed stays behind; `meta["new"]` and `meta["left"]` name them.
+
+  Raises:
+    ConfigError: any other weight is missing, left over, or of another shape.
+  """
+  workdir, step = split_address(config.init_from)
+  source_config = load_run(workdir)
+  source, meta = restore_model(workdir, source_config, mesh, rules, step)
+  found = named_leaves(source)
+  if source_config.model.pair_head and config.model.head in ("sequence", "choice"):
+    # BERT's pooler: trained on sentence pairs, classifiers start from it.
+    for name in [name for name in found if name.startswith("pair_head/dense")]:
+      found[name.removeprefix("pair_")] = found.pop(name)
+  target = with_shardings(abstract_model(config), mesh, rules)
+  wanted = named_leaves(target)
+  new = [
+    name
+    for name, leaf in wanted.items()
+    if name not in found or found[name].shape != leaf.shape
+  ]
+  left = [name for name in found if name not in wanted]
+  if bad := [name for name in new + left if not name.startswith(NEW)]:
+    raise ConfigError(
+      "config.init_from",
+      f"{config.init_from}, whose weights are not those of config.model: "
+      + describe_differences(bad, wanted, found),
+      "the config.model of that run, but for its head",
+      f"the values in {workdir}/config.json",
+    )
+  fresh = {}
+  if new:
+    shardings = {name: wanted[name].sharding for name in new}
+
+    def initialise(key):
+      leaves = named_leaves(
+        Transformer(TransformerConfig(**config.model), nnx.Rngs(key))
+      )
+      return {name: leaves[name] for name in new}
+
+    fresh = jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.seed))
+  leaves = [
+    fresh[name] if name in fresh else jax.device_put(found[name], leaf.sharding)
+    for name, leaf in wanted.items()
+  ]
+  model = jax.tree.unflatten(jax.tree.structure(target), leaves)
+  return model, meta | {"new": new, "left": left}
+
+
+def describe_differences(names: list[str], wanted: dict, found: dict) -> str:
+  """The first of the weights that differ: what is needed, what is there."""
+  shown = []
+  for name in names[:3]:
+    sides = [
+      list(side[name].shape) if name in side else "none" for side in (wanted, found)
+    ]
+    shown.append(f"{name} {sides[0]} (there: {sides[1]})")
+  return ", ".join(shown) + (f", ... {len(names)} in all" if len(names) > 3 else "")

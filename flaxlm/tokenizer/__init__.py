@@ -1,0 +1,1 @@
+"""Text to token ids and back, the same ids as the library a tokenizer comes from."""

@@ -1,0 +1,388 @@
+"""Conversations to ids: a chat template, rendered as `transformers` does, then encoded.
+
+A template is Jinja2 source. It renders a list of messages to one text, in which special
+tokens are written by name; the names are looked for in what the template itself wrote,
+so that "<|im_end|>" in a message stays seven pieces of text and ends nothing. All ids
+but for such forgeries are those of `apply_chat_template`.
+"""
+
+import datetime
+import itertools
+import json
+import pathlib
+import re
+import secrets
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxlm import errors
+from flaxlm.tokenizer.files import AnyTokenizer, find_template
+from flaxlm.tokenizer.sentencepiece import find_special_names
+
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+# The default, in the manner of ChatML, after the bos that documents begin with.
+CHATML = """{{ bos_token }}{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# Some templates write today's date. Training is to give the same ids on every day: this
+# is the one that Llama 3.1 writes without a clock.
+DAY = datetime.datetime(2024, 7, 26)
+
+
+class Turn(NamedTuple):
+  """What the assistant says in text[start:end], its end-of-turn token included."""
+
+  start: int
+  end: int
+
+
+class ChatTemplate:
+  """A compiled template. `now` is the date that it may write."""
+
+  def __init__(self, source: str, now: datetime.datetime = DAY):
+    self.source = source
+    self._compiled = compile_template(source, now)
+
+  def render(
+    self, messages: list[dict], tokenizer: AnyTokenizer, prompt: bool = False
+  ) -> str:
+    """The text of a conversation; with `prompt`, up to where the assistant speaks.
+
+    Raises:
+      DataError: the template refuses the messages.
+    """
+    import jinja2
+
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    tokens = {
+      "bos_token": names.get(tokenizer.bos_id, ""),
+      "eos_token": names.get(tokenizer.eos_id, ""),
+      "pad_token": names.get(tokenizer.pad_id, ""),
+      "unk_token": names.get(tokenizer.unk_id, ""),
+    }
+    try:
+      return self._compiled.render(
+        messages=messages,
+        tools=None,
+        documents=None,
+        add_generation_prompt=prompt,
+        **tokens,
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      roles = " ".join(message["role"] for message in messages[:8])
+      raise errors.DataError(
+        f"the chat template refuses a conversation\n  given:  {roles or 'none before'}"
+        f" ({error})\n  needed: messages that config.task.chat_template takes"
+      ) from error
+
+
+def compile_template(source: str, now: datetime.datetime):
+  """Compiles untrusted Jinja2 with what `transformers` lets templates use."""
+  try:
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+  except ImportError as error:
+    raise errors.ConfigError(
+      "config.task.chat_template", "a Jinja2 template, without jinja2",
+      "that library", "pip install jinja2",
+    ) from error  # fmt: skip
+
+  class Generation(jinja2.ext.Extension):
+    """Passes over {% generation %}, with which some templates mark what is learnt."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+      next(parser.stream)
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+  def refuse(message):
+    raise jinja2.TemplateError(message)
+
+  def to_json(value, indent=None, **options):
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[Generation, jinja2.ext.loopcontrols],
+  )
+  environment.filters["tojson"] = to_json  # the built-in one escapes HTML
+  environment.globals["raise_exception"] = refuse
+  environment.globals["strftime_now"] = now.strftime
+  try:
+    return environment.from_string(source)
+  except jinja2.TemplateError as error:
+    raise errors.ConfigError(
+      "config.task.chat_template", f"{source[:60]!r}.. ({error})", "a Jinja2 template"
+    ) from error
+
+
+def open_template(path: str, tokenizer: AnyTokenizer) -> ChatTemplate:
+  """The template of config.task.chat_template; "" is the tokenizer's own, or ChatML.
+
+  Args:
+    path: Jinja2 source; or a tokenizer_config.json, or a directory with either, as
+      `transformers` saves them.
+
+  Raises:
+    MissingInputError: there is no such file, or no template in it.
+    ConfigError: ChatML, but the tokenizer has no <|im_start|> and <|im_end|>.
+  """
+  if path:
+    return ChatTemplate(read_template(pathlib.Path(path).expanduser()))
+  if tokenizer.chat_template:
+    return ChatTemplate(tokenizer.chat_template)
+  needed = ("<|im_start|>", "<|im_end|>")
+  if any(tokenizer.control_id(name) < 0 for name in needed):
+    raise errors.ConfigError(
+      "config.task.chat_template", "'' (ChatML)",
+      "a tokenizer with the special tokens <|im_start|> and <|im_end|>",
+      "train it with --config.tokenizer.user_symbols='<|im_start|>,<|im_end|>'",
+    )  # fmt: skip
+  return ChatTemplate(CHATML)
+
+
+def read_template(path: pathlib.Path) -> str:
+  """The source in a file or a directory; see `open_template`."""
+  problem = "no chat_template in it"
+  try:
+    if path.is_dir():
+      file = path / "tokenizer_config.json"
+      source = find_template(
+        path, json.loads(file.read_bytes()) if file.exists() else {}
+      )
+    elif path.suffix == ".json":
+      source = find_template(path.parent, json.loads(path.read_bytes()))
+    else:
+      source = path.read_text("utf-8")
+  except (OSError, ValueError) as error:
+    source, problem = "", str(error)
+  if not source:
+    raise errors.MissingInputError(
+      f"config.task.chat_template={path} holds no template\n  given:  {problem}\n"
+      "  needed: a Jinja2 file, or a tokenizer_config.json with a chat_template"
+    )
+  return source
+
+
+def encode_chat(
+  messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate
+) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes a conversation to learn what the assistant says.
+
+  Its turns are predicted up to and with the special token that ends them, without the
+  header before them. The text is cut where the assistant begins to speak, as it is when
+  it speaks: the ids before are those of `encode_prompt`.
+
+  Args:
+    messages: dicts with the texts role and content. Tool calls are refused, other keys
+      left out.
+
+  Returns:
+    (ids int32 L, is_predicted bool L).
+
+  Raises:
+    DataError: malformed messages; a template that refuses them, or whose text of a
+      conversation does not begin with its text of the first messages.
+  """
+  messages = check_messages(messages)
+  text = template.render(messages, tokenizer)
+  turns = find_turns(messages, tokenizer, template, text)
+  pieces = encode_pieces(messages, tokenizer, template, text, turns, False)
+  specials = special_names(tokenizer)
+  special_ids = {tokenizer.special_tokens[name] for name in specials}
+  rows, marks = [], []
+  for start, stop, ids in pieces:
+    mark = np.zeros(len(ids), bool)
+    for turn in turns:
+      if turn.start <= start and stop <= turn.end:
+        mark[:] = True
+      elif turn.start <= start < turn.end:  # the piece goes on after the turn
+        count = len(find_special_names(text[start : turn.end], specials))
+        places = [i for i, token in enumerate(ids) if token in special_ids]
+        mark[: places[count - 1] + 1] = True
+    rows.append(ids)
+    marks.append(mark)
+  return np.concatenate(rows), np.concatenate(marks)
+
+
+def encode_prompt(
+  messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate
+) -> np.ndarray:
+  """Returns the ids (int32 L) after which the assistant answers the messages."""
+  messages = check_messages(messages)
+  text = template.render(messages, tokenizer, prompt=True)
+  turns = find_turns(messages, tokenizer, template, text)
+  pieces = encode_pieces(messages, tokenizer, template, text, turns, True)
+  return np.concatenate([ids for _, _, ids in pieces])
+
+
+def check_messages(messages: object) -> list[dict[str, str]]:
+  """Returns the messages with role and content alone.
+
+  Raises:
+    DataError: which message is wrong, and what it must be.
+  """
+  if not isinstance(messages, list) or not messages:
+    raise malformed(f"{str(messages)[:60]}", "a list of messages")
+  checked = []
+  for number, message in enumerate(messages, 1):
+    where = f"message {number} of {len(messages)}"
+    if not isinstance(message, dict):
+      raise malformed(f"{where} is {str(message)[:60]!r}", "a dict of role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in CHAT_ROLES:
+      raise malformed(f"{where} has role {role!r}", f"one of {' '.join(CHAT_ROLES)}")
+    if not isinstance(content, str):
+      raise malformed(f"{where} ({role}) has content {content!r:.60}", "a text")
+    calls = [key for key in ("tool_calls", "function_call") if message.get(key)]
+    if calls:
+      raise malformed(f"{where} ({role}) has {calls[0]}", "content alone")
+    checked.append({"role": role, "content": content})
+  return checked
+
+
+def malformed(given: str, needed: str) -> errors.DataError:
+  return errors.DataError(
+    f"a conversation is malformed\n  given:  {given}\n  needed: {needed}"
+  )
+
+
+def find_turns(
+  messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate, text: str
+) -> list[Turn]:
+  """Where the assistant speaks in the text of a conversation."""
+  names, turns = special_names(tokenizer), []
+  for number, message in enumerate(messages):
+    if message["role"] != "assistant":
+      continue
+    prompt = template.render(messages[:number], tokenizer, prompt=True)
+    start, content = len(prompt), message["content"].strip()
+    at = text.find(content, start) if text.startswith(prompt) else -1
+    if at < 0:
+      raise errors.DataError(
+        "the chat template rewrites what came before\n"
+        f"  given:  message {number + 1}, which {prompt[-30:]!r} should precede\n"
+        "  needed: a text of the first messages that begins the text of them all,\n"
+        "          with the content of the assistant in it as it is"
+      )
+    stop = at + len(content)
+    # A turn ends with the first special token after its content, if that comes before
+    # the next turn; templates of plain text end it with their own text.
+    shared = common_prefix(text, template.render(messages[: number + 1], tokenizer))
+    following = [end for _, end in find_special_names(text, names) if end > stop]
+    is_own = following and (following[0] <= shared or shared < stop)
+    turns.append(Turn(start, following[0] if is_own else max(shared, stop)))
+  return turns
+
+
+def common_prefix(a: str, b: str) -> int:
+  if a.startswith(b):  # nearly always
+    return len(b)
+  pairs = enumerate(zip(a, b, strict=False))
+  return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def special_names(tokenizer: AnyTokenizer) -> list[str]:
+  """The names of special tokens, but for <unk>, which text too may turn into."""
+  return [name for name, i in tokenizer.special_tokens.items() if i != tokenizer.unk_id]
+
+
+def encode_pieces(
+  messages: list[dict],
+  tokenizer: AnyTokenizer,
+  template: ChatTemplate,
+  text: str,
+  turns: list[Turn],
+  prompt: bool,
+) -> list[tuple[int, int, np.ndarray]]:
+  """Encodes the text of a conversation in pieces: (start, stop, ids) of each.
+
+  It is cut where the assistant begins, where a turn ends without a special token, and
+  within the names of special tokens that messages hold, which are none in either half.
+  """
+  names = special_names(tokenizer)
+  forged = find_forged(messages, tokenizer, template, text, prompt)
+  ends = {end for start, end in find_special_names(text, names) if start not in forged}
+  cuts = {turn.start for turn in turns} | {start + 1 for start in forged}
+  cuts |= {turn.end for turn in turns} - ends
+  bounds = sorted({0, len(text)} | cuts)
+  pieces = []
+  for start, stop in itertools.pairwise(bounds):
+    ids = encode_part(tokenizer, text[start:stop], goes_on=start > 0)
+    pieces.append((start, stop, np.array(ids, np.int32)))
+  if forged:
+    special_ids = [tokenizer.special_tokens[name] for name in names]
+    found = sum(int(np.isin(ids, special_ids).sum()) for _, _, ids in pieces)
+    if found != len(find_special_names(text, names)) - len(forged):
+      raise malformed("special tokens in a message", "text that can be told from them")
+  return pieces
+
+
+def encode_part(tokenizer: AnyTokenizer, text: str, goes_on: bool) -> list[int]:
+  """Encodes a piece of a rendered conversation, special tokens included.
+
+  Tokenizers that put a space before every text (Llama 2, Mistral) must not do so where
+  a text goes on: it takes the place of the space that is there, or is left out again.
+  """
+  names = special_names(tokenizer)
+  starts_special = any(text.startswith(name) for name in names)
+  if not goes_on or not tokenizer.adds_prefix or starts_special:
+    return tokenizer.encode(text, specials=True)
+  if text.startswith(" "):
+    return tokenizer.encode(text[1:], specials=True)
+  line = tokenizer.encode("\n")
+  ids = tokenizer.encode("\n" + text, specials=True)
+  if line and ids[: len(line)] == line:
+    return ids[len(line) :]
+  return tokenizer.encode(text, specials=True)
+
+
+def find_forged(
+  messages: list[dict],
+  tokenizer: AnyTokenizer,
+  template: ChatTemplate,
+  text: str,
+  prompt: bool,
+) -> list[int]:
+  """Where messages, not the template, wrote the name of a special token in `text`.
+
+  The template is rendered with unguessable words for the contents that hold such names;
+  its own text around them then says where the contents are.
+  """
+  names = special_names(tokenizer)
+  words, masked = {}, []
+  for message in messages:
+    if find_special_names(message["content"], names):
+      word = secrets.token_hex(16)
+      words[word] = message["content"]
+      masked.append(message | {"content": word})
+    else:
+      masked.append(message)
+  if not words:
+    return []
+  rendered = template.render(masked, tokenizer, prompt)
+  pattern = ""
+  for part in re.split(f"({'|'.join(words)})", rendered):
+    if part in words:  # templates may strip spaces
+      content = words[part]
+      forms = {content, content.strip(), content.lstrip(), content.rstrip()}
+      forms = sorted(forms, key=len, reverse=True)
+      pattern += f"({'|'.join(map(re.escape, forms))})"
+    else:
+      pattern += re.escape(part)
+  match = re.fullmatch(pattern, text)
+  if match is None:
+    raise malformed(
+      "special tokens in a message that the chat template rewrites",
+      "messages without them, or a template that leaves messages as they are",
+    )
+  spans = [match.span(i + 1) for i in range(len(match.groups()))]
+  return [
+    start
+    for start, end in find_special_names(text, names)
+    if any(start < last and end > first for first, last in spans)
+  ]

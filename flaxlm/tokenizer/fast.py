@@ -1,0 +1,291 @@
+"""Text to ids and back with the `tokenizers` library: the tokenizer.json of others.
+
+Each file becomes two tokenizers of the library. The one for text knows the special
+tokens under names that no text can hold, so that "[MASK]" in a document is spelt like
+all else; the library's own switch for this fails with unigram models. The one for
+templates is the file as it is, and gives the ids that `transformers` gives.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flaxlm import errors
+from flaxlm.tokenizer import sentencepiece as text_tools
+from flaxlm.tokenizer.sentencepiece import PIECE, Decoder, cut, find_loss
+
+SPECIAL_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
+# The key, inside of "model", under which a file keeps the id of each role. The library
+# refuses unknown keys elsewhere, and what other files said must stay with the bytes.
+SPECIAL_IDS = "special_ids"
+CHAT_TEMPLATE = "chat_template"  # likewise
+# What the roles are called where no file says it.
+KNOWN = {
+  "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|endoftext|>"),
+  "eos": ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
+  "pad": ("<pad>", "[PAD]", "<|pad|>"),
+  "cls": ("[CLS]", "<cls>"),
+  "sep": ("[SEP]", "<sep>"),
+  "mask": ("[MASK]", "<mask>"),
+}
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+class FastTokenizer:
+  """One tokenizer.json, given as its bytes; the interface is that of Tokenizer."""
+
+  def __init__(self, model: bytes):
+    library = import_tokenizers()
+    self.model = model
+    self.sha256 = hashlib.sha256(model).hexdigest()
+    try:
+      tree = json.loads(model)
+      pieces, added = read_vocabulary(tree), tree["added_tokens"] or []
+      hidden = hide_specials(tree)
+      self._text = library.Tokenizer.from_str(json.dumps(hidden))
+      self._template = None  # parsed when it is needed
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise unreadable(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # the library raises nothing more special
+      raise unreadable(str(error)) from error
+    check_numbers(hidden["added_tokens"], self._text)
+    self.special_tokens: dict[str, int] = {
+      token["content"]: token["id"] for token in added if token["special"]
+    }
+    self.vocab_size: int = 1 + max(max(pieces), *(token["id"] for token in added), 0)
+    self._pieces = token_bytes(tree, pieces, added, self.vocab_size)
+    ids = tree["model"].get(SPECIAL_IDS) or guess_roles(self.special_tokens)
+    self.bos_id: int = ids.get("bos", -1)
+    self.eos_id: int = ids.get("eos", -1)
+    self.pad_id: int = ids.get("pad", -1)
+    self.mask_id: int = ids.get("mask", -1)
+    self.cls_id: int = ids.get("cls", -1)
+    self.sep_id: int = ids.get("sep", -1)
+    self.chat_template: str = tree["model"].get(CHAT_TEMPLATE, "")
+    self.unk_id: int = unknown_id(tree["model"], pieces)
+    if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2: never meant as unknown
+      self.unk_id = -1
+    if self.unk_id >= 0:
+      self._pieces[self.unk_id] = b"\xef\xbf\xbd"
+    # Where no text spells a space, each piece is a word, or goes on with one.
+    self.splits_words = decoder_steps(tree).keys() <= {"WordPiece"}
+    singles = {piece for i, piece in enumerate(self._pieces) if i in pieces}
+    self.byte_fallback = {bytes([byte]) for byte in range(256)} <= singles
+    first = self._text.encode("a", add_special_tokens=False).ids
+    self.adds_prefix = self.splits_words or (
+      bool(first) and self._pieces[first[0]].startswith(b" ")
+    )
+    # Some tokens, such as the tags of tools, are found in text too, spaces and all.
+    probes = {
+      f"a {token['content']} b": f"it loses spaces around {token['content']}"
+      for token in added
+      if not token["special"]
+    }
+    self.loss: str = find_loss(self, text_tools.LOSS_PROBES | probes)
+    self.is_lossless = not self.loss
+
+  def control_id(self, *names: str) -> int:
+    """The id of the first of these special tokens that there is, or -1."""
+    found = [self.special_tokens[name] for name in names if name in self.special_tokens]
+    return found[0] if found else -1
+
+  def encode(self, text: str, specials: bool = False) -> list[int]:
+    """Returns the ids of `text`, without bos and eos.
+
+    With `specials`, the name of a special token in it is that token, as everywhere in
+    `transformers`; for templates alone.
+    """
+    if not specials:
+      return self.encode_batch([text])[0].tolist()
+    if self._template is None:
+      library = import_tokenizers()
+      self._template = library.Tokenizer.from_str(self.model.decode())
+      self._template.no_padding()
+      self._template.no_truncation()
+    return self._template.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
+    """Returns the ids (int32) of each text, on all cores unless `num_threads` is 1.
+
+    The library sizes its pool of threads by the cores it may use. One thread stays out
+    of that pool, which does not survive a fork.
+    """
+    chunks = [list(cut(text, PIECE)) for text in texts]
+    flat = list(itertools.chain.from_iterable(chunks))
+    if num_threads == 1:
+      found = [self._text.encode(chunk, add_special_tokens=False) for chunk in flat]
+    else:
+      found = self._text.encode_batch_fast(flat, add_special_tokens=False)
+    ids = iter([np.array(encoding.ids, np.int32) for encoding in found])
+    rows = [list(itertools.islice(ids, len(parts))) for parts in chunks]
+    return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of `ids`; special tokens have none, bad UTF-8 is U+FFFD.
+
+    WordPiece keeps no spaces: all words are parted by one, punctuation too.
+    """
+    return Decoder(self)(ids, final=True)
+
+  def piece(self, i: int) -> str:
+    """The piece of an id as the file writes it."""
+    names = {i: name for name, i in self.special_tokens.items()}
+    return names.get(i) or self._text.id_to_token(i)
+
+  def pieces(self) -> list[bytes]:
+    """The UTF-8 text of each id."""
+    return self._pieces
+
+
+def import_tokenizers():
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise errors.ConfigError(
+      "config.tokenizer.path", "a tokenizer of the `tokenizers` library, not installed",
+      "that library, or a SentencePiece .model", "pip install tokenizers",
+    ) from error  # fmt: skip
+  return tokenizers
+
+
+def unreadable(why: str) -> errors.DataError:
+  return errors.DataError(
+    f"a tokenizer.json cannot be used\n  given:  {' '.join(why.split())[:200]}\n"
+    "  needed: a file of the Hugging Face tokenizers library\n"
+    "  try:    pip install -U tokenizers, or save it again with transformers"
+  )
+
+
+def read_vocabulary(tree: dict) -> dict[int, str]:
+  """The piece of each id of the model proper."""
+  vocab = tree["model"]["vocab"]
+  if isinstance(vocab, list):  # unigram: pieces and their scores
+    return {i: piece for i, (piece, _) in enumerate(vocab)}
+  return {i: piece for piece, i in vocab.items()}
+
+
+def hide_specials(tree: dict) -> dict:
+  """A copy of tokenizer.json in which no text can spell a special token."""
+  model, secret = dict(tree["model"]), secrets.token_hex(16)
+  added = [dict(token) for token in tree["added_tokens"] or []]
+  names = {}
+  for token in added:
+    if token["special"]:
+      names[token["content"]] = f"{secret}-{token['id']}"
+      token["content"] = names[token["content"]]
+  vocab = model["vocab"]
+  if isinstance(vocab, list):
+    model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+  else:
+    model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
+  if "unk_token" in model:
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+  if "merges" in model and any(name in vocab for name in names):
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+  changes = {"model": model, "added_tokens": added, "post_processor": None}
+  return tree | changes | {"truncation": None, "padding": None}
+
+
+def check_numbers(added: list[dict], loaded) -> None:
+  """The library numbers added tokens by itself: the file must agree."""
+  for token in added:
+    found = loaded.token_to_id(token["content"])
+    if found != token["id"]:
+      raise unreadable(f"the added token {token['id']} becomes {found} when loaded")
+
+
+def token_bytes(
+  tree: dict, pieces: dict[int, str], added: list[dict], size: int
+) -> list[bytes]:
+  """The UTF-8 text of each id, from what the file's decoder does to pieces."""
+  to_bytes = piece_speller(decoder_steps(tree))
+  spelt = [b""] * size
+  for i, piece in pieces.items():
+    spelt[i] = to_bytes(piece)
+  for token in added:
+    spelt[token["id"]] = b"" if token["special"] else token["content"].encode()
+  return spelt
+
+
+def decoder_steps(tree: dict) -> dict[str, dict]:
+  """The steps of the decoder by type."""
+  decoder = tree.get("decoder")
+  if not decoder:
+    return {}
+  steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+  return {step["type"]: step for step in steps}
+
+
+def piece_speller(steps: dict[str, dict]) -> Callable[[str], bytes]:
+  known = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "WordPiece"}
+  strange = steps.keys() - known - {"Fuse", "Strip"}
+  if strange:
+    raise unreadable(f"decoder {' '.join(sorted(strange))}")
+  if "ByteLevel" in steps:
+    letters = byte_letters()
+    return lambda piece: b"".join([letters.get(c, c.encode()) for c in piece])
+  if not steps or "WordPiece" in steps:
+    prefix = steps["WordPiece"]["prefix"] if steps else "\0"
+    return lambda piece: (
+      piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
+    ).encode()
+  space, shown = "", ""
+  if "Metaspace" in steps:
+    space, shown = steps["Metaspace"]["replacement"], " "
+  elif "Replace" in steps:
+    space, shown = steps["Replace"]["pattern"]["String"], steps["Replace"]["content"]
+
+  def to_bytes(piece: str) -> bytes:
+    if "ByteFallback" in steps and (byte := BYTE.fullmatch(piece)):
+      return bytes([int(byte[1], 16)])
+    return (piece.replace(space, shown) if space else piece).encode()
+
+  return to_bytes
+
+
+def byte_letters() -> dict[str, bytes]:
+  """The letter that stands for each byte in byte-level BPE (Radford et al. 2019).
+
+  Bytes that print stand for themselves, the others for the letters from U+0100 on.
+  """
+  shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  hidden = [byte for byte in range(256) if byte not in shown]
+  letters = {chr(byte): bytes([byte]) for byte in shown}
+  return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)}
+
+
+def unknown_id(model: dict, pieces: dict[int, str]) -> int:
+  """The id that the model gives to what it does not know, or -1."""
+  if model.get("unk_id") is not None:
+    return model["unk_id"]
+  name = model.get("unk_token")
+  return next((i for i, piece in pieces.items() if name and piece == name), -1)
+
+
+def guess_roles(names: dict[str, int]) -> dict[str, int]:
+  """The special tokens of each role by their usual names; see `fill_roles`."""
+  ids = {}
+  for role, known in KNOWN.items():
+    found = [names[name] for name in known if name in names]
+    ids |= {role: found[0]} if found else {}
+  return fill_roles(ids)
+
+
+def fill_roles(ids: dict[str, int]) -> dict[str, int]:
+  """Completes what begins and ends a document of a token store.
+
+  BERT's documents are [CLS] text [SEP]. GPT-2's begin and end with <|endoftext|>: a
+  model that starts from nothing starts from it too.
+  """
+  ids = {role: i for role, i in ids.items() if i >= 0}
+  if "bos" not in ids and "cls" in ids:
+    ids["bos"] = ids["cls"]
+  if "eos" not in ids and "sep" in ids:
+    ids["eos"] = ids["sep"]
+  return ids

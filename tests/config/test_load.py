@@ -1,0 +1,204 @@
+"""What is refused, where, and in how many lines; what is accepted and kept."""
+
+import fnmatch
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flaxlm import machine
+from flaxlm.config import base
+from flaxlm.config.load import config_from_json, config_to_json, flatten, load_config
+from flaxlm.errors import ConfigError, MissingInputError
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("[a-z]*.py"))
+
+
+def load(*overrides):
+  return load_config(ROOT / "configs/base.py", overrides)
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("optim.peak_lr=1", "peak_learning_rate"),
+    ("model.seq_len=64", "config.data.seq_len"),
+    ("nonsense=1", "a key of"),
+    ("num_steps=ten", "a whole number"),
+    ("num_steps=1.5", "a whole number"),
+    ("num_steps=0", "at least 1"),
+    ("num_steps=-3", "at least 1"),
+    ("optim.peak_learning_rate=nan", "finite"),
+    ("optim.peak_learning_rate=1e400", "finite"),
+    ("optim.peak_learning_rate=-1e-3", "finite"),
+    ("optim.peak_learning_rate=fast", "a number"),
+    ("optim.b2=1", "below 1"),
+    ("optim.end_factor=1.5", "at most 1"),
+    ("optim.name=adam", "adamw"),
+    ("model.use_bias=maybe", "true or false"),
+    ("model.num_kv_heads=4", "2 or 3 or 6"),
+    ("model.head_dim=63", "64"),
+    ("model.unroll=4", "3 or 6"),
+    ("data.seq_len=512 model.max_len=256", "max_len=256"),
+    ("data.batch_size=15 mesh.fsdp=4", "12 or 16"),
+    ("step.accumulation_steps=3", "15 or 18"),
+    ("optim.warmup_steps=2000", "num_steps=1000"),
+    ("mesh.data=0", "-1"),
+    ("data.sources.main.kind=cvs", "csv"),
+    ("data.sources.other.kind=text", "data.sources.main.kind"),
+    ("mesh.rules.embed=fsdpp", "data fsdp expert"),
+    ("seed", "--config.seed=VALUE"),
+  ],
+)
+def test_a_wrong_value_is_refused_in_five_lines(override, message):
+  with pytest.raises(ConfigError) as error:
+    load(*override.split())
+  text = str(error.value)
+  assert message in text and len(text.splitlines()) <= 5
+  assert text.startswith("config.") or override == "seed"
+
+
+def test_values_are_read_as_the_type_of_the_knob():
+  config = load(
+    "num_steps=1e3",
+    "optim.peak_learning_rate=1e-4",
+    "log.tensorboard=false",
+    "mesh.rules.embed=fsdp,tensor",
+    "mesh.rules.heads=()",
+    "model.dtype=bfloat16",
+    "tokenizer.user_symbols=<user>",
+  )
+  assert config.num_steps == 1000 and type(config.num_steps) is int
+  assert config.optim.peak_learning_rate == 1e-4 and config.log.tensorboard is False
+  assert config.mesh.rules.embed == ("fsdp", "tensor") and config.mesh.rules.heads == ()
+  assert config.tokenizer.user_symbols == ("<user>",)
+
+
+def test_linked_knobs_follow_until_they_are_set():
+  assert load("data.seq_len=64").model.max_len == 64
+  config = load("model.max_len=512")
+  assert (config.model.max_len, config.data.seq_len) == (512, 256)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("config.optim.peak_lr = 1.0", "peak_lr"),
+    ("config.num_steps = 'many'", "num_steps"),
+    ("config.optim.b1 = float('nan')", "finite"),
+    ("config.model = dict(config.model, heads=3)", "heads"),
+    ("config.data.sources.main.pth = 'x'", "pth"),
+    ("config.unlock(); config.extra = 1", "extra"),
+    ("raise RuntimeError('broken')", "broken"),
+    ("import nowhere", "nowhere"),
+  ],
+)
+def test_a_wrong_config_file_is_refused_like_a_wrong_flag(tmp_path, line, message):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from configs import base\n\ndef get_config():\n  config = base.get_config()\n"
+    f"  {line}\n  return config\n"
+  )
+  with pytest.raises(ConfigError, match=message) as error:
+    load_config(file)
+  assert len(str(error.value).splitlines()) <= 5
+
+
+def test_a_missing_file_names_those_that_exist():
+  with pytest.raises(
+    MissingInputError, match=r"(?s)quikstart.py does not exist.*base.py"
+  ):
+    load_config(ROOT / "configs/quikstart.py")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_json(path):
+  config = load_config(path)
+  again = config_from_json(config_to_json(config))
+  assert flatten(again) == flatten(config)
+  assert config.is_locked
+
+
+def test_a_config_stored_by_an_older_version_is_read():
+  config = base.get_config()
+  stored = json.loads(config_to_json(config))
+  stored["step"]["chunk_size"] = 512
+  again = config_from_json(json.dumps(stored))
+  assert flatten(again) == flatten(config)
+
+
+def test_a_mixture_survives_json():
+  config = base.get_config()
+  config.data.sources = base.sources(
+    english=base.source("text", "a.txt", weight=2.0), code=base.source()
+  )
+  again = config_from_json(config_to_json(config), ["data.sources.code.weight=3"])
+  assert again.data.sources.english.path == "a.txt"
+  assert again.data.sources.code.weight == 3.0
+
+
+def run(*arguments):
+  start = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+  return done, time.monotonic() - start
+
+
+@pytest.mark.parametrize("door", ["prepare", "train", "evaluate", "generate"])
+def test_help_comes_without_jax_or_tensorflow(door):
+  code = (
+    "import sys, runpy; sys.argv = ['x', '--help']\n"
+    f"try: runpy.run_module('flaxlm.{door}', run_name='__main__')\n"
+    "except SystemExit: pass\n"
+    "slow = {'jax', 'flax', 'tensorflow', 'orbax', 'sentencepiece'}\n"
+    "slow &= set(sys.modules)\n"
+    "sys.exit(f'imported {slow}' if slow else 0)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert f"flaxlm.{door}" in done.stdout and "--config.optim" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "code", "message"),
+  [
+    (
+      ["--workdir=x", "--config=configs/base.py", "--config.optim.lr=1"],
+      2,
+      "config.optim",
+    ),
+    (["--workdir=x", "--config=configs/base.py", "--steps=1"], 2, "--steps=1"),
+    (["--workdir=x", "--config=configs/none.py"], 66, "does not exist"),
+    (["--workdir=/nowhere/to/be/found"], 66, "holds no run"),
+    (["--config=configs/base.py"], 2, "--workdir"),
+  ],
+)
+def test_the_door_prints_five_lines_and_an_exit_code(arguments, code, message):
+  done, _ = run("flaxlm.train", *arguments)
+  assert done.returncode == code
+  assert message in done.stderr and "Traceback" not in done.stderr
+  assert len(done.stderr.strip().splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+  ("devices", "platforms"),
+  [((), "cpu"), (("/dev/nvidia0",), "cuda,cpu"), (("/dev/vfio/0",), None)],
+)
+def test_libtpu_is_asked_only_where_there_are_tpus(devices, platforms, monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(machine.os.path, "exists", lambda path: path in devices)
+  monkeypatch.setattr(machine.glob, "glob", lambda p: fnmatch.filter(devices, p))
+  machine.choose_platform()
+  assert os.environ.get("JAX_PLATFORMS") == platforms
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+  machine.choose_platform()
+  assert os.environ["JAX_PLATFORMS"] == "tpu"

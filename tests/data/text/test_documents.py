@@ -1,0 +1,231 @@
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+from flaxlm import errors
+from flaxlm.config.base import source
+from flaxlm.data.text import documents as sources
+from flaxlm.data.text import formats
+from flaxlm.tokenizer import sentencepiece
+
+
+def read(position=(0, 0), tail=0.0, **fields) -> list[sources.TextPiece]:
+  return list(sources.open_source("main", source(**fields), tail).read(position))
+
+
+def documents(pieces: list[sources.TextPiece]) -> list[str]:
+  """The texts of whole documents, empty ones included."""
+  texts = [""]
+  for piece in pieces:
+    texts[-1] += piece.text
+    if piece.end:
+      texts.append("")
+  assert texts.pop() == ""
+  return texts
+
+
+def problems(pieces: list[sources.TextPiece]) -> list[str]:
+  return sorted({problem for piece in pieces for problem in piece.problems})
+
+
+def test_standard_library():
+  pieces = read()
+  corpus = sources.open_source("main", source())
+  assert 5e6 < sum(corpus.sizes) < 3e7
+  assert corpus.files == sorted(corpus.files) and len(corpus.files) > 300
+  assert not [f for f in corpus.files if "site-packages" in f or "/test" in f]
+  with open(corpus.files[7], encoding="utf-8", newline="") as file:
+    assert documents(pieces)[7] == file.read()
+  assert corpus.fingerprint == sources.open_source("main", source()).fingerprint
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", [*COMPRESS, ".zst"])
+def test_compressed_files_read_the_same(suffix, tmp_path):
+  text = "".join(f"line {i} 漢字 \t \r\n" for i in range(30_000))
+  if suffix == ".zst":
+    pyarrow = pytest.importorskip("pyarrow")
+    content = pyarrow.compress(text.encode(), "zstd", asbytes=True)
+  else:
+    content = COMPRESS[suffix](text.encode())
+  path = tmp_path / f"a.txt{suffix}"
+  path.write_bytes(content)
+  assert documents(read(kind="text", path=str(path))) == [text]
+  path.rename(tmp_path / "named_wrongly")  # the content decides
+  assert documents(read(kind="text", path=str(tmp_path / "named_*"))) == [text]
+  if suffix:
+    (tmp_path / "named_wrongly").write_bytes(content[: len(content) // 2])
+    with pytest.raises(errors.DataError, match="named_wrongly"):
+      read(kind="text", path=str(tmp_path / "named_*"))
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+@pytest.mark.parametrize("limit", [5, 1 << 16])
+def test_lines_and_paragraphs(size, limit, tmp_path, monkeypatch):
+  monkeypatch.setattr(formats, "READ", size)
+  monkeypatch.setattr(sentencepiece, "PIECE", limit)
+  text = "\n\none\ntwo longer é\n\n \n\nthree\n  four漢\n\n\nfive"
+  (tmp_path / "a.txt").write_bytes(text.encode())
+  path = str(tmp_path / "a.txt")
+  assert documents(read(kind="text", path=path)) == [text]
+  lines = documents(read(kind="text", path=path, document="line"))
+  assert lines == text.split("\n")
+  paragraphs = documents(read(kind="text", path=path, document="paragraph"))
+  assert paragraphs == ["one\ntwo longer é", "three\n  four漢", "five"]
+  assert max(len(p.text) for p in read(kind="text", path=path)) <= limit
+
+
+@pytest.mark.parametrize(
+  "kind", ["file", "paragraph", "line", "jsonl", "csv", "parquet"]
+)
+def test_reading_starts_at_any_position(kind, tmp_path, monkeypatch):
+  monkeypatch.setattr(sentencepiece, "PIECE", 50)
+  rng = random.Random(0)
+  for number in range(3):
+    rows = ["word " * rng.randrange(30) for _ in range(12)]
+    if kind == "parquet":
+      pyarrow = pytest.importorskip("pyarrow")
+      parquet = pytest.importorskip("pyarrow.parquet")
+      table = pyarrow.table({"text": rows})
+      parquet.write_table(table, tmp_path / f"{number}.x", row_group_size=5)
+    elif kind == "jsonl":
+      lines = [json.dumps({"text": row, "id": 1}) + "\n" for row in rows]
+      (tmp_path / f"{number}.x").write_text("".join(lines))
+    elif kind == "csv":
+      lines = ["id,text\n"] + [f'1,"{row}"\n' for row in rows]
+      (tmp_path / f"{number}.x").write_text("".join(lines))
+    else:
+      (tmp_path / f"{number}.x").write_text("\n\n".join(rows))
+  text = kind in ("file", "paragraph", "line")
+  fields = {"kind": "text" if text else kind, "path": str(tmp_path / "*.x")}
+  fields["document"] = kind if text else "file"
+  pieces = read(**fields)
+  ends = [i for i, piece in enumerate(pieces) if piece.end]
+  assert len(ends) >= 3
+  for end in ends:
+    assert read(pieces[end].position, **fields) == pieces[end + 1 :]
+
+
+def test_bad_bytes_are_repaired_and_noted(tmp_path):
+  content = b"\xef\xbb\xbfgood \xff\xfe caf\xc3\xa9 \x00 \xed\xa0\x80 \xe4\xbd"
+  (tmp_path / "a.txt").write_bytes(content)
+  pieces = read(kind="text", path=str(tmp_path / "a.txt"))
+  (text,) = documents(pieces)
+  assert text.startswith("good \ufffd\ufffd café \0 \ufffd") and text.endswith("\ufffd")
+  assert problems(pieces) == sorted([formats.BOM, formats.NUL, formats.BAD_UTF8])
+  text.encode()
+
+
+def test_a_column_of_a_table(tmp_path):
+  (tmp_path / "a.csv").write_text('text,label\n"one, two",3\n"a\nb",4\n')
+  (tmp_path / "a.tsv").write_text('label\ttext\n3\tone "two"\n')
+  path = str(tmp_path / "a.csv")
+  assert documents(read(kind="csv", path=path)) == ["one, two", "a\nb"]
+  found = documents(read(kind="tsv", path=str(tmp_path / "a.tsv")))
+  assert found == ['one "two"']
+  with pytest.raises(errors.DataError, match="text label"):
+    read(kind="csv", path=path, field="body")
+
+
+def test_json_lines(tmp_path):
+  rows = [
+    b'\xef\xbb\xbf{"text": "first"}',
+    b'{"text": "lone \\ud800 and pair \\ud83d\\ude00"}',
+    b'{"text": "bad \xff byte"}',
+    b"not json",
+    b"",
+    b'{"text": null}',
+    b'["text"]',
+    b'{"text": ""}',
+    b'{"other": 1}',
+    b'{"text": "last"}',
+  ]
+  (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+  path = str(tmp_path / "a.jsonl")
+  pieces = read(kind="jsonl", path=path)
+  texts = [text for text in documents(pieces) if text]
+  assert texts == ["first", "lone \ufffd and pair 😀", "bad \ufffd byte", "last"]
+  assert [p.problems for p in pieces].count((formats.BAD_JSON,)) == 4
+  assert {formats.BOM, formats.BAD_SURROGATE, formats.BAD_UTF8} < set(problems(pieces))
+  with pytest.raises(errors.DataError, match=r"(?s)'body'.*fields text.*field=FIELD"):
+    read(kind="jsonl", path=path, field="body")
+
+
+def test_parquet_of_others(corpora, tmp_path):
+  pytest.importorskip("pyarrow")
+  path = str(corpora / "from_repos/tfds/hf_parquet/c4-train*.parquet")
+  texts = documents(read(kind="parquet", path=path))
+  assert len(texts) == 200 and texts[0].startswith("Beginners BBQ Class")
+  with pytest.raises(errors.DataError, match="'body'"):
+    read(kind="parquet", path=path, field="body")
+  (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+  with pytest.raises(errors.DataError, match=r"a\.parquet"):
+    read(kind="parquet", path=str(tmp_path / "*.parquet"))
+
+
+def test_tail_is_the_end_of_each_file(corpora, monkeypatch):
+  path = corpora / "from_repos/corpora/tinyshakespeare.txt"
+  text = path.read_text("utf-8")
+  monkeypatch.setattr(formats, "READ", 100_003)
+  pieces = read(tail=0.1, kind="text", path=str(path))
+  halves = {s: "".join(p.text for p in pieces if p.split == s) for s in ("train", "")}
+  assert halves["train"] == text[: int(len(text) * 0.9)] and not halves[""]
+  assert documents(pieces) == [
+    text[: int(len(text) * 0.9)],
+    text[int(len(text) * 0.9) :],
+  ]
+  assert read((0, 1), tail=0.1, kind="text", path=str(path))[-1] == pieces[-1]
+
+
+def test_what_matches_nothing(tmp_path):
+  for path in (tmp_path / "*.txt", tmp_path):
+    with pytest.raises(errors.MissingInputError, match=r"sources\.main\.path"):
+      read(kind="text", path=str(path))
+  (tmp_path / "a").write_text("x")
+  with pytest.raises(errors.ConfigError, match="validation_split"):
+    read(kind="text", path=str(tmp_path / "a"), validation_split="test")
+
+
+def test_order_is_sorted_and_the_fingerprint_sees_changes(tmp_path):
+  for name in ("b", "a", "c"):
+    (tmp_path / name).write_text(name)
+  fields = {"kind": "text", "path": str(tmp_path / "*")}
+  assert documents(read(**fields)) == ["a", "b", "c"]
+  before = sources.open_source("main", source(**fields)).fingerprint
+  (tmp_path / "b").write_text("bb")
+  assert sources.open_source("main", source(**fields)).fingerprint != before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_line_of_200_megabytes_takes_little_memory(tmp_path):
+  path = tmp_path / "long.txt"
+  with open(path, "wb") as file:
+    for _ in range(200):
+      file.write(b"one long line of words without end " * 28572)
+  code = f"""
+import re
+from flaxlm.config.base import source
+from flaxlm.data.text import documents
+corpus = documents.open_source("main", source(kind="text", path={str(path)!r}))
+def peak():
+  return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+size = sum(len(piece.text) for piece in corpus.read((0, 0)))
+print(size, peak() - before)
+"""
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+  command = [sys.executable, "-c", code]
+  output = subprocess.check_output(command, text=True, env=environment)
+  size, kilobytes = map(int, output.split())
+  assert size == path.stat().st_size > 199_000_000
+  assert 500 < kilobytes < 40_000
