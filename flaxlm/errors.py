@@ -1,14 +1,27 @@
 """The errors that a user can cause or must act on, each with its exit code.
 
-All are `ValueError`s: a caller in Python may catch that alone. `cli.run` prints them in
-at most five lines without a traceback; all else is our bug and keeps its traceback.
+All are `ValueError`s: a caller in Python may catch that alone. `cli.run_command` prints
+them in at most five lines without a traceback; all else is our bug and keeps its
+traceback.
 """
 
 
 class UserError(ValueError):
-  """Base of the errors below; `exit_code` follows sysexits.h where it has one."""
+  """Base of the errors below; `exit_code` follows sysexits.h where it has one.
+
+  Args:
+    what: what is wrong, in one line.
+    given: what was found; None leaves the line out.
+    needed: what would have worked.
+    hint: what to try, such as the flag to change.
+  """
 
   exit_code = 70
+
+  def __init__(self, what: str, given: object = None, needed: str = "", hint: str = ""):
+    lines = [what] + [f"given:  {given}"] * (given is not None)
+    lines += [f"needed: {needed}"] * bool(needed) + [f"try:    {hint}"] * bool(hint)
+    super().__init__("\n  ".join(lines))
 
 
 class ConfigError(UserError):
@@ -18,8 +31,7 @@ class ConfigError(UserError):
 
   def __init__(self, key: str, given: object, needed: str, hint: str = ""):
     self.key = key
-    lines = [f"{key} cannot be used", f"given:  {given}", f"needed: {needed}"]
-    super().__init__("\n  ".join(lines + [f"try:    {hint}"] * bool(hint)))
+    super().__init__(f"{key} cannot be used", given, needed, hint)
 
 
 class DataError(UserError):
