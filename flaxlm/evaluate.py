@@ -12,7 +12,6 @@ import pathlib
 
 from flaxlm import cli, machine
 from flaxlm.config.load import load_run
-from flaxlm.runs.held_out import evaluate_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
   args, overrides = cli.parse_arguments(parser, argv)
   config = load_run(args.workdir, overrides)
   # JAX is imported only now: --help and a wrong key have been answered.
+  from flaxlm.runs.held_out import evaluate_run
 
   machine.keep_freed_memory()
   result = evaluate_run(config, pathlib.Path(args.workdir), args.step)

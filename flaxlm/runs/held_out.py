@@ -4,23 +4,19 @@ import pathlib
 
 import jax
 
+from flaxlm.data.batches import word_frequencies
 from flaxlm.data.feed import Feed
 from flaxlm.data.tasks.scores import score_predictions
 from flaxlm.errors import DataError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import directory, weights
 from flaxlm.runs.program import use_config_mesh
+from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 
 
 def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, float]:
   """Returns the metrics of one checkpoint on config.data.store."""
-
-  from flaxlm.data.batches import word_frequencies
-  from flaxlm.data.feed import Feed
-  from flaxlm.runs.held_out import scorer
-  from flaxlm.tokenizer.files import find_tokenizer
-
   mesh = make_mesh(**axis_sizes(config.mesh))
   rules = config.mesh.rules.to_dict()
   with use_config_mesh(config, mesh):
