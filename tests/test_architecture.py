@@ -1,18 +1,20 @@
 """The house keeps its shape: who imports whom, how long things are, what is unused."""
 
 import ast
+import collections
 import pathlib
 import re
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted(
   (ROOT / "configs").glob("*.py")
 )
-DOORS = {
+COMMANDS = {
   "train", "evaluate", "prepare", "generate", "convert", "plan", "supervise", "doctor",
 }  # fmt: skip
-# A room may import the rooms to its right. `errors` is a leaf that anyone may import.
+# A room may import the rooms below its own line; rooms of one line do not meet.
 LEVELS = [
   {"planning", "interop"},
   {"inference"},
@@ -35,6 +37,26 @@ LAZY = {
   "tokenizers",
   "jinja2",
 }
+# The way of a batch, from the config to the updated weight, in reading order.
+SPINE = (
+  "configs/quickstart.py",
+  "flaxlm/runs/loop.py",
+  "flaxlm/data/feed.py",
+  "flaxlm/data/batches/packed.py",
+  "flaxlm/models/transformer.py",
+  "flaxlm/training/state.py",
+  "flaxlm/training/losses.py",
+  "flaxlm/training/optim.py",
+)
+# Test files that are not about one file of flaxlm: whole commands, machines, numbers.
+WITHOUT_A_MIRROR = {
+  "test_architecture", "test_benchmarks", "test_end_to_end", "test_fine_tuning",
+  "test_golden", "test_multihost", "test_package", "test_published", "test_readme",
+  "test_real_runs", "test_cache",
+  "interop/test_real_weights", "launch/test_cloud", "launch/test_files",
+  "launch/test_machines", "models/test_families", "parallel/test_attention_on_a_mesh",
+  "parallel/test_memory_of_steps", "planning/test_shipped",
+}  # fmt: skip
 
 
 def room_of(path: pathlib.Path) -> str:
@@ -49,7 +71,7 @@ def imports(tree):
       yield from ((alias.name, id(node) in top) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       names = [node.module] * (node.module != "flaxlm")
-      if node.module.startswith("flaxlm"):  # a name may be a module: `import baseline`
+      if node.module.startswith("flaxlm"):  # a name may be a module
         names += [f"{node.module}.{alias.name}" for alias in node.names]
       yield from ((name, id(node) in top) for name in names)
 
@@ -69,8 +91,8 @@ def test_rooms_import_only_to_their_right():
       target = module.split(".")[1]
       if target == room:
         continue
-      assert target not in DOORS, f"{path} imports the command {target}"
-      if room not in DOORS:
+      assert target not in COMMANDS, f"{path} imports the command {target}"
+      if room not in COMMANDS:
         assert level[target] > level[room], f"{path}: {room} may not import {target}"
 
 
@@ -106,6 +128,97 @@ def test_no_pickle_no_eval_no_hidden_defaults():
         assert node.value.id != "pickle", path
 
 
+def modules() -> dict[str, ast.Module]:
+  """Every module of the package by its dotted name."""
+  found = {}
+  for path, _, tree in package_files():
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    found[name.removesuffix(".__init__")] = tree
+  return found
+
+
+def test_no_import_circle():
+  trees = modules()
+  graph = {
+    name: {target for target, _ in imports(tree) if target in trees and target != name}
+    for name, tree in trees.items()
+  }
+  finished, walking = set(), []
+
+  def visit(name):
+    assert name not in walking, " -> ".join([*walking[walking.index(name) :], name])
+    if name in finished:
+      return
+    walking.append(name)
+    for target in sorted(graph[name]):
+      visit(target)
+    finished.add(walking.pop())
+
+  for name in graph:
+    visit(name)
+
+
+def test_a_public_name_is_defined_once():
+  places = collections.defaultdict(list)
+  for module, tree in modules().items():
+    for node in tree.body:
+      if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        names = [node.name]
+      elif isinstance(node, ast.Assign):
+        names = [x.id for t in node.targets for x in ast.walk(t) if hasattr(x, "id")]
+      else:
+        continue
+      for name in names:
+        if not name.startswith("_") and name not in ("main", "make_parser"):
+          places[name].append(module)
+  assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_importing_a_module_changes_nothing():
+  for module, tree in modules().items():
+    for node in tree.body:
+      if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        call = ast.unparse(node.value.func)
+        assert call.endswith(".defvjp"), f"{module} calls {call} when it is imported"
+
+
+def test_config_and_commands_are_read_without_jax():
+  names = [f"flaxlm.{name}" for name in sorted(COMMANDS)]
+  names += ["flaxlm.config.load", "flaxlm.kernels.attention", "flaxlm.machine"]
+  names += ["flaxlm.runs.directory", "flaxlm.files", "flaxlm.console"]
+  code = f"import sys, {', '.join(names)}; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_library_code_does_not_import_the_configs_folder():
+  for path, _, tree in package_files():
+    for module, _ in imports(tree):
+      assert module.split(".")[0] != "configs", path
+
+
+def test_the_spine_stays_short():
+  lines = {name: (ROOT / name).read_text().count("\n") for name in SPINE}
+  assert sum(lines.values()) <= 1700, lines
+  guide = (ROOT / "flaxlm/README.md").read_text()
+  places = [guide.index(name) for name in SPINE]
+  assert places == sorted(places), "flaxlm/README.md leads through the spine in order"
+
+
+def test_readme_stays_short():
+  assert (ROOT / "README.md").read_text().count("\n") <= 150
+
+
+def test_tests_mirror_the_package():
+  tests = ROOT / "tests"
+  found = {
+    str(path.relative_to(tests).with_suffix("")) for path in tests.rglob("test_*.py")
+  }
+  assert found >= WITHOUT_A_MIRROR
+  for name in found - WITHOUT_A_MIRROR:
+    mirrored = ROOT / "flaxlm" / name.replace("test_", "", 1)
+    assert mirrored.with_suffix(".py").is_file(), f"tests/{name}.py mirrors no file"
+
+
 def test_files_and_functions_stay_short():
   for path in FILES:
     text = path.read_text()
@@ -126,7 +239,7 @@ def test_every_module_is_used_and_says_what_it_is():
   for path, room, tree in package_files():
     assert ast.get_docstring(tree), f"{path} has no docstring"
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    if room not in DOORS and path.name != "__init__.py":
+    if room not in COMMANDS and path.name != "__init__.py":
       assert name in imported, f"nothing imports {path}"
 
 
