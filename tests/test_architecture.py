@@ -245,7 +245,7 @@ def test_every_module_is_used_and_says_what_it_is():
 
 def test_every_knob_is_read_somewhere():
   from flaxlm.config import base
-  from flaxlm.config.load import flatten
+  from flaxlm.config.tree import flatten
 
   code = "\n".join(path.read_text() for path in FILES if path.parent.name != "configs")
   for key in flatten(base.get_config()):

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from flaxlm.config import base
 from flaxlm.config.rules import broken_rules
+from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 
 CHOICES = {
@@ -113,17 +114,6 @@ AT_MOST_ONE = (
 )
 
 
-def flatten(config: ConfigDict) -> dict[str, object]:
-  """Returns {dotted key: value} of every leaf."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      flat |= {f"{key}.{rest}": leaf for rest, leaf in flatten(value).items()}
-    else:
-      flat[key] = value
-  return flat
-
-
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
   """Runs `get_config()` of the file at `path`, applies `key=value` texts, checks.
 
@@ -167,17 +157,10 @@ def apply_overrides(config: ConfigDict, overrides: list[str]) -> ConfigDict:
       raise ConfigError(f"--config.{key}", "no value", f"--config.{key}=VALUE")
     if key not in flat:
       raise unknown_key(key, flat)
+    # A reference links knobs that are equal by default; both follow an override.
     set_value(config, key, parse_value(key, value, flat[key]))
   check_config(config)
   return config
-
-
-def set_value(config: ConfigDict, key: str, value: object) -> None:
-  *groups, last = key.split(".")
-  for group in groups:
-    config = config[group]
-  # A reference links knobs that are equal by default; both follow an override.
-  config[last] = value
 
 
 def parse_value(key: str, text: str, current: object) -> object:

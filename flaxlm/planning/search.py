@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flaxlm.config.load import flatten, set_value
 from flaxlm.config.rules import broken_rules
+from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError
 from flaxlm.parallel import AXES, BATCH_AXES
 from flaxlm.parallel.hardware import Hardware

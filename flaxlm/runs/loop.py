@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm import machine
-from flaxlm.config.load import config_from_json, config_to_json, flatten
+from flaxlm.config.load import config_from_json, config_to_json
+from flaxlm.config.tree import flatten
 from flaxlm.data.feed import Feed
 from flaxlm.errors import DataError, Preempted
 from flaxlm.files import write_atomically

@@ -12,7 +12,8 @@ import pytest
 
 from flaxlm import machine
 from flaxlm.config import base
-from flaxlm.config.load import config_from_json, config_to_json, flatten, load_config
+from flaxlm.config.load import config_from_json, config_to_json, load_config
+from flaxlm.config.tree import flatten
 from flaxlm.errors import ConfigError, MissingInputError
 
 ROOT = pathlib.Path(__file__).parents[2]

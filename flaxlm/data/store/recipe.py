@@ -9,6 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from flaxlm import errors
+from flaxlm.config.tree import flatten
 from flaxlm.data.text.documents import Corpus
 from flaxlm.tokenizer.files import load_tokenizer
 
@@ -62,11 +63,3 @@ def check_recipe(root: pathlib.Path | str, old: dict, new: dict) -> None:
     "a store that this config prepared, or a new directory",
     f"--config.data.store={root}-2, or delete {root}",
   )  # fmt: skip
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-  flat = {}
-  for key, value in tree.items():
-    inner = isinstance(value, dict)
-    flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-  return flat

@@ -243,6 +243,7 @@ class ShardWriter:
   def finish(self) -> dict:
     self._flush(len(self._buffer))
     sync(self._file)
+    self._file.close()
     index = np.array(self._starts, "<u8").tobytes()
     index += np.array(self._crcs, "<u4").tobytes()
     path = self._root / self._name
