@@ -82,10 +82,9 @@ cli.run_command(main)
 MESHES = """
 import importlib.util, itertools, json, sys
 import jax
-from flaxlm.data.feed import Feed
 from flaxlm.parallel import processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
-from flaxlm.runs.program import build_program, use_config_mesh
+from flaxlm.runs.program import build_program, open_feed, use_config_mesh
 
 processes.join_processes(False, 60)
 spec = importlib.util.spec_from_file_location("config", sys.argv[1])
@@ -95,10 +94,10 @@ for axis in ("data", "fsdp", "tensor"):
   config = module.get_config()
   config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1, axis: jax.device_count()})
   mesh = make_mesh(**axis_sizes(config.mesh))
-  feed, program = Feed(config, mesh), build_program(config, mesh)
+  feed, program = open_feed(config, mesh), build_program(config, mesh)
   with use_config_mesh(config, mesh):
     state, losses = program.init(jax.random.key(0)), []
-    for batch in itertools.islice(feed.read_train(0), 4):
+    for batch in itertools.islice(feed.read_train(0, config.num_steps), 4):
       state, metrics = program.train_step(state, batch, None)
       losses.append(float(metrics["loss"]).hex())
   found[axis] = losses

@@ -1,15 +1,36 @@
 """Places rows of a batch on the devices of all processes."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from flaxlm.errors import ConfigError
 from flaxlm.parallel.sharding import spec
 
 
-def batch_sharding(config, mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Where the arrays of a batch live, (rows, places in a row)."""
-  return NamedSharding(mesh, spec(("batch", "length"), config.mesh.rules.to_dict()))
+def batch_sharding(rules: dict, mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns where the arrays of a batch live: (rows, columns) by config.mesh.rules."""
+  return NamedSharding(mesh, spec(("batch", "length"), rules))
+
+
+def check_batch_size(
+  batch_size: int, accumulation_steps: int, mesh_knobs, mesh: jax.sharding.Mesh
+) -> None:
+  """Raises ConfigError if the rows of a batch do not divide evenly over config.mesh."""
+  divisor = accumulation_steps
+  divisor *= math.prod(mesh.shape[axis] for axis in mesh_knobs.rules.batch)
+  if mesh.shape["stage"] > 1:
+    divisor *= mesh_knobs.microbatches or mesh.shape["stage"]
+  if batch_size % divisor:
+    raise ConfigError(
+      "config.data.batch_size",
+      batch_size,
+      f"a multiple of {divisor} = devices that split rows x accumulation_steps x "
+      "microbatches of a pipeline",
+      f"{-(-batch_size // divisor) * divisor}",
+    )
 
 
 def local_rows(

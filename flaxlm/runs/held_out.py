@@ -10,7 +10,7 @@ from flaxlm.data.tasks.scores import score_predictions
 from flaxlm.errors import DataError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import directory, weights
-from flaxlm.runs.program import use_config_mesh
+from flaxlm.runs.program import open_feed, use_config_mesh
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 
@@ -23,7 +23,7 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
     tokenizer, template = find_tokenizer(workdir) or "", workdir / directory.TEMPLATE
     if template.exists():
       config.task.chat_template = str(template)
-    feed = Feed(config, mesh, tokenizer, training=False)
+    feed = open_feed(config, mesh, tokenizer, training=False)
     if feed.validation is None:
       raise DataError(
         "there is no held-out text to evaluate on\n"

@@ -26,7 +26,12 @@ from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import directory, weights
 from flaxlm.runs.directory import KERNEL, RunLock
 from flaxlm.runs.held_out import scorer
-from flaxlm.runs.program import build_program, settle_attention, use_config_mesh
+from flaxlm.runs.program import (
+  build_program,
+  open_feed,
+  settle_attention,
+  use_config_mesh,
+)
 from flaxlm.runs.progress import Profiler, TrainingProgress, count_programs, say
 from flaxlm.runs.summary import print_run_card
 from flaxlm.tokenizer.files import file_name
@@ -58,7 +63,7 @@ def train(
     processes.agree("the start", processes.facts() | knobs, seconds)
     mesh = make_mesh(**axis_sizes(config.mesh))
     config.task.chat_template = weights.template_path(config)
-    feed = Feed(config, mesh, weights.tokenizer_path(config))
+    feed = open_feed(config, mesh, weights.tokenizer_path(config))
     if feed.examples:  # kept with the run, so that classes keep their numbers
       config.task.labels = feed.examples.label_names
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
@@ -105,7 +110,7 @@ def train(
       assess(first_step, evaluated(state.eval_model, base))
 
     say("compiling the training step ...")
-    batches = progress.waiting_for(feed.read_train(first_step))
+    batches = progress.waiting_for(feed.read_train(first_step, config.num_steps))
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
       state, metrics = train_step(state, batch, base)

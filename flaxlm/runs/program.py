@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from flaxlm.config.rules import attention_case
 from flaxlm.data.batches import masking
 from flaxlm.data.batches.synthetic import SyntheticBatches
+from flaxlm.data.feed import Feed
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention import choice
 from flaxlm.kernels.attention.choice import why_not
@@ -57,6 +58,25 @@ def use_config_mesh(
   """`use_mesh` as config.mesh asks for it; programs are traced inside."""
   knobs = config.mesh
   return use_mesh(mesh, knobs.rules.to_dict(), knobs.microbatches, knobs.stage_repeats)
+
+
+def open_feed(
+  config, mesh: jax.sharding.Mesh, tokenizer_path="", training: bool = True
+) -> Feed:
+  """Opens the data of a resolved config; see `Feed`."""
+  return Feed(
+    config.data,
+    config.objective,
+    config.task,
+    config.model,
+    config.mesh,
+    mesh,
+    seed=config.seed,
+    accumulation_steps=config.step.accumulation_steps,
+    eval_batches=config.eval.batches,
+    tokenizer_path=tokenizer_path,
+    training=training,
+  )
 
 
 def build_program(config, mesh: jax.sharding.Mesh) -> Program:
@@ -168,11 +188,12 @@ def abstract_batch(config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeS
   rows = SyntheticBatches(
     data.seq_len, 1, config.seed, vocab_size, objective=objective, vocabulary=vocabulary
   )[0]
+  sharding = batch_sharding(config.mesh.rules.to_dict(), mesh)
   return {
     name: jax.ShapeDtypeStruct(
       (data.batch_size, *row.shape[1:]),
       row.dtype,
-      sharding=batch_sharding(config, mesh),
+      sharding=sharding,
     )
     for name, row in rows.items()
   }

@@ -21,7 +21,7 @@ def print_run_card(
   if jax.process_index():
     return
   model, data = config.model, config.data
-  text, epochs = feed.describe()
+  text, epochs = feed.describe(config.num_steps)
   whole = weights.abstract_model(config)
   tables = (whole.embed, whole.positions, whole.segment_types, whole.unembed)
   total, embedded = count_parameters(whole), count_parameters(tables)

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from flaxlm.data.batches.synthetic import SyntheticBatches
-from flaxlm.data.feed import Feed
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.ring import zigzag
 from flaxlm.parallel import AXES, placement
@@ -44,7 +43,8 @@ def place(config, mesh, step: int = 0):
   if config.model.attention == "ring" and mesh.shape["context"] > 1:
     order = zigzag(data.seq_len, mesh.shape["context"])
     rows = {name: row[:, order] for name, row in rows.items()}
-  return placement.to_global(rows, 0, data.batch_size, batch_sharding(config, mesh))
+  sharding = batch_sharding(config.mesh.rules.to_dict(), mesh)
+  return placement.to_global(rows, 0, data.batch_size, sharding)
 
 
 def start(config, mesh):
@@ -295,7 +295,7 @@ def test_a_batch_that_does_not_divide_is_refused(config):
   config.data.batch_size = 12
   config, mesh = mesh_of(config, data=2, fsdp=4)
   with pytest.raises(ConfigError, match="a multiple of 8"):
-    Feed(config, mesh)
+    programs.open_feed(config, mesh)
 
 
 def test_weights_that_no_axis_splits_are_refused(config):
