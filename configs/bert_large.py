@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
 """
 
-from configs import bert_base
+from . import bert_base
 
 
 def get_config():

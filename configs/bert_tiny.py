@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. Otherwise as configs/bert_base.py.
 """
 
-from configs import bert_base
+from . import bert_base
 
 
 def get_config():

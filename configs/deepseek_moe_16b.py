@@ -8,7 +8,7 @@ first layer is dense. Its published settings: 2T tokens, a rate that stays until
 (then it fell in two steps, ours in a line).
 """
 
-from configs import llama2_7b
+from . import llama2_7b
 
 
 def get_config():

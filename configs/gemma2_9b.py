@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On 64n devices divide accumulation_steps by n.
 """
 
-from configs import gemma2_2b
+from . import gemma2_2b
 
 
 def get_config():

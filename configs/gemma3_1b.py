@@ -7,7 +7,7 @@ Gemma 2's soft caps, five local layers for a global one, and a rotary base for e
 kind. Rows of 8192 tokens: theirs of 32,768 need an attention kernel.
 """
 
-from configs import gemma2_2b
+from . import gemma2_2b
 
 
 def get_config():

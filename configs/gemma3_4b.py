@@ -6,7 +6,7 @@ Not trained here: no result is claimed. Texts of 131,072 tokens: positions are s
 in global layers. The table has 64 rows more than the tokenizer has pieces.
 """
 
-from configs import gemma3_1b
+from . import gemma3_1b
 
 
 def get_config():

@@ -6,7 +6,7 @@ Not trained here: no result is claimed. GPT-2's learning rates were not publishe
 is GPT-3's of that size. On n devices divide accumulation_steps by n.
 """
 
-from configs import gpt2_124m
+from . import gpt2_124m
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On 4n devices divide accumulation_steps by n.
 """
 
-from configs import gpt2_124m
+from . import gpt2_124m
 
 
 def get_config():

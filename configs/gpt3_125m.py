@@ -9,7 +9,7 @@ not grow at the start, as theirs did. 300B tokens; on n devices divide
 accumulation_steps by n.
 """
 
-from configs import gpt2_124m
+from . import gpt2_124m
 
 
 def get_config():

@@ -7,7 +7,7 @@ Not trained here: no result is claimed. Table 2.1 prints a width of 5140; 40 hea
 accumulation_steps by n.
 """
 
-from configs import gpt3_125m
+from . import gpt3_125m
 
 
 def get_config():

@@ -6,7 +6,7 @@ Not trained here: no result is claimed. 50,257 words divide by no number of devi
 their table stays whole along the tensor axis.
 """
 
-from configs import gpt3_125m
+from . import gpt3_125m
 
 
 def get_config():

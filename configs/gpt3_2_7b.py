@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On 8n devices divide accumulation_steps by n.
 """
 
-from configs import gpt3_125m
+from . import gpt3_125m
 
 
 def get_config():

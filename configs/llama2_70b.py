@@ -5,7 +5,7 @@
 Not trained here: no result is claimed.
 """
 
-from configs import llama2_7b
+from . import llama2_7b
 
 
 def get_config():

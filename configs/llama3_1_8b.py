@@ -6,7 +6,7 @@ Not trained here: no result is claimed. Rows of 8192 tokens, as in most of its t
 llama3_1_8b_128k.py is for its last stage.
 """
 
-from configs import llama3_8b
+from . import llama3_8b
 
 
 def get_config():

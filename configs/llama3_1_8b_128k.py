@@ -7,7 +7,7 @@ Not trained here: no result is claimed. Each row is split over 16 chips, whose k
 values go round a ring; as in the last stage of its training (Dubey et al. 2024).
 """
 
-from configs import llama3_1_8b
+from . import llama3_1_8b
 
 
 def get_config():

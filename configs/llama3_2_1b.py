@@ -6,7 +6,7 @@ Not trained here: no result is claimed. Meta pruned it from the 8B model and dis
 it; this trains it from nothing. On 8n devices divide accumulation_steps by n.
 """
 
-from configs import llama3_1_8b
+from . import llama3_1_8b
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Not trained here: no result is claimed.
 """
 
-from configs import llama3_2_1b
+from . import llama3_2_1b
 
 
 def get_config():

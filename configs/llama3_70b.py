@@ -5,7 +5,7 @@
 Not trained here: no result is claimed.
 """
 
-from configs import llama3_8b
+from . import llama3_8b
 
 
 def get_config():

@@ -7,7 +7,7 @@ and each layer sees the last 4096 tokens. Nothing of its training was published:
 settings are Llama 2's.
 """
 
-from configs import llama2_7b
+from . import llama2_7b
 
 
 def get_config():

@@ -7,7 +7,7 @@ Nothing of its training was published: the settings are Llama 2's, and Switch's 
 of the balancing loss.
 """
 
-from configs import mistral_7b
+from . import mistral_7b
 
 
 def get_config():

@@ -7,7 +7,7 @@ Not trained here: no result is claimed. After 900B tokens its rate was lowered t
 On n devices divide accumulation_steps by n.
 """
 
-from configs import modernbert_base
+from . import modernbert_base
 
 
 def get_config():

@@ -8,7 +8,7 @@ have room for twice their fair share: on CPU that costs half as much as dropping
 token, and once the loads are even nothing is dropped.
 """
 
-from configs import quickstart
+from . import quickstart
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On 8n devices divide accumulation_steps by n.
 """
 
-from configs import olmo2_7b
+from . import olmo2_7b
 
 
 def get_config():

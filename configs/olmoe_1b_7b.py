@@ -6,7 +6,7 @@ Not trained here: no result is claimed. 6.9B parameters, 1.3B of them for a toke
 published settings; weights of the chosen experts do not add up to 1.
 """
 
-from configs import olmo2_1b
+from . import olmo2_1b
 
 
 def get_config():

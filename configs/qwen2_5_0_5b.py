@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
 """
 
-from configs import qwen2_5_7b
+from . import qwen2_5_7b
 
 
 def get_config():

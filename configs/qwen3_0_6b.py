@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
 """
 
-from configs import qwen3_8b
+from . import qwen3_8b
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. 30.5B parameters, 3.3B of them for a token.
 """
 
-from configs import qwen3_8b
+from . import qwen3_8b
 
 
 def get_config():

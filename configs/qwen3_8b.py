@@ -7,7 +7,7 @@ key in the place of biases. Its optimizer settings were not published: these are
 2's.
 """
 
-from configs import qwen2_5_7b
+from . import qwen2_5_7b
 
 
 def get_config():

@@ -7,7 +7,7 @@ length and metric; its size, but another block, Muon and another schedule.
     --workdir=runs/shakespeare_fast
 """
 
-from configs import shakespeare_char
+from . import shakespeare_char
 
 
 def get_config():

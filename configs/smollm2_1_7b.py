@@ -6,7 +6,7 @@ Not trained here: no result is claimed. 11T tokens. On 8n devices divide
 accumulation_steps by n.
 """
 
-from configs import smollm2_135m
+from . import smollm2_135m
 
 
 def get_config():

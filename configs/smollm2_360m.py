@@ -5,7 +5,7 @@
 Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
 """
 
-from configs import smollm2_135m
+from . import smollm2_135m
 
 
 def get_config():

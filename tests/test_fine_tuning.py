@@ -7,7 +7,8 @@ import pytest
 
 from flaxlm import prepare
 from flaxlm.config import base
-from flaxlm.config.load import check_config, load_run
+from flaxlm.config.check import check_config
+from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
 from flaxlm.runs.held_out import evaluate_run
 from flaxlm.runs.loop import train

@@ -1,142 +1,52 @@
-"""Load, override, check and store the config of a run.
+"""Where a config comes from: a Python file, a stored run, the command line.
 
-A config is refused here, before JAX is imported, whether the wrong value came from a
-file, the command line or a stored run. ml_collections gives the locked, typed tree;
-here is what it lacks: ranges, relations between knobs, messages that name the fix.
+Whatever the source, `check.check_config` accepts the result or refuses it. Library code
+never imports a package called `configs`: a user may have one. A shipped config is found
+beside the package, by its file.
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import json
-import math
 import pathlib
+import sys
 import traceback
+import types
 
 from ml_collections import ConfigDict
 
 from flaxlm.config import base
-from flaxlm.config.rules import broken_rules
+from flaxlm.config.check import check_config, check_keys, unknown_key
 from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 
-CHOICES = {
-  "model.positions": ("rope", "learned", "none"),
-  "model.norm": ("rmsnorm", "layernorm"),
-  "model.norm_placement": ("pre", "post", "both", "residual"),
-  "model.activation": ("silu", "gelu", "gelu_tanh", "relu"),
-  "model.qk_norm": ("none", "head", "full"),
-  "model.head": ("lm", "mlm", "sequence", "token", "span", "choice"),
-  "model.head_activation": ("gelu", "gelu_tanh", "silu", "tanh"),
-  "model.pooling": ("first", "mean", "last"),
-  "model.rope.scaling": ("none", "linear", "llama3", "yarn"),
-  "model.moe.router": ("softmax", "sigmoid"),
-  "model.moe.balance": ("loss", "bias", "none"),
-  "objective.kind": ("causal", "masked", "span", "prefix", "fim"),
-  "objective.mask_unit": ("token", "word", "span"),
-  "objective.pairs": ("none", "nsp", "sop"),
-  "task.kind": ("none", "classify", "tag", "qa", "choice", "chat"),
-  "model.attention": ("auto", "reference", "xla", "splash", "ring", "cudnn"),
-  "model.dtype": ("float32", "bfloat16"),
-  "model.quantize": ("none", "fp8", "int8"),
-  "model.remat": ("none", "full", "dots"),
-  "optim.name": ("adamw", "lion", "adafactor", "muon"),
-  "optim.schedule": ("cosine", "linear", "wsd", "constant"),
-  "task.format": ("auto", "csv", "tsv", "jsonl", "squad", "conll", "tfds"),
-  "data.loader": ("tfdata", "numpy", "synthetic"),
-  "data.split": ("hash", "tail"),
-  "data.sources.*.kind": ("stdlib", "text", "jsonl", "csv", "tsv", "parquet", "tfds"),
-  "data.sources.*.document": ("file", "paragraph", "line"),
-  "tokenizer.kind": ("bpe", "unigram", "char"),
-}
-# Keys that older runs stored and that no longer choose anything.
-RETIRED = ("step.chunk_size",)
-# Numbers that are not listed may be anything from 0 up.
-AT_LEAST_ONE = (
-  "num_steps",
-  "model.vocab_size",
-  "model.max_len",
-  "model.num_layers",
-  "model.embed_dim",
-  "model.num_heads",
-  "model.num_kv_heads",
-  "model.head_dim",
-  "model.mlp_dim",
-  "model.unroll",
-  "model.moe.experts_per_token",
-  "step.accumulation_steps",
-  "mesh.slice",
-  "mesh.stage",
-  "mesh.fsdp",
-  "mesh.expert",
-  "mesh.context",
-  "mesh.tensor",
-  "mesh.stage_repeats",
-  "data.seq_len",
-  "data.batch_size",
-  "data.num_threads",
-  "data.prefetch",
-  "data.shard_tokens",
-  "tokenizer.vocab_size",
-  "tokenizer.train_bytes",
-  "task.doc_stride",
-  "checkpoint.every",
-  "checkpoint.keep_last",
-  "log.every",
-  "log.profile_num_steps",
-  "guards.max_bad_steps",
-)
-POSITIVE = [
-  "mesh.start_seconds",
-  "model.norm_epsilon",
-  "model.rope.theta",
-  "model.rope.factor",
-  "objective.mean_span",
-  "lora.alpha",
-  "optim.epsilon",
-  "data.sources.*.weight",
-]
-BELOW_ONE = (
-  "model.dropout",
-  "optim.b1",
-  "optim.b2",
-  "step.ema_decay",
-  "data.validation_fraction",
-)
-AT_MOST_ONE = (
-  "objective.mask_rate",
-  "objective.mask_token_rate",
-  "objective.random_token_rate",
-  "objective.fim_rate",
-  "objective.spm_rate",
-  "optim.end_factor",
-  "optim.decay_fraction",
-)
+# Keys that older versions stored and that no longer choose anything.
+_RETIRED = ("step.chunk_size",)
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_INSTALLED = (
+  _PACKAGE / "configs"
+)  # where a wheel puts the shipped configs: see setup.py
+_CLONE = _PACKAGE.parent
 
 
-def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
-  """Runs `get_config()` of the file at `path`, applies `key=value` texts, checks.
+def load_config(name: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDict:
+  """Returns the config that `name` gives, with `key=value` texts applied, checked.
 
-  The config.json of a run will do as well: to change a few knobs of what was done.
+  Args:
+    name: a Python file with `get_config()`; a run's config.json, to change a few knobs
+      of an earlier run; or the bare name of a shipped config, such as `llama3_8b`.
   """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    near = sorted(str(f) for f in file.parent.glob("*.py") if f.stem != "__init__")
-    raise MissingInputError(
-      f"--config={path} does not exist\n  given:  {file.absolute()}\n"
-      f"  needed: a file with get_config(), or of a run, as {' '.join(near[:6])}"
-    )
+  file = find_config(name)
   if file.suffix == ".json":
     return config_from_json(file.read_text(), overrides)
-  spec = importlib.util.spec_from_file_location("flaxlm_run_config", file)
-  module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = _run_config_file(file)
   except Exception as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f for f in frames if pathlib.Path(f.filename).name == file.name]
-    where = f"{path} line {lines[-1].lineno}" if lines else path
+    where = f"{name} line {lines[-1].lineno}" if lines else name
     message = " ".join(str(error).split())
     raise ConfigError(
       where,
@@ -147,9 +57,73 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
   return apply_overrides(config, overrides)
 
 
+def find_config(name: str | pathlib.Path) -> pathlib.Path:
+  """Returns the file of a config; a name without suffix is that of a shipped one."""
+  file = pathlib.Path(name)
+  shipped = {path.stem: path for path in shipped_configs()}
+  if str(name) in shipped:
+    return shipped[str(name)]
+  if file.is_file() and file.suffix in (".py", ".json"):
+    return file
+  needed = "a .py file with get_config(), a run's config.json, or a shipped config"
+  if file.is_file():
+    raise ConfigError(f"--config={name}", "another kind of file", needed)
+  known = {stem: stem for stem in shipped}
+  known |= {path.stem: str(path) for path in sorted(file.parent.glob("[!_]*.py"))}
+  near = difflib.get_close_matches(file.stem, known, n=3) or [*known][:6]
+  hint = " or ".join(known[stem] for stem in near)
+  raise MissingInputError(
+    f"--config={name} does not exist", file.absolute(), needed, hint
+  )
+
+
+def shipped_configs() -> list[pathlib.Path]:
+  """Returns the files of the configs that come with flaxlm."""
+  folder = _INSTALLED if _INSTALLED.is_dir() else _CLONE / "configs"
+  return sorted(folder.glob("[!_]*.py"))
+
+
+def _run_config_file(file: pathlib.Path) -> ConfigDict:
+  """Returns what `get_config()` of `file` returns.
+
+  The file runs as a module of a package of its own, whose folder is that of the file:
+  `from . import gpt2_124m` finds the file beside it. Nothing stays in `sys.modules`.
+  """
+  package = types.ModuleType("flaxlm_run_config")
+  package.__path__ = [str(file.parent.absolute())]
+  spec = importlib.util.spec_from_file_location(
+    f"{package.__name__}.{file.stem.replace('.', '_')}", file
+  )
+  module = importlib.util.module_from_spec(spec)
+  sys.modules |= {package.__name__: package, spec.name: module}
+  try:
+    with _clone_importable():
+      spec.loader.exec_module(module)
+      return module.get_config()
+  finally:
+    for name in [name for name in sys.modules if name.startswith(package.__name__)]:
+      del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _clone_importable():
+  """Lets a config anywhere say `from configs import base`, where flaxlm is a clone.
+
+  The clone comes last on the path: a `configs` package of the user's comes before it.
+  """
+  if _INSTALLED.is_dir() or str(_CLONE) in sys.path:
+    yield
+    return
+  sys.path.append(str(_CLONE))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(_CLONE))
+
+
 def apply_overrides(config: ConfigDict, overrides: list[str]) -> ConfigDict:
   """Applies `key=value` texts from the command line, then checks the whole config."""
-  check_known_keys(config)
+  check_keys(config)
   for text in overrides:
     key, equals, value = text.partition("=")
     flat = flatten(config)
@@ -158,12 +132,12 @@ def apply_overrides(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     if key not in flat:
       raise unknown_key(key, flat)
     # A reference links knobs that are equal by default; both follow an override.
-    set_value(config, key, parse_value(key, value, flat[key]))
+    set_value(config, key, _parse_value(key, value, flat[key]))
   check_config(config)
   return config
 
 
-def parse_value(key: str, text: str, current: object) -> object:
+def _parse_value(key: str, text: str, current: object) -> object:
   """Reads `text` as the type that the knob has now."""
   kind = type(current)
   try:
@@ -184,80 +158,8 @@ def parse_value(key: str, text: str, current: object) -> object:
     return text
   except (KeyError, ValueError, OverflowError, SyntaxError):
     names = {bool: "true or false", int: "a whole number", float: "a number"}
-    needed = names.get(kind, "values with commas between")
+    needed = names.get(kind, "values separated by commas")
     raise ConfigError(f"config.{key}", text, needed, f"{current}") from None
-
-
-def unknown_key(key: str, flat: dict) -> ConfigError:
-  near = difflib.get_close_matches(key, flat, n=3, cutoff=0.6)
-  last = key.split(".")[-1]
-  near = [k for k in flat if k.split(".")[-1] == last][:3] or near
-  groups = sorted({k.split(".")[0] for k in flat})
-  hint = " or ".join(f"config.{k}" for k in near) or "a key of " + " ".join(groups)
-  return ConfigError(
-    f"config.{key}", "an unknown key", "a knob of flaxlm/config/base.py", hint
-  )
-
-
-def check_known_keys(config: ConfigDict) -> None:
-  """Refuses keys and types that base.py lacks: a file may build its own tree."""
-  known = flatten(base.get_config())
-  for key, value in flatten(config).items():
-    expected = known.get(generic(key, "main"))
-    if expected is None:
-      raise unknown_key(key, known)
-    if isinstance(expected, float) and type(value) is int:
-      continue
-    if type(value) is not type(expected):
-      kind = type(expected).__name__
-      raise ConfigError(
-        f"config.{key}", f"{value!r}", f"a value of type {kind}", f"{expected}"
-      )
-  given = {generic(key, "main") for key in flatten(config)}
-  for key in known:
-    if key not in given:
-      raise ConfigError(
-        f"config.{key}", "nothing", "every knob of flaxlm/config/base.py"
-      )
-
-
-def generic(key: str, name: str = "*") -> str:
-  """Replaces the name of a source, which the user chooses, by `name`."""
-  parts = key.split(".")
-  if parts[:2] == ["data", "sources"] and len(parts) > 2:
-    parts[2] = name
-  return ".".join(parts)
-
-
-def check_config(config: ConfigDict) -> None:
-  """Raises ConfigError for the first value, or pair of values, that cannot work."""
-  check_known_keys(config)
-  flat = flatten(config)
-  for key, value in flat.items():
-    check_value(f"config.{key}", generic(key), value)
-  for holds, key, needed, hint in broken_rules(config):
-    if not holds:
-      raise ConfigError(f"config.{key}", flat.get(key, "none"), needed, hint)
-
-
-def check_value(name: str, key: str, value: object) -> None:
-  """Checks one leaf against the tables at the top of this file."""
-  if key in CHOICES:
-    near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
-    if value not in CHOICES[key]:
-      raise ConfigError(name, value, "one of " + " ".join(CHOICES[key]), "".join(near))
-  if (
-    isinstance(value, bool) or not isinstance(value, int | float) or key == "mesh.data"
-  ):
-    return
-  low = 1 if key in AT_LEAST_ONE else 0
-  if not math.isfinite(value) or value < low or (key in POSITIVE and value == 0):
-    above = "above 0" if key in POSITIVE else f"of at least {low}"
-    raise ConfigError(name, value, f"a finite number {above}")
-  if (key in BELOW_ONE and value >= 1) or (key in AT_MOST_ONE and value > 1):
-    raise ConfigError(
-      name, value, "a fraction below 1" if key in BELOW_ONE else "at most 1"
-    )
 
 
 def config_to_json(config: ConfigDict) -> str:
@@ -271,12 +173,12 @@ def config_from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
     stored = json.loads(text)
     names = stored["data"]["sources"]
   except (ValueError, KeyError, TypeError) as error:
-    reason = f"{type(error).__name__}: {error}"
-    raise DataError(f"the stored config is damaged\n  given:  {reason}") from error
+    given = f"{type(error).__name__}: {error}"
+    raise DataError("the stored config is damaged", given) from error
   config.data.sources = base.sources(**{name: base.source() for name in names})
   known = flatten(config)
-  for key, value in flatten(ConfigDict(stored)).items():
-    if key in RETIRED:
+  for key, value in flatten(stored).items():
+    if key in _RETIRED:
       continue
     if key not in known:
       raise unknown_key(key, known)
@@ -285,11 +187,12 @@ def config_from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
 
 
 def load_run(workdir: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDict:
-  """The config that the run in `workdir` stored, with overrides applied."""
+  """Returns the config that the run in `workdir` stored, with overrides applied."""
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     raise MissingInputError(
-      f"--workdir={workdir} holds no run\n  given:  {path.absolute()} (missing)\n"
-      "  needed: a directory that `python -m flaxlm.train --workdir=...` wrote"
+      f"--workdir={workdir} holds no run",
+      f"{path.absolute()} (missing)",
+      "a directory that `python -m flaxlm.train --workdir=...` wrote",
     )
   return config_from_json(path.read_text(), overrides)

@@ -1,33 +1,41 @@
-"""What the knobs of a config owe each other, each with the fix: see config.check.
+"""How the knobs of a config depend on each other; each rule names the fix.
 
-No JAX here: a config is refused before anything slow is imported.
+A rule is (holds, key, what is needed, what to try). The rules come in an order in which
+a later one may assume that the earlier ones hold. No JAX here.
 """
 
 import math
 
 from ml_collections import ConfigDict
 
+from flaxlm.config.choices import HEAD_OF_OBJECTIVE, HEAD_OF_TASK
 from flaxlm.kernels.attention.choice import Case, why_not
 from flaxlm.parallel import AXES, BATCH_AXES
 
 
 def broken_rules(config: ConfigDict):
-  """Yields (holds, key, what is needed, what to try) for what knobs owe each other."""
+  """Yields (key, what is needed, what to try) for each rule that does not hold."""
+  for holds, *rule in _all_rules(config):
+    if not holds:
+      yield rule
+
+
+def _all_rules(config: ConfigDict):
   model, data, optim = config.model, config.data, config.optim
   heads, layers = model.num_heads, model.num_layers
   yield (
     heads % model.num_kv_heads == 0,
     "model.num_kv_heads",
     f"a divisor of config.model.num_heads={heads}",
-    nearest_divisors(heads, model.num_kv_heads),
+    _nearest_divisors(heads, model.num_kv_heads),
   )
-  yield from model_relations(model)
-  yield from prediction_relations(config)
+  yield from _model_rules(model)
+  yield from _prediction_rules(config)
   yield (
     layers % model.unroll == 0,
     "model.unroll",
     f"a divisor of config.model.num_layers={layers}",
-    nearest_divisors(layers, model.unroll),
+    _nearest_divisors(layers, model.unroll),
   )
   limit = f"at most config.model.max_len={model.max_len}"
   yield data.seq_len <= model.max_len, "data.seq_len", limit, f"{model.max_len}"
@@ -38,11 +46,11 @@ def broken_rules(config: ConfigDict):
   fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
   yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
   yield len(data.sources) > 0, "data.sources", "at least one source", "main"
-  yield from mesh_relations(config)
+  yield from _mesh_rules(config)
 
 
-def mesh_relations(config: ConfigDict):
-  """What the mesh asks of the model and of the batch."""
+def _mesh_rules(config: ConfigDict):
+  """What the mesh requires of the model and of the batch."""
   model, data, mesh = config.model, config.data, config.mesh
   devices = "devices along the axis, or -1 for all that remain"
   yield mesh.data == -1 or mesh.data > 0, "mesh.data", devices, "-1"
@@ -59,7 +67,7 @@ def mesh_relations(config: ConfigDict):
     "data.batch_size",
     f"a multiple of {unit} = accumulation_steps x mesh.{' x '.join(BATCH_AXES)}"
     + f" x {micro} microbatches" * (micro > 1),
-    nearest_multiples(data.batch_size, unit),
+    _nearest_multiples(data.batch_size, unit),
   )
   yield (
     mesh.stage == 1 or micro >= mesh.stage,
@@ -67,30 +75,30 @@ def mesh_relations(config: ConfigDict):
     f"at least config.mesh.stage={mesh.stage}",
     f"{mesh.stage}",
   )
-  groups, layers = mesh.stage * mesh.stage_repeats, pipelined_layers(model)
+  groups, layers = mesh.stage * mesh.stage_repeats, _pipelined_layers(model)
   yield (
     mesh.stage == 1 or layers % groups == 0,
     "model.num_layers",
     f"{groups} = mesh.stage x mesh.stage_repeats equal groups of {layers} layers",
-    nearest_multiples(layers, groups),
+    _nearest_multiples(layers, groups),
   )
   experts = model.moe.num_experts
   yield (
     mesh.expert == 1 or (experts > 0 and experts % mesh.expert == 0),
     "mesh.expert",
     f"a divisor of config.model.moe.num_experts={experts}",
-    nearest_divisors(max(experts, 1), mesh.expert),
+    _nearest_divisors(max(experts, 1), mesh.expert),
   )
-  yield from context_relations(config)
-  # What a kernel cannot compute; what it needs of the devices is seen later.
+  yield from _context_rules(config)
+  # What a kernel needs of the devices is checked once there are devices.
   why = why_not(model.attention, attention_case(config))
   yield model.attention == "auto" or why is None, "model.attention", f"{why}", "auto"
 
 
 def attention_case(config: ConfigDict, platform: str = "") -> Case:
-  """What the config asks of a kernel for attention."""
+  """Returns what the config asks of an attention kernel."""
   model, length = config.model, config.data.seq_len
-  asked = config.objective.kind if config.task.kind == "none" else config.task.kind
+  _, asked = _what_is_learned(config)
   return Case(
     platform,
     model.dtype,
@@ -103,8 +111,8 @@ def attention_case(config: ConfigDict, platform: str = "") -> Case:
   )
 
 
-def context_relations(config: ConfigDict):
-  """What splitting rows over their length asks."""
+def _context_rules(config: ConfigDict):
+  """What splitting each row over its length requires."""
   model, data, mesh = config.model, config.data, config.mesh
   whole = mesh.context == 1
   yield (
@@ -120,8 +128,8 @@ def context_relations(config: ConfigDict):
   yield (
     data.seq_len % unit == 0,
     "data.seq_len",
-    f"a multiple of {unit}: config.mesh.context={mesh.context}",
-    nearest_multiples(data.seq_len, unit),
+    f"a multiple of {unit}, for config.mesh.context={mesh.context}",
+    _nearest_multiples(data.seq_len, unit),
   )
   yield (
     whole or ring or model.num_kv_heads % ways == 0,
@@ -132,23 +140,28 @@ def context_relations(config: ConfigDict):
   )
 
 
-def pipelined_layers(model: ConfigDict) -> int:
-  """Layers of one build: those before them run ahead of the pipeline."""
+def _pipelined_layers(model: ConfigDict) -> int:
+  """Returns the number of identical layers; the others run before the pipeline."""
   dense = model.moe.first_dense_layers if model.moe.num_experts else 0
   return model.num_layers - max(dense, 0 if model.first_norm else 1)
 
 
-def model_relations(model: ConfigDict):
-  """The relations within `config.model`."""
+def _model_rules(model: ConfigDict):
+  """The rules within `config.model`."""
   yield (
     model.positions != "rope" or model.head_dim % 2 == 0,
     "model.head_dim",
-    "an even number: rotary positions turn pairs",
+    "an even number: rotary positions rotate pairs",
     f"{model.head_dim + 1}",
   )
   pattern = set(model.layer_pattern)
   names = pattern <= {"local", "global"} and len(pattern) > 0
-  yield names, "model.layer_pattern", "local and global, with commas", "local,global"
+  yield (
+    names,
+    "model.layer_pattern",
+    "local and global, separated by commas",
+    "local,global",
+  )
   moe, rope = model.moe, model.rope
   yield (
     moe.num_experts == 0 or moe.experts_per_token <= moe.num_experts,
@@ -189,32 +202,23 @@ def model_relations(model: ConfigDict):
   )
 
 
-# Which head the model needs for what it is asked to do.
-HEAD_FOR = {
-  "causal": "lm",
-  "span": "lm",
-  "prefix": "lm",
-  "fim": "lm",
-  "masked": "mlm",
-  "classify": "sequence",
-  "tag": "token",
-  "qa": "span",
-  "choice": "choice",
-  "chat": "lm",
-}
+def _what_is_learned(config: ConfigDict) -> tuple[str, str]:
+  """Returns (group, kind): the task if there is one, otherwise the objective."""
+  if config.task.kind == "none":
+    return "objective", config.objective.kind
+  return "task", config.task.kind
 
 
-def prediction_relations(config: ConfigDict):
-  """The relations between what is predicted, and the model that predicts it."""
+def _prediction_rules(config: ConfigDict):
+  """The rules between what is predicted and the model that predicts it."""
   model, objective, task = config.model, config.objective, config.task
-  asked = objective.kind if task.kind == "none" else task.kind
-  group = "objective" if task.kind == "none" else "task"
-  head = HEAD_FOR[asked]
+  group, asked = _what_is_learned(config)
+  head = (HEAD_OF_OBJECTIVE if group == "objective" else HEAD_OF_TASK)[asked]
   needed = f"{head}, for config.{group}.kind={asked}"
   yield model.head == head, "model.head", needed, head
   needed = f"True, for config.{group}.kind={asked}"
   yield head != "lm" or model.causal, "model.causal", needed, "True"
-  needed = "False: a masked token must be hidden from no side"
+  needed = "False: a masked token is predicted from both sides"
   yield asked != "masked" or not model.causal, "model.causal", needed, "False"
   pairs = task.kind == "none" and objective.pairs != "none"
   needed = f"masked, for config.objective.pairs={objective.pairs}"
@@ -227,16 +231,16 @@ def prediction_relations(config: ConfigDict):
   has_path = task.kind == "none" or task.path != ""
   needed = "labelled examples: csv, tsv, jsonl, or a TFDS name"
   yield has_path, "task.path", needed, "train.csv"
-  needed = "False: a causal model has read nothing where an option begins"
+  needed = "False: a causal model has read nothing at the start of an option"
   yield asked != "choice" or not model.causal, "model.causal", needed, "False"
-  yield from objective_relations(config, asked, pairs)
+  yield from _objective_rules(config, asked, pairs)
   frozen = config.lora.rank == 0 or config.init_from != ""
-  needed = "the run whose weights config.lora.rank adds to"
+  needed = "the run whose weights config.lora adapts"
   yield frozen, "init_from", needed, "runs/base"
 
 
-def objective_relations(config: ConfigDict, asked: str, pairs: bool):
-  """What the knobs of `config.objective` need, where they are used."""
+def _objective_rules(config: ConfigDict, asked: str, pairs: bool):
+  """What the knobs of `config.objective` require, where they are used."""
   objective, model, length = config.objective, config.model, config.data.seq_len
   given = asked not in ("masked", "span") or objective.mask_rate > 0
   yield given, "objective.mask_rate", f"above 0 for kind={asked}", "0.15"
@@ -248,21 +252,21 @@ def objective_relations(config: ConfigDict, asked: str, pairs: bool):
   if asked != "span":
     return
   some = objective.mask_rate < 1
-  needed = "below 1: some of the text must be given"
+  needed = "below 1: some of the text must remain"
   yield some, "objective.mask_rate", needed, "0.15"
   spans = math.ceil(length * objective.mask_rate / objective.mean_span) + 2
-  needed = f"at least {spans}: one for each span of a row, and the end"
+  needed = f"at least {spans}: one per span of a row, and one for the end"
   yield objective.num_sentinels >= spans, "objective.num_sentinels", needed, f"{spans}"
 
 
-def nearest_divisors(number: int, near: int) -> str:
-  """The divisors of `number` that lie nearest to `near`, as text."""
+def _nearest_divisors(number: int, near: int) -> str:
+  """Returns the three divisors of `number` nearest to `near`, as text."""
   found = [d for d in range(1, number + 1) if number % d == 0]
   found = sorted(sorted(found, key=lambda d: abs(d - near))[:3])
   return " or ".join(map(str, found))
 
 
-def nearest_multiples(given: int, unit: int) -> str:
-  """The multiples of `unit` on both sides of `given`, as text."""
+def _nearest_multiples(given: int, unit: int) -> str:
+  """Returns the multiples of `unit` on both sides of `given`, as text."""
   down = given // unit * unit
   return " or ".join(str(m) for m in (down, down + unit) if m)

@@ -44,7 +44,7 @@ def changed(config, changes: dict[str, object]):
   config = copy.deepcopy(config)
   for key, value in changes.items():
     set_value(config, key, value)
-  return config if all(holds for holds, *_ in broken_rules(config)) else None
+  return None if any(broken_rules(config)) else config
 
 
 def try_change(config, hardware: Hardware, changes: dict, step=compile_apart):

@@ -112,9 +112,75 @@ def test_a_wrong_config_file_is_refused_like_a_wrong_flag(tmp_path, line, messag
 
 def test_a_missing_file_names_those_that_exist():
   with pytest.raises(
-    MissingInputError, match=r"(?s)quikstart.py does not exist.*base.py"
-  ):
+    MissingInputError, match=r"(?s)quikstart.py does not exist.*configs/quickstart.py"
+  ) as error:
     load_config(ROOT / "configs/quikstart.py")
+  assert error.value.exit_code == 66
+
+
+def test_a_shipped_config_is_found_by_its_bare_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "llama3_8b.py").write_text("raise RuntimeError('not this one')")
+  assert load_config("llama3_8b").model.embed_dim == 4096
+  with pytest.raises(MissingInputError, match="try:    llama3_8b"):
+    load_config("llama3_8")
+  (tmp_path / "notes.txt").write_text("no config")
+  with pytest.raises(ConfigError, match="another kind of file"):
+    load_config("notes.txt")
+
+
+def test_a_config_builds_on_the_file_beside_it(tmp_path):
+  (tmp_path / "wide.py").write_text(
+    "from flaxlm.config import base\n\ndef get_config():\n"
+    "  config = base.get_config()\n  config.model.mlp_dim = 2048\n  return config\n"
+  )
+  (tmp_path / "wide.long.py").write_text(
+    "def get_config():\n  from . import wide\n  config = wide.get_config()\n"
+    "  config.data.seq_len = 512\n  return config\n"
+  )
+  modules = set(sys.modules)
+  config = load_config(tmp_path / "wide.long.py")
+  assert (config.model.mlp_dim, config.data.seq_len) == (2048, 512)
+  assert set(sys.modules) == modules
+
+
+def test_a_package_called_configs_of_the_users_is_left_alone(tmp_path):
+  """Theirs is theirs, ours is ours, and neither stays on the path or in sys.modules."""
+  package = tmp_path / "configs"
+  package.mkdir()
+  (package / "__init__.py").write_text("NAME = 'the user'\n")
+  mine = tmp_path / "mine.py"
+  mine.write_text(
+    "from configs import NAME\nfrom flaxlm.config import base\n\ndef get_config():\n"
+    "  config = base.get_config()\n  config.init_from = NAME\n  return config\n"
+  )
+  code = (
+    "import sys\nfrom flaxlm.config.load import load_config\npath = sys.path.copy()\n"
+    "assert load_config('gpt2_355m').model.num_layers == 24\n"
+    "assert 'configs' not in sys.modules\n"
+    "assert load_config('mine.py').init_from == 'the user'\nassert path == sys.path\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+
+
+def test_a_config_anywhere_may_build_on_the_clone(tmp_path):
+  """With `from configs import …`, though the clone is not on the path."""
+  (tmp_path / "mine.py").write_text("from configs.llama3_8b import get_config\n")
+  code = (
+    "import sys; from flaxlm.config.load import load_config\n"
+    "sys.path.remove(sys.argv[1])\n"
+    "assert load_config('mine.py').model.embed_dim == 4096\n"
+    "assert sys.argv[1] not in sys.path"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True,
+    text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

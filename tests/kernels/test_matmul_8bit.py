@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.config.load import check_config
+from flaxlm.config.check import check_config
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.errors import ConfigError
 from flaxlm.inference.decoding import generate

@@ -17,7 +17,8 @@ from etils import epath
 
 from flaxlm import errors, prepare
 from flaxlm.config import base
-from flaxlm.config.load import check_config, config_to_json
+from flaxlm.config.check import check_config
+from flaxlm.config.load import config_to_json
 from flaxlm.data.store import build as writer
 from flaxlm.data.store import shards
 from flaxlm.data.text import formats, remote

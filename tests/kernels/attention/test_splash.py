@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxlm.config.load import check_config
+from flaxlm.config.check import check_config
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.attention import attention
 from flaxlm.kernels.attention.splash import splash_attention

@@ -1,0 +1,144 @@
+"""What each knob may be by itself: the choices of text, the range of a number.
+
+Each table is the one owner of its fact. The code that acts on a choice ends in an
+`else` that raises, so a choice that only stands here cannot be used.
+"""
+
+import difflib
+import math
+
+from flaxlm.errors import ConfigError
+from flaxlm.kernels.attention.choice import BACKENDS
+
+# The head that a model needs for an objective, and for a task.
+HEAD_OF_OBJECTIVE = {
+  "causal": "lm",
+  "masked": "mlm",
+  "span": "lm",
+  "prefix": "lm",
+  "fim": "lm",
+}
+HEAD_OF_TASK = {
+  "classify": "sequence",
+  "tag": "token",
+  "qa": "span",
+  "choice": "choice",
+  "chat": "lm",
+}
+HEADS = tuple(dict.fromkeys([*HEAD_OF_OBJECTIVE.values(), *HEAD_OF_TASK.values()]))
+
+CHOICES = {
+  "model.positions": ("rope", "learned", "none"),
+  "model.norm": ("rmsnorm", "layernorm"),
+  "model.norm_placement": ("pre", "post", "both", "residual"),
+  "model.activation": ("silu", "gelu", "gelu_tanh", "relu"),
+  "model.qk_norm": ("none", "head", "full"),
+  "model.head": HEADS,
+  "model.head_activation": ("gelu", "gelu_tanh", "silu", "tanh"),
+  "model.pooling": ("first", "mean", "last"),
+  "model.rope.scaling": ("none", "linear", "llama3", "yarn"),
+  "model.moe.router": ("softmax", "sigmoid"),
+  "model.moe.balance": ("loss", "bias", "none"),
+  "model.attention": ("auto", *BACKENDS),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.quantize": ("none", "fp8", "int8"),
+  "model.remat": ("none", "full", "dots"),
+  "objective.kind": tuple(HEAD_OF_OBJECTIVE),
+  "objective.mask_unit": ("token", "word", "span"),
+  "objective.pairs": ("none", "nsp", "sop"),
+  "task.kind": ("none", *HEAD_OF_TASK),
+  "task.format": ("auto", "csv", "tsv", "jsonl", "squad", "conll", "tfds"),
+  "optim.name": ("adamw", "lion", "adafactor", "muon"),
+  "optim.schedule": ("cosine", "linear", "wsd", "constant"),
+  "data.loader": ("tfdata", "numpy", "synthetic"),
+  "data.split": ("hash", "tail"),
+  "data.sources.*.kind": ("stdlib", "text", "jsonl", "csv", "tsv", "parquet", "tfds"),
+  "data.sources.*.document": ("file", "paragraph", "line"),
+  "tokenizer.kind": ("bpe", "unigram", "char"),
+}
+# Numbers that are in no table below may be anything from 0 up.
+AT_LEAST_ONE = (
+  "num_steps",
+  "model.vocab_size",
+  "model.max_len",
+  "model.num_layers",
+  "model.embed_dim",
+  "model.num_heads",
+  "model.num_kv_heads",
+  "model.head_dim",
+  "model.mlp_dim",
+  "model.unroll",
+  "model.moe.experts_per_token",
+  "step.accumulation_steps",
+  "mesh.slice",
+  "mesh.stage",
+  "mesh.fsdp",
+  "mesh.expert",
+  "mesh.context",
+  "mesh.tensor",
+  "mesh.stage_repeats",
+  "data.seq_len",
+  "data.batch_size",
+  "data.num_threads",
+  "data.prefetch",
+  "data.shard_tokens",
+  "tokenizer.vocab_size",
+  "tokenizer.train_bytes",
+  "task.doc_stride",
+  "checkpoint.every",
+  "checkpoint.keep_last",
+  "log.every",
+  "log.profile_num_steps",
+  "guards.max_bad_steps",
+)
+POSITIVE = (
+  "mesh.start_seconds",
+  "model.norm_epsilon",
+  "model.rope.theta",
+  "model.rope.factor",
+  "objective.mean_span",
+  "lora.alpha",
+  "optim.epsilon",
+  "data.sources.*.weight",
+)
+BELOW_ONE = (
+  "model.dropout",
+  "optim.b1",
+  "optim.b2",
+  "step.ema_decay",
+  "data.validation_fraction",
+)
+AT_MOST_ONE = (
+  "objective.mask_rate",
+  "objective.mask_token_rate",
+  "objective.random_token_rate",
+  "objective.fim_rate",
+  "objective.spm_rate",
+  "optim.end_factor",
+  "optim.decay_fraction",
+)
+ANY_NUMBER = ("mesh.data",)  # flaxlm/config/rules.py says which
+
+
+def check_value(name: str, key: str, value: object) -> None:
+  """Raises ConfigError if a leaf is not among its choices or outside its range.
+
+  Args:
+    name: the leaf, as the message names it.
+    key: its key in the tables, where `*` stands for the name of a source.
+  """
+  if key in CHOICES and value not in CHOICES[key]:
+    near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
+    raise ConfigError(name, value, "one of " + " ".join(CHOICES[key]), "".join(near))
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return
+  if key in ANY_NUMBER:
+    return
+  low = 1 if key in AT_LEAST_ONE else 0
+  if not math.isfinite(value) or value < low or (key in POSITIVE and value == 0):
+    above = "above 0" if key in POSITIVE else f"of at least {low}"
+    raise ConfigError(name, value, f"a finite number {above}")
+  if key in BELOW_ONE and value >= 1:
+    raise ConfigError(name, value, "a fraction below 1")
+  if key in AT_MOST_ONE and value > 1:
+    raise ConfigError(name, value, "at most 1")
