@@ -6,7 +6,7 @@ Causal attention with the heads of GPT-2 124M (12 of 64), 4,096 tokens or one ro
 them, on this device; on a GPU four times as many, in bfloat16. Medians of
 interleaved turns; "faster" is against `dense`. TFLOP/s count the products of visible
 scores, 2 forward and 5 backward (Dao 2023, arXiv 2307.08691). What cannot run here is
-left out. `kernels/chunked_attention.py` goes by what this printed.
+left out. `flaxlm/kernels/attention/chunked.py` goes by what this printed.
 """
 
 import argparse

