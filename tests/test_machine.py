@@ -1,5 +1,6 @@
-"""Compiled programs are kept between processes, and no kept file can hurt a run."""
+"""The platform is chosen, and programs are kept, without harm to any run."""
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -161,3 +162,19 @@ def test_another_processor_has_another_directory(tmp_path):
 
   assert named("avx2") == named("avx2", "2100") != named("avx2 avx512f")
   assert machine.processor(str(tmp_path / "none"))  # no such file on a Mac
+
+
+@pytest.mark.parametrize(
+  ("devices", "platforms"),
+  [((), "cpu"), (("/dev/nvidia0",), "cuda,cpu"), (("/dev/vfio/0",), None)],
+)
+def test_libtpu_is_asked_only_where_there_are_tpus(devices, platforms, monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(machine.os.path, "exists", lambda path: path in devices)
+  monkeypatch.setattr(machine.glob, "glob", lambda p: fnmatch.filter(devices, p))
+  machine.choose_platform()
+  assert os.environ.get("JAX_PLATFORMS") == platforms
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+  machine.choose_platform()
+  assert os.environ["JAX_PLATFORMS"] == "tpu"
