@@ -12,10 +12,10 @@ read it. What is exported is loaded by `transformers` with from_pretrained.
 import pathlib
 
 from flaxlm import cli
-from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
 from flaxlm.interop.export_run import export_model
 from flaxlm.interop.import_run import find_source, import_model
+from flaxlm.runs.directory import load_run_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     source = find_source(args.source)
     import_model(source, workdir, tuple(args.skip), overrides, not args.no_tokenizer)
   else:
-    config = load_run(workdir, overrides)
+    config = load_run_config(workdir, overrides)
     export_model(config, workdir, pathlib.Path(args.to), args)
 
 

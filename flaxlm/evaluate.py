@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from flaxlm import cli, machine
-from flaxlm.config.load import load_run
+from flaxlm.runs.directory import load_run_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   args, overrides = cli.parse_arguments(parser, argv)
-  config = load_run(args.workdir, overrides)
+  config = load_run_config(args.workdir, overrides)
   # JAX is imported only now: --help and a wrong key have been answered.
   from flaxlm.runs.held_out import evaluate_run
 

@@ -7,9 +7,9 @@ together. Without --prompt the model begins a document of its own.
 """
 
 from flaxlm import cli, machine
-from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
 from flaxlm.inference.text import write_text
+from flaxlm.runs.directory import load_run_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
   for name in ("num_samples", "max_tokens"):
     if getattr(args, name) < 1:
       raise ConfigError(f"--{name}", getattr(args, name), "a whole number from 1 up")
-  config = load_run(args.workdir, overrides)
+  config = load_run_config(args.workdir, overrides)
 
   machine.keep_freed_memory()
   write_text(config, args)

@@ -12,8 +12,9 @@ hang, 86 numerics. The loop is in flaxlm/runs/loop.py.
 import pathlib
 
 from flaxlm import cli
-from flaxlm.config.load import load_config, load_run
+from flaxlm.config.load import load_config
 from flaxlm.errors import ConfigError
+from flaxlm.runs.directory import load_run_config
 from flaxlm.training.guards import StopSignal
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
   if args.config:
     config = load_config(args.config, overrides)
   else:
-    config = load_run(args.workdir, overrides)
+    config = load_run_config(args.workdir, overrides)
   if args.describe:
     from flaxlm.runs.describe import weight_table
 

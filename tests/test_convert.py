@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from flaxlm import convert
-from flaxlm.config.load import config_to_json, load_run
+from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError, DataError, MissingInputError, OutputError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop import import_run
@@ -18,6 +18,7 @@ from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves, nest
 from flaxlm.runs import weights
+from flaxlm.runs.directory import load_run_config
 from flaxlm.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import Checkpointer
@@ -78,7 +79,7 @@ def run_export(workdir, out, *more):
 
 
 def restore(workdir, one_device):
-  config = load_run(workdir)
+  config = load_run_config(workdir)
   rules = config.mesh.rules.to_dict()
   model, meta = weights.restore_model(workdir, config, one_device, rules)
   return config, named_leaves(model), meta
@@ -127,7 +128,7 @@ def test_files_of_a_tokenizer_that_is_still_theirs_are_copied(
   (tmp_path / "second" / "special_tokens_map.json").write_text("{}")
   run_import(tmp_path / "second", tmp_path / "run")
   # A run that starts from the import, as its config says, inherits the originals.
-  config = load_run(tmp_path / "run")
+  config = load_run_config(tmp_path / "run")
   config.init_from = str(tmp_path / "run")
   save_run(tmp_path / "tuned", config, leaves, tokenizer=sentencepiece)
   (tmp_path / "tuned" / "chat_template.jinja").write_text("{{ messages }}")
@@ -299,7 +300,7 @@ def test_a_model_of_the_hub_is_fetched(
   monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
   run_import("someone/model", tmp_path / "run")
   assert asked[0][0] == "someone/model" and "*.safetensors" in asked[0][1]
-  assert load_run(tmp_path / "run").model.vocab_size == 320
+  assert load_run_config(tmp_path / "run").model.vocab_size == 320
   with pytest.raises(MissingInputError, match="OSError: 404 not found"):
     run_import("someone/absent", tmp_path / "other")
 
@@ -309,7 +310,7 @@ def test_without_a_tokenizer(model_config, sentencepiece, tmp_path, capsys):
   source = make_source(tmp_path / "hub", model_config, leaves, sentencepiece)
   run_import(source, tmp_path / "run", "--no_tokenizer", "--config.data.seq_len=16")
   assert "no tokenizer was imported" in capsys.readouterr().out
-  assert load_run(tmp_path / "run").data.seq_len == 16
+  assert load_run_config(tmp_path / "run").data.seq_len == 16
   run_export(tmp_path / "run", tmp_path / "out")
   assert not list((tmp_path / "out").glob("tokenizer*"))
 
@@ -330,7 +331,7 @@ def test_every_head_makes_a_config_that_loads(head, model_config, tmp_path):
   leaves = random_leaves(model_config)
   hf.write_model(tmp_path / "hub", model.to_dict(), leaves, like=names)
   run_import(tmp_path / "hub", tmp_path / "run")
-  config = load_run(tmp_path / "run")
+  config = load_run_config(tmp_path / "run")
   assert config.task.labels == (("bad", "good") if model.num_labels else ())
   loaded = config.model
   keys = ("head", "num_labels", "pair_head")

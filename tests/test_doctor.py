@@ -9,7 +9,8 @@ import pytest
 
 from flaxlm import doctor
 from flaxlm.kernels.attention import choice, conformance
-from flaxlm.runs import directory, program
+from flaxlm.runs import program
+from flaxlm.runs.directory import RunFiles
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +71,9 @@ def test_a_resumed_run_keeps_its_kernel(tiny, tmp_path):
   found = {"cudnn": {"conforms": True, "tflops": {"1024": 1.0}}}
   choice.save_measured("H", jax.__version__, found)
   assert settled()[0] == "cudnn"  # a new run
-  (tmp_path / directory.KERNEL).write_text(f"H, jax {jax.__version__}: xla\n")
+  RunFiles(tmp_path).kernel.write_text(f"H, jax {jax.__version__}: xla\n")
   assert settled()[0] == "xla"
-  (tmp_path / directory.KERNEL).write_text("another card, jax 1: xla\n")
+  RunFiles(tmp_path).kernel.write_text("another card, jax 1: xla\n")
   assert settled()[0] == "cudnn"
   card.platform = "cpu"
   assert settled()[0] == "auto"

@@ -8,8 +8,8 @@ import pytest
 from flaxlm import prepare
 from flaxlm.config import base
 from flaxlm.config.check import check_config
-from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
+from flaxlm.runs.directory import load_run_config
 from flaxlm.runs.held_out import evaluate_run
 from flaxlm.runs.loop import train
 from flaxlm.training.guards import StopSignal
@@ -61,7 +61,7 @@ def run(config, workdir):
 
 def task_of(pretrained, kind, head, path, **knobs):
   """The config of a fine-tuning run that starts from `pretrained`."""
-  config = load_run(pretrained)
+  config = load_run_config(pretrained)
   config.init_from, config.task.kind = str(pretrained), kind
   config.task.path, config.model.head = str(path), head
   config.num_steps, config.optim.peak_learning_rate = 60, 1e-2
@@ -74,10 +74,10 @@ def task_of(pretrained, kind, head, path, **knobs):
 
 
 def test_masked_words_are_scored_beside_their_frequencies(pretrained):
-  result = evaluate_run(load_run(pretrained), pretrained, None)
+  result = evaluate_run(load_run_config(pretrained), pretrained, None)
   assert result["loss"] > 0 and "bits_per_byte" not in result
   assert 2 < result["unigram_loss"] < 6
-  again = evaluate_run(load_run(pretrained), pretrained, None)
+  again = evaluate_run(load_run_config(pretrained), pretrained, None)
   assert result == again
 
 
@@ -93,7 +93,7 @@ def test_classification(pretrained, tmp_path):
   records = run(config, tmp_path / "run")
   final = [record for record in records if record["kind"] == "eval"][-1]
   assert final["accuracy"] == 1.0 and final["matthews"] == 1.0 and final["f1"] == 1.0
-  stored = load_run(tmp_path / "run")
+  stored = load_run_config(tmp_path / "run")
   assert stored.task.labels == ("animal", "tool")
   result = evaluate_run(stored, tmp_path / "run", None)
   assert result["accuracy"] == 1.0 and result["loss"] == pytest.approx(final["loss"])
@@ -183,5 +183,5 @@ def test_chat_learns_the_assistants_turns_alone(tiny, tmp_path):
   # The answer is always the same: nothing but it is asked for if the loss vanishes.
   assert records[-1]["loss"] < 0.05 and records[-1]["kind"] == "eval"
   assert "im_start" in (tmp_path / "chat/chat_template.jinja").read_text()
-  result = evaluate_run(load_run(tmp_path / "chat"), tmp_path / "chat", None)
+  result = evaluate_run(load_run_config(tmp_path / "chat"), tmp_path / "chat", None)
   assert result["loss"] == pytest.approx(records[-1]["loss"])

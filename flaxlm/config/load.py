@@ -184,15 +184,3 @@ def config_from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
       raise unknown_key(key, known)
     set_value(config, key, tuple(value) if isinstance(known[key], tuple) else value)
   return apply_overrides(config, overrides)
-
-
-def load_run(workdir: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDict:
-  """Returns the config that the run in `workdir` stored, with overrides applied."""
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.is_file():
-    raise MissingInputError(
-      f"--workdir={workdir} holds no run",
-      f"{path.absolute()} (missing)",
-      "a directory that `python -m flaxlm.train --workdir=...` wrote",
-    )
-  return config_from_json(path.read_text(), overrides)

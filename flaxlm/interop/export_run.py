@@ -5,9 +5,9 @@ import os
 import pathlib
 import shutil
 
-from flaxlm.config.load import load_run
 from flaxlm.errors import OutputError
-from flaxlm.interop.import_run import ORIGINALS, TOKENIZER_FILES, read_tokenizer
+from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
+from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 from flaxlm.training.stored_leaves import StoredLeaves
 
 GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -62,14 +62,12 @@ def export_model(config, workdir: pathlib.Path, out: pathlib.Path, args) -> None
 
 def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
   """What was kept of the model that this run, or the one it started from, came from."""
-  from flaxlm.runs.directory import split_address
-
-  while not (workdir / ORIGINALS / "config.json").is_file():
+  while not (RunFiles(workdir).originals / "config.json").is_file():
     if not config.init_from:
       return None
     workdir = split_address(config.init_from)[0]
-    config = load_run(workdir)
-  return workdir / ORIGINALS
+    config = load_run_config(workdir)
+  return RunFiles(workdir).originals
 
 
 def read_leaves(config, workdir: pathlib.Path, step: int | None):
@@ -80,7 +78,7 @@ def read_leaves(config, workdir: pathlib.Path, step: int | None):
 
   if not config.lora.rank:
     leaves = StoredLeaves(
-      workdir / "checkpoints", "ema" if config.step.ema_decay else "model", step
+      RunFiles(workdir).checkpoints, "ema" if config.step.ema_decay else "model", step
     )
     return leaves, leaves.meta
   mesh = one_device()
@@ -100,7 +98,7 @@ def tokenizer_files(config, workdir: pathlib.Path, originals: pathlib.Path | Non
   if path is None:
     return None, {}
   tokenizer, model = open_tokenizer(path.read_bytes()), config.model
-  template = workdir / "chat_template.jinja"
+  template = RunFiles(workdir).chat_template
   template = template.read_text() if template.is_file() else ""
   if originals and (originals / "tokenizer.json").is_file():
     first = read_tokenizer(originals)

@@ -7,8 +7,8 @@ import shutil
 
 from flaxlm.config.load import apply_overrides, config_to_json
 from flaxlm.errors import MissingInputError, OutputError
+from flaxlm.runs.directory import RunFiles
 
-ORIGINALS = "huggingface"  # in the directory of a run: small files of what it came from
 TOKENIZER_FILES = (
   *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
   *("special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt"),
@@ -64,7 +64,8 @@ def import_model(
   from flaxlm.models.trees import nest
   from flaxlm.training.checkpoint import Checkpointer, list_steps
 
-  if (workdir / "config.json").exists() or list_steps(workdir / "checkpoints"):
+  files = RunFiles(workdir)
+  if files.config.exists() or list_steps(files.checkpoints):
     raise OutputError(
       f"--workdir={workdir} holds a run already\n  given:  {workdir.absolute()}\n"
       "  needed: a new directory"
@@ -77,7 +78,7 @@ def import_model(
   )
   config = make_config(model.fields, tokenizer, labels, overrides)
   workdir.mkdir(parents=True, exist_ok=True)
-  with Checkpointer(workdir / "checkpoints", **config.checkpoint) as checkpoints:
+  with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
     meta = {
       "step": 0,
       "tokens": 0,
@@ -148,7 +149,8 @@ def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -
   from flaxlm.files import write_atomically
   from flaxlm.tokenizer.files import file_name
 
-  originals = workdir / ORIGINALS
+  files = RunFiles(workdir)
+  originals = files.originals
   originals.mkdir(exist_ok=True)
   for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
     if (source / name).is_file() and (tokenizer or name not in TOKENIZER_FILES):
@@ -157,8 +159,8 @@ def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -
     write_atomically(workdir / file_name(tokenizer.model), tokenizer.model)
     template = tokenizer.chat_template or find_chat_template(source)
     if template:
-      write_atomically(workdir / "chat_template.jinja", template.encode())
-  write_atomically(workdir / "config.json", config_to_json(config).encode())
+      write_atomically(files.chat_template, template)
+  write_atomically(files.config, config_to_json(config))
 
 
 def find_chat_template(source: pathlib.Path) -> str:

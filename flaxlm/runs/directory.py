@@ -1,4 +1,8 @@
-"""A run's directory: its file names, its lock, and the readers of its files."""
+"""A run's directory: the names of its files, its lock, and the readers of its files.
+
+No JAX here: commands read a stored config before anything slow is imported. The format
+of a checkpoint is described in training/checkpoint.py.
+"""
 
 import json
 import os
@@ -9,10 +13,87 @@ import sys
 import time
 from typing import Self
 
-from flaxlm.errors import OutputError
+from ml_collections import ConfigDict
 
-KERNEL = "attention.txt"  # in the directory of a run whose kernel was chosen
-TEMPLATE = "chat_template.jinja"  # in the directory of a run
+from flaxlm.config.load import config_from_json
+from flaxlm.errors import MissingInputError, OutputError
+from flaxlm.files import open_atomically, write_atomically
+
+
+class RunFiles:
+  """The path of everything that a run keeps in its directory.
+
+  The tokenizer is there too, under the name of its format: see tokenizer/files.py.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    self.workdir = workdir = pathlib.Path(workdir)
+    self.config = workdir / "config.json"
+    self.chat_template = workdir / "chat_template.jinja"  # of chats alone
+    self.kernel = workdir / "attention.txt"  # the one that was chosen: see resolve.py
+    self.checkpoints = workdir / "checkpoints"
+    self.metrics = workdir / "metrics.jsonl"
+    self.tensorboard = workdir / "tensorboard"
+    self.profile = workdir / "profile"
+    self.originals = workdir / "huggingface"  # small files of an imported model
+    self.lock = workdir / ".lock"
+    self.owner = workdir / "owner.json"  # of the process that holds the lock
+
+
+def load_run_config(
+  workdir: str | os.PathLike, overrides: list[str] = ()
+) -> ConfigDict:
+  """Returns the config that the run in `workdir` stored, with overrides applied."""
+  path = RunFiles(workdir).config
+  if not path.is_file():
+    raise MissingInputError(
+      f"--workdir={workdir} holds no run",
+      f"{path.absolute()} (missing)",
+      "a directory that `python -m flaxlm.train --workdir=...` wrote",
+    )
+  return config_from_json(path.read_text(), overrides)
+
+
+def split_address(address: str) -> tuple[pathlib.Path, int | None]:
+  """Returns (directory of the run, step or None) of `runs/x[/checkpoints/STEP]`."""
+  path = pathlib.Path(address).expanduser()
+  files = RunFiles(path.parent.parent)
+  if path.parent == files.checkpoints and path.name.isdigit():
+    return files.workdir, int(path.name)
+  return path, None
+
+
+def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
+  """Rewrites `metrics.jsonl` without the steps that will be logged again.
+
+  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the
+  end, is dropped too.
+  """
+  if not path.exists():
+    return
+  with path.open("rb") as old, open_atomically(path) as new:
+    for line in old:
+      record = _parse_record(line)
+      if record and 0 < first_step >= record["step"]:
+        new.write(line)
+
+
+def is_logged(path: pathlib.Path, step: int, kind: str) -> bool:
+  """Says whether `metrics.jsonl` has a line of this step and kind."""
+  if not path.exists():
+    return False
+  with path.open("rb") as file:
+    records = filter(None, map(_parse_record, file))
+    return any((r["step"], r.get("kind")) == (step, kind) for r in records)
+
+
+def _parse_record(line: bytes) -> dict | None:
+  """Returns one line of `metrics.jsonl`; None if a kill tore it."""
+  try:
+    record = json.loads(line)
+    return record if line.endswith(b"\n") and record["step"] >= 0 else None
+  except (ValueError, KeyError, TypeError):
+    return None
 
 
 class RunLock:
@@ -23,19 +104,19 @@ class RunLock:
   """
 
   def __init__(self, workdir: str | os.PathLike):
-    self.workdir = pathlib.Path(workdir)
-    self.owner = self.workdir / "owner.json"
+    self.files = RunFiles(workdir)
 
   def __enter__(self) -> Self:
     import filelock
 
-    if "://" in str(self.workdir) or str(self.workdir).startswith("gs:/"):
+    workdir = self.files.workdir
+    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
       raise self._refuse(
         "a remote address", "mount the bucket (gcsfuse) and give its path"
       )
     try:
-      self.workdir.mkdir(parents=True, exist_ok=True)
-      self._lock = filelock.FileLock(self.workdir / ".lock", timeout=0)
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._lock = filelock.FileLock(self.files.lock, timeout=0)
       self._lock.acquire()
     except filelock.Timeout:
       raise self._refuse(
@@ -52,33 +133,31 @@ class RunLock:
     return self
 
   def __exit__(self, *_) -> None:
-    self.owner.unlink(missing_ok=True)
+    self.files.owner.unlink(missing_ok=True)
     self._lock.release()
 
   def _refuse(self, given: str, hint: str) -> OutputError:
     return OutputError(
-      f"--workdir={self.workdir} cannot be used\n  given:  {given}\n"
-      f"  needed: a local directory that this run alone can write\n  try:    {hint}"
+      f"--workdir={self.files.workdir} cannot be used",
+      given,
+      "a local directory that no other run writes",
+      hint,
     )
 
   def _write_owner(self) -> None:
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = {
       "host": socket.gethostname(),
       "pid": os.getpid(),
-      "started": started,
+      "started": time.strftime("%Y-%m-%d %H:%M:%S"),
       "command": shlex.join(sys.orig_argv),
     }
-    text = json.dumps(owner, indent=2) + "\n"
-    draft = self.owner.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(self.owner)
+    write_atomically(self.files.owner, json.dumps(owner, indent=2) + "\n")
 
   def _describe_owner(self) -> str:
-    # The owner writes its name just after it takes the lock: give it a moment.
+    # The owner writes its file just after it takes the lock: give it a moment.
     for _ in range(5):
       try:
-        owner = json.loads(self.owner.read_text())
+        owner = json.loads(self.files.owner.read_text())
         return (
           f"in use by process {owner['pid']} on {owner['host']} "
           f"since {owner['started']}: " + " ".join(owner["command"].split())[:120]
@@ -86,47 +165,3 @@ class RunLock:
       except (OSError, ValueError, KeyError):
         time.sleep(0.1)
     return "in use by another run"
-
-
-def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
-  """Rewrites `metrics.jsonl` without the steps that will be logged again.
-
-  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the
-  end, goes.
-  """
-  if not path.exists():
-    return
-  draft = path.with_suffix(".tmp")
-  with path.open("rb") as old, draft.open("wb") as new:
-    for line in old:
-      try:
-        kept = line.endswith(b"\n") and json.loads(line)["step"] <= first_step
-      except (ValueError, KeyError, TypeError):
-        kept = False
-      if kept and first_step > 0:
-        new.write(line)
-    new.flush()
-    os.fsync(new.fileno())
-  os.replace(draft, path)
-
-
-def is_logged(path: pathlib.Path, step: int, kind: str) -> bool:
-  """Says whether `metrics.jsonl` has a line of this step and kind."""
-  if not path.exists():
-    return False
-  for line in path.read_bytes().splitlines():
-    try:
-      record = json.loads(line)
-    except ValueError:  # torn by a kill
-      continue
-    if (record.get("step"), record.get("kind")) == (step, kind):
-      return True
-  return False
-
-
-def split_address(address: str) -> tuple[pathlib.Path, int | None]:
-  """Returns (directory of the run, step or None) of `runs/x[/checkpoints/STEP]`."""
-  path = pathlib.Path(address).expanduser()
-  if path.parent.name == "checkpoints" and path.name.isdigit():
-    return path.parents[1], int(path.name)
-  return path, None

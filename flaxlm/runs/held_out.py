@@ -9,7 +9,8 @@ from flaxlm.data.feed import Feed
 from flaxlm.data.tasks.scores import score_predictions
 from flaxlm.errors import DataError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
-from flaxlm.runs import directory, weights
+from flaxlm.runs import weights
+from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.program import open_feed, use_config_mesh
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training.evaluation import evaluate, make_eval_step
@@ -20,7 +21,8 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   mesh = make_mesh(**axis_sizes(config.mesh))
   rules = config.mesh.rules.to_dict()
   with use_config_mesh(config, mesh):
-    tokenizer, template = find_tokenizer(workdir) or "", workdir / directory.TEMPLATE
+    tokenizer = find_tokenizer(workdir) or ""
+    template = RunFiles(workdir).chat_template
     if template.exists():
       config.task.chat_template = str(template)
     feed = open_feed(config, mesh, tokenizer, training=False)

@@ -24,7 +24,7 @@ from flaxlm.files import write_atomically
 from flaxlm.parallel import one_fate, processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import directory, weights
-from flaxlm.runs.directory import KERNEL, RunLock
+from flaxlm.runs.directory import RunFiles, RunLock
 from flaxlm.runs.held_out import scorer
 from flaxlm.runs.program import (
   build_program,
@@ -53,7 +53,7 @@ def train(
     Preempted: a signal asked for a stop; the state is saved.
     UserError: in its other kinds, for what the user can mend.
   """
-  allocator = machine.keep_freed_memory()
+  files, allocator = RunFiles(workdir), machine.keep_freed_memory()
   seconds = config.mesh.start_seconds
   processes.join_processes(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
@@ -76,7 +76,7 @@ def train(
       stack.enter_context(RunLock(workdir))
     watchdog = stack.enter_context(Watchdog(config.guards.hang_seconds))
     checkpoints = stack.enter_context(
-      Checkpointer(workdir / "checkpoints", **config.checkpoint)
+      Checkpointer(files.checkpoints, **config.checkpoint)
     )
     stack.push(fate.end_if_failed)  # before the checkpoints wait for other processes
     state = restore(checkpoints, target, feed, config)
@@ -90,7 +90,7 @@ def train(
     store_run(workdir, config, feed, asked, kernel)
     print_run_card(config, workdir, target, feed, mesh, first_step, allocator)
     # Killed between a checkpoint and its evaluation, a run owes that evaluation still.
-    logged = directory.is_logged(workdir / "metrics.jsonl", first_step, "eval")
+    logged = directory.is_logged(files.metrics, first_step, "eval")
     owed = evaluation_is_due(config, feed, first_step) and not logged
     if first_step >= config.num_steps and not owed:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
@@ -128,10 +128,10 @@ def train(
       if stopping:
         raise Preempted(
           f"stopped after step {step} of {config.num_steps}\n"
-          f"  saved:  {workdir}/checkpoints/{step}\n"
+          f"  saved:  {files.checkpoints / str(step)}\n"
           "  next:   the same command continues from there"
         )
-  say(f"done: {workdir}/checkpoints/{config.num_steps}, {workdir}/metrics.jsonl")
+  say(f"done: {files.checkpoints / str(config.num_steps)}, {files.metrics}")
 
 
 def evaluate_and_log(feed, eval_step, progress, stop, watchdog, step, model) -> bool:
@@ -218,13 +218,13 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
 def store_run(workdir: pathlib.Path, config, feed: Feed, asked: str, kernel: str):
   """Keeps the config and the tokenizer with the run: later doors need nothing else."""
   if jax.process_index() == 0:
+    files = RunFiles(workdir)
     if config.model.attention != asked:
-      write_atomically(workdir / KERNEL, kernel.encode())
+      write_atomically(files.kernel, kernel)
     kept = config.copy_and_resolve_references()
     kept.model.attention = asked  # other machines have other kernels
-    write_atomically(workdir / "config.json", config_to_json(kept).encode())
+    write_atomically(files.config, config_to_json(kept))
     if feed.chat_template:
-      template = feed.chat_template.source.encode()
-      write_atomically(workdir / directory.TEMPLATE, template)
+      write_atomically(files.chat_template, feed.chat_template.source)
     if feed.tokenizer:
       write_atomically(workdir / file_name(feed.tokenizer), feed.tokenizer)

@@ -19,7 +19,7 @@ import numpy as np
 
 from flaxlm.console import duration, live_bar, short
 from flaxlm.errors import StorageError
-from flaxlm.runs.directory import drop_lines_after
+from flaxlm.runs.directory import RunFiles, drop_lines_after
 
 
 def memory() -> dict[str, float]:
@@ -71,17 +71,16 @@ class MetricsWriter:
     self._primary = jax.process_index() == 0
     if not self._primary:
       return
-    workdir = pathlib.Path(workdir)
-    path = workdir / "metrics.jsonl"
+    files = RunFiles(workdir)
     try:
-      drop_lines_after(path, first_step)
-      self._file = path.open(
+      drop_lines_after(files.metrics, first_step)
+      self._file = files.metrics.open(
         "ab", buffering=0
       )  # nothing is left to fail when it closes
     except OSError as error:
-      raise _cannot_write(path, error) from error
+      raise _cannot_write(files.metrics, error) from error
     if tensorboard:
-      self._try_events(lambda: self._open_events(workdir / "tensorboard", first_step))
+      self._try_events(lambda: self._open_events(files.tensorboard, first_step))
     if self._stream.isatty():
       self._bar = live_bar(self._stream, first_step, num_steps)
 

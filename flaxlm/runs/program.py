@@ -26,7 +26,7 @@ from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.placement import batch_sharding
 from flaxlm.parallel.sharding import check_split, use_mesh
 from flaxlm.runs import weights
-from flaxlm.runs.directory import KERNEL
+from flaxlm.runs.directory import RunFiles
 from flaxlm.training import lora
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import (
@@ -143,7 +143,7 @@ def settle_attention(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> 
   """Makes attention=auto one kernel, where it depends on what the doctor measured.
 
   A resumed run keeps the kernel that it began with, whatever the doctor has found
-  since: the loop writes it to KERNEL.
+  since: the loop writes it to the run's directory.
 
   Returns:
     What that file is to say: device, version of JAX and kernel.
@@ -151,7 +151,7 @@ def settle_attention(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> 
   device, model = mesh.devices.flat[0], config.model
   where = f"{device.device_kind}, jax {jax.__version__}: "
   if model.attention == "auto" and device.platform in choice.FUSED:
-    file = workdir / KERNEL
+    file = RunFiles(workdir).kernel
     before = file.read_text() if file.is_file() else ""
     measured = choice.load_measured(device.device_kind, jax.__version__)
     chosen = choice.choose_backend(attention_case(config, device.platform), measured)

@@ -13,6 +13,7 @@ import psutil
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import peak_flops
 from flaxlm.runs import metrics as reports
+from flaxlm.runs.directory import RunFiles
 from flaxlm.training.guards import BadSteps
 
 
@@ -124,7 +125,7 @@ class Profiler:
 
   def __init__(self, log, workdir: pathlib.Path):
     self.first, self.stop = log.profile_step, log.profile_step + log.profile_num_steps
-    self.directory = workdir / "profile"
+    self.directory = RunFiles(workdir).profile
     self.running = False
 
   def __enter__(self) -> "Profiler":

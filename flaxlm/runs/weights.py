@@ -10,12 +10,11 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves
-from flaxlm.runs.directory import TEMPLATE, split_address
+from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import restore_for_inference
@@ -35,9 +34,7 @@ def restore_model(workdir, config, mesh, rules: dict, step: int | None = None):
     trained = jax.eval_shape(lambda model: lora.init(model, **config.lora), abstract)
   name = "ema" if config.step.ema_decay else "model"
   target = {name: with_shardings(trained, mesh, rules)}
-  restored, meta = restore_for_inference(
-    pathlib.Path(workdir) / "checkpoints", target, step
-  )
+  restored, meta = restore_for_inference(RunFiles(workdir).checkpoints, target, step)
   if not config.lora.rank:
     return restored[name], meta
   base, _ = initial_model(config, mesh, rules)
@@ -62,7 +59,7 @@ def template_path(config) -> str:
   """Where the chat template of a new run is: named, or that of config.init_from."""
   if config.task.chat_template or not config.init_from:
     return config.task.chat_template
-  path = split_address(config.init_from)[0] / TEMPLATE
+  path = RunFiles(split_address(config.init_from)[0]).chat_template
   return str(path) if path.is_file() else ""
 
 
@@ -82,7 +79,7 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
     ConfigError: any other weight is missing, left over, or of another shape.
   """
   workdir, step = split_address(config.init_from)
-  source_config = load_run(workdir)
+  source_config = load_run_config(workdir)
   source, meta = restore_model(workdir, source_config, mesh, rules, step)
   found = named_leaves(source)
   if source_config.model.pair_head and config.model.head in ("sequence", "choice"):
@@ -103,7 +100,7 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
       f"{config.init_from}, whose weights are not those of config.model: "
       + describe_differences(bad, wanted, found),
       "the config.model of that run, but for its head",
-      f"the values in {workdir}/config.json",
+      f"the values in {RunFiles(workdir).config}",
     )
   fresh = {}
   if new:

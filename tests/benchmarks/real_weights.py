@@ -30,8 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.config.load import config_to_json, load_run
+from flaxlm.config.load import config_to_json
 from flaxlm.runs import held_out
+from flaxlm.runs.directory import load_run_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -107,7 +108,7 @@ def find(packages: pathlib.Path, package: str, name: str) -> pathlib.Path:
 def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
   """Imports `source` through the command; returns the model that a run starts from."""
   convert.main(["import", f"--from={source}", f"--workdir={workdir}", *more])
-  config = load_run(workdir)
+  config = load_run_config(workdir)
   mesh = one_device()
   model, _ = weights.restore_model(workdir, config, mesh, config.mesh.rules.to_dict())
   return model
@@ -329,7 +330,7 @@ def check_smollm2(packages: pathlib.Path, work: pathlib.Path):
 
 def check_continuing(packages: pathlib.Path, work: pathlib.Path):
   """SmolLM2 goes on to learn text that it has not seen: this project's own code."""
-  config = load_run(work / "smollm2")
+  config = load_run_config(work / "smollm2")
   config.init_from = config.tokenizer.path = str(work / "smollm2")
   text = base.source("text", str(ROOT / "flaxlm" / "data" / "*.py"))
   config.data.sources = base.sources(main=text)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.config.load import load_run
 from flaxlm.errors import ConfigError
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.sharding import use_mesh
 from flaxlm.runs import weights
 from flaxlm.runs.describe import weight_table
+from flaxlm.runs.directory import load_run_config
 from flaxlm.runs.loop import train
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import list_steps
@@ -32,7 +32,7 @@ def run(config, workdir):
 
 
 def restore(workdir, step=None):
-  config = load_run(workdir)
+  config = load_run_config(workdir)
   mesh, rules = make_mesh(data=-1, fsdp=1, tensor=1), config.mesh.rules.to_dict()
   with use_mesh(mesh, rules):
     return weights.restore_model(workdir, config, mesh, rules, step)[0]
