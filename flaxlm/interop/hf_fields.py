@@ -148,19 +148,19 @@ def canonical(fields: dict[str, object]) -> dict[str, object]:
   return {key: value for key, value in fields.items() if key not in idle}
 
 
-def flatten(fields: dict, prefix: str = "") -> dict[str, object]:
+def flatten_fields(fields: dict, prefix: str = "") -> dict[str, object]:
   """{"moe": {"z_loss": 0}} as {"moe.z_loss": 0}."""
   flat = {}
   for key, value in fields.items():
     if isinstance(value, dict):
-      flat |= flatten(value, f"{prefix}{key}.")
+      flat |= flatten_fields(value, f"{prefix}{key}.")
     else:
       flat[prefix + key] = tuple(value) if isinstance(value, list) else value
   return flat
 
 
-def nest(flat: dict[str, object]) -> dict:
-  """The reverse of `flatten`."""
+def nest_fields(flat: dict[str, object]) -> dict:
+  """The reverse of `flatten_fields`."""
   fields: dict = {}
   for key, value in flat.items():
     group, _, last = key.rpartition(".")

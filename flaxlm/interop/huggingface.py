@@ -21,7 +21,7 @@ from flax import nnx
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop.family import Architecture, Family
 from flaxlm.interop.hf_config import choose_family, find_family, read_config
-from flaxlm.interop.hf_fields import SILENT, flatten, nest
+from flaxlm.interop.hf_fields import SILENT, flatten_fields, nest_fields
 from flaxlm.interop.safetensors_files import (
   INDEX,
   MAX_SHARD,
@@ -108,7 +108,7 @@ def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
     if name in tensors and other not in tensors:
       tensors[other] = tensors.pop(name)  # tied, and saved under the other name
   family, architecture, fields = read_config(hf, tensors)
-  fields = nest(fields) | RUNTIME
+  fields = nest_fields(fields) | RUNTIME
   shapes = weight_shapes(fields)
   rows = pick_rows(family, architecture, tensors)
   pieces = plan(rows, fields, shapes)
@@ -421,7 +421,9 @@ def write_model(
   if dtype not in EXPORT_DTYPES:
     raise ConfigError("--dtype", dtype, "one of " + " ".join(EXPORT_DTYPES))
   fields = RUNTIME | fields
-  family, architecture, hf = choose_family(flatten(fields), like.get("model_type", ""))
+  family, architecture, hf = choose_family(
+    flatten_fields(fields), like.get("model_type", "")
+  )
   hf = complete_config(hf, like, dtype)
   shapes = weight_shapes(fields)
   pieces = plan([*family.rows, *architecture.rows], fields, shapes)

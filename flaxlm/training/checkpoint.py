@@ -15,6 +15,7 @@ exist is read from disk each time and never remembered: an index is one more thi
 can be wrong.
 """
 
+import functools
 import json
 import logging
 import os
@@ -32,19 +33,20 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
+from flaxlm.files import sync_directory
 from flaxlm.models.trees import PyTree, named_leaves, nest
 from flaxlm.training.manifest import (
   CHECKPOINT_FORMAT,
   find_damage,
   hash_files,
   read_manifest,
-  sync_directory,
   write_manifest,
 )
 
 NOTHING, ALL_BAD = -1, -2  # what process 0 broadcasts when it has no step to offer
 
 
+@functools.cache  # once per process
 def _silence_echoes() -> None:
   """Keeps a failed write to one message.
 
@@ -62,9 +64,6 @@ def _silence_echoes() -> None:
   sys.unraisablehook = hook
 
 
-_silence_echoes()
-
-
 class Checkpointer:
   """Saves in the background, keeps by policy, restores the newest that is whole.
 
@@ -80,6 +79,7 @@ class Checkpointer:
       keep_every: steps; multiples are kept for ever; 0 = none.
       every: steps between two saves that are due.
     """
+    _silence_echoes()
     self.directory = pathlib.Path(directory).absolute()
     self.keep_last, self.keep_every, self.every = keep_last, keep_every, every
     self._thread: threading.Thread | None = None
@@ -366,6 +366,7 @@ def check_space(directory: pathlib.Path, state_bytes: int) -> None:
 def _restore(
   path: pathlib.Path, manifest: dict, target: PyTree, partial: bool
 ) -> PyTree:
+  _silence_echoes()
   leaves = named_leaves(target)
   check_leaves(path, manifest["leaves"], leaves, partial)
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

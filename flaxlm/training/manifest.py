@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 
+from flaxlm.files import sync_directory
+
 MANIFEST = "MANIFEST.json"
 CHECKPOINT_FORMAT = 1
 
@@ -94,11 +96,3 @@ def hash_files(path: pathlib.Path, sync: bool, names=None) -> dict[str, list]:
     for folder in folders:
       sync_directory(folder)
   return found
-
-
-def sync_directory(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -90,11 +90,11 @@ def write_random(directory: pathlib.Path, config: dict) -> list[int]:
   sys.path.insert(0, str(ROOT))
   from flaxlm.interop import huggingface as hf
   from flaxlm.interop.hf_config import read_config
-  from flaxlm.interop.hf_fields import nest
+  from flaxlm.interop.hf_fields import nest_fields
   from flaxlm.interop.safetensors_files import write_safetensors
 
   family, architecture, fields = read_config(config, [])
-  fields = nest(fields)
+  fields = nest_fields(fields)
   shapes = hf.weight_shapes(fields)
   pieces = hf.plan([*family.rows, *architecture.rows], fields, shapes)
   bfloat16, rng = np.dtype(ml_dtypes.bfloat16), np.random.default_rng(0)

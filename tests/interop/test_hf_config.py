@@ -8,7 +8,7 @@ from flaxlm.config.load import load_config
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import FAMILIES, choose_family, read_config, write_config
-from flaxlm.interop.hf_fields import canonical, flatten, nest, windows_of
+from flaxlm.interop.hf_fields import canonical, flatten_fields, nest_fields, windows_of
 
 LLAMA = {
   "model_type": "llama",
@@ -267,7 +267,7 @@ def fields_of(config: dict) -> dict:
 
 @pytest.mark.parametrize("name", HUB)
 def test_files_of_the_hub_have_the_published_number_of_parameters(name):
-  shapes = hf.weight_shapes(nest(fields_of(HUB[name])))
+  shapes = hf.weight_shapes(nest_fields(fields_of(HUB[name])))
   assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
 
 
@@ -391,7 +391,7 @@ def test_what_a_family_cannot_be_is_refused(name, keys, message):
 
 def test_fields_are_flat_or_nested():
   flat = {"vocab_size": 3, "moe.num_experts": 2, "layer_pattern": ("local", "global")}
-  assert flatten(nest(flat)) == flat
+  assert flatten_fields(nest_fields(flat)) == flat
 
 
 SHIPPED = {
@@ -415,7 +415,7 @@ def test_shipped_configs_compute_what_the_files_of_the_hub_mean(name):
   published = HUB[SHIPPED[name]]
   if name == "bert_base":
     published = published | {"architectures": ["BertForPreTraining"]}
-  ours = canonical(flatten(load_config(f"configs/{name}.py").model.to_dict()))
+  ours = canonical(flatten_fields(load_config(f"configs/{name}.py").model.to_dict()))
   theirs = canonical(fields_of(published))
   different = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
   assert different <= {"max_len"}

@@ -18,7 +18,7 @@ import pytest
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import choose_family, find_family
-from flaxlm.interop.hf_fields import flatten
+from flaxlm.interop.hf_fields import flatten_fields
 from flaxlm.interop.safetensors_files import read_safetensors
 from flaxlm.models.heads import label_scores
 from flaxlm.training.losses import losses
@@ -642,7 +642,7 @@ def test_each_weight_is_read_once(name, pairs, tmp_path):
   ],
 )
 def test_what_no_family_computes_is_not_exported(name, change, message, pairs):
-  fields = flatten(pairs(name).imported.fields) | change
+  fields = flatten_fields(pairs(name).imported.fields) | change
   with pytest.raises(ConfigError, match=message):
     choose_family(fields, find_family(pairs(name).theirs.config.model_type).model_type)
 
@@ -651,7 +651,7 @@ def test_the_family_is_found_by_what_is_computed(pairs):
   """Without a hint; Mistral without a window is Llama, and so is its export."""
   same = {"mistral-no-window": "llama", "gpt2-wide": "gpt2", "qwen2-window": "qwen2"}
   for name, model_type in same.items():
-    fields = flatten(pairs(name).imported.fields)
+    fields = flatten_fields(pairs(name).imported.fields)
     assert choose_family(fields)[0].model_type == model_type
     hinted = choose_family(fields, pairs(name).theirs.config.model_type)[0].model_type
     assert hinted == pairs(name).theirs.config.model_type

@@ -53,7 +53,7 @@ from flaxlm.tokenizer.sentencepiece import (
 
 ENCODED_TOGETHER = 1 << 21  # characters that are tokenised together
 CHECKS = 32  # texts a batch that are decoded again and compared
-UNKNOWN = "unknown character, lost"
+UNKNOWN_LOST = "unknown character, lost"
 
 
 class Report(NamedTuple):
@@ -364,7 +364,7 @@ def fill_shards(
     found.update(piece.problems)
     text = piece.text.encode()
     if not tokenizer.byte_fallback:
-      problems[UNKNOWN] += int((ids == tokenizer.unk_id).sum())
+      problems[UNKNOWN_LOST] += int((ids == tokenizer.unk_id).sum())
     if shard is None and text:
       shard = shards[piece.split or split_of(text, fraction)]
       shard.begin(tokenizer.bos_id)

@@ -24,8 +24,8 @@ LARGEST_BLOCK = (
 # 9/8 at 2,048 (AVX-512; AVX2: 8/5 to 9/5), but a tenth of the memory there
 # (tests/benchmarks/attention_speed.py).
 # On accelerators that is unmeasured: there it is where whole scores outgrow all else.
-LEAST = {"cpu": 2048}
-LEAST_ELSEWHERE = 4096
+_LEAST = {"cpu": 2048}
+_LEAST_ELSEWHERE = 4096
 
 
 def block_size(length: int) -> int:
@@ -35,7 +35,7 @@ def block_size(length: int) -> int:
 
 def pays(platform: str, L: int, M: int) -> bool:
   """Whether chunks are the better way for these shapes."""
-  least = LEAST.get(platform, LEAST_ELSEWHERE)
+  least = _LEAST.get(platform, _LEAST_ELSEWHERE)
   return min(L, M) >= least and min(block_size(L), block_size(M)) >= LARGEST_BLOCK // 2
 
 
