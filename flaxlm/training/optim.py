@@ -48,8 +48,10 @@ def make_schedule(
     decay = max(int(decay_fraction * num_steps), 1)
     start = max(rest - decay, 0)
     after = optax.linear_schedule(peak_learning_rate, end, decay, start)
-  else:
+  elif schedule == "constant":
     after = optax.constant_schedule(peak_learning_rate)
+  else:
+    raise ValueError(f"there is no schedule {schedule!r}")
   if not warmup_steps:
     return after
   warmup = optax.linear_schedule(0.0, peak_learning_rate, warmup_steps)
@@ -89,7 +91,7 @@ def make_optimizer(
       weight_decay_rate=weight_decay * peak_learning_rate,
       weight_decay_mask=decays,
     )
-  else:
+  elif name == "muon":
     tx = optax.contrib.muon(
       rate,
       beta=b1,
@@ -101,6 +103,8 @@ def make_optimizer(
       muon_weight_dimension_numbers=muon_dimensions,
       consistent_rms=0.2,  # updates as large as Adam's, for one rate: arXiv 2502.16982
     )
+  else:
+    raise ValueError(f"there is no optimizer {name!r}")
   if max_grad_norm:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
   return tx, rate
