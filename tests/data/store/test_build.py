@@ -97,9 +97,9 @@ def test_duplicates_land_in_one_split(text_config, tmp_path):
 
 KILLER = """
 import os, signal, sys
-from configs import base
-from flaxlm import config as configs
-from flaxlm.data import store, writer
+from flaxlm import files
+from flaxlm.config.load import config_from_json
+from flaxlm.data.store import build, shards
 
 def counting(function, seen=[0]):
   def wrapped(*args, **kwargs):
@@ -110,8 +110,8 @@ def counting(function, seen=[0]):
   return wrapped
 
 os.replace = counting(os.replace)
-store.sync = counting(store.sync)
-writer.build(configs.from_json(open(sys.argv[1]).read()), lambda line: None)
+files.sync = shards.sync = counting(files.sync)
+build.build_store(config_from_json(open(sys.argv[1]).read()), lambda line: None)
 print("finished")
 """
 
@@ -271,7 +271,7 @@ def test_characters_without_bytes_are_counted(text_config, tmp_path):
   text_config.data.validation_fraction = 0.0
   report = build(text_config)
   problems = report.store.manifest["sources"]["main"]["problems"]
-  assert problems[writer.UNKNOWN] == 2
+  assert problems[writer.UNKNOWN_LOST] == 2
   assert "warning: not lossless" in prepare.store_summary(report, 1.0)
 
 
@@ -389,10 +389,10 @@ def test_a_long_document_takes_little_memory(text_config, tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(text_config))
     code = f"""
 import re
-from flaxlm import config as configs
-from flaxlm.data import writer
-config = configs.from_json(open({str(tmp_path / "config.json")!r}).read())
-report = writer.build(config, lambda line: None)
+from flaxlm.config.load import config_from_json
+from flaxlm.data.store import build
+config = config_from_json(open({str(tmp_path / "config.json")!r}).read())
+report = build.build_store(config, lambda line: None)
 print(report.store.stream("main", "train").num_bytes)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
