@@ -65,7 +65,7 @@ setup(
     "tensorboard": ["tensorboard"],
     "completion": ["argcomplete>=3.5"],
     # launch/test.sh installs these. test_package.py builds a wheel, offline.
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", "argcomplete>=3.5"],
     # What the parity tests compare with; nothing else needs them.
     "parity": [
       "torch==2.13.0",

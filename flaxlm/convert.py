@@ -5,7 +5,7 @@
 
 --from is a directory with config.json and weights, or the name of a model on the hub,
 where huggingface_hub is installed and there is a network. What is imported is a run at
-step 0: other runs start from it (--config.init_from=runs/smollm2), and the other doors
+step 0: other runs start from it (--config.init_from=runs/smollm2), and other commands
 read it. What is exported is loaded by `transformers` with from_pretrained.
 """
 

@@ -145,7 +145,7 @@ def to_jax(leaves: dict) -> dict:
 
 
 def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -> None:
-  """Puts config and tokenizer where the other doors look, and the originals aside."""
+  """Puts config and tokenizer where other commands look, and the originals aside."""
   from flaxlm.files import write_atomically
   from flaxlm.tokenizer.files import file_name
 

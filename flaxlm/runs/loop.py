@@ -216,7 +216,7 @@ def restore(checkpoints: Checkpointer, target, feed: Feed, config):
 
 
 def store_run(workdir: pathlib.Path, config, feed: Feed, asked: str, kernel: str):
-  """Keeps the config and the tokenizer with the run: later doors need nothing else."""
+  """Keeps the config and the tokenizer with the run: later commands need no more."""
   if jax.process_index() == 0:
     files = RunFiles(workdir)
     if config.model.attention != asked:

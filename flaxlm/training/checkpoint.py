@@ -267,7 +267,7 @@ def read_meta(directory, step: int | None = None) -> dict:
 
 
 def _require(directory: pathlib.Path, step: int | None) -> int:
-  """The step to read, for doors that cannot go on without one."""
+  """The step to read, for commands that cannot go on without one."""
   steps = list_steps(directory)
   if not steps or step not in (None, *steps):
     has = " ".join(map(str, steps[-8:])) or "no checkpoint"

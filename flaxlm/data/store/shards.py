@@ -44,7 +44,7 @@ class Store:
         "  try:    python -m flaxlm.prepare --config=CONFIG.py  (the config you train)"
       )
     self.manifest = read_store_manifest(root / "manifest.json")
-    # Stores of before do not name the file, nor the tokens that encoders need.
+    # Stores of older versions name neither the file nor the tokens of encoders.
     tokenizer = {"file": "tokenizer.model", "words_sha256": ""}
     tokenizer |= {"unk_id": -1, "mask_id": -1, "cls_id": -1, "sep_id": -1}
     tokenizer |= {"special_tokens": {}}
@@ -72,7 +72,7 @@ class Store:
 
   @property
   def continues_word(self) -> np.ndarray | None:
-    """Of each id, whether it continues a word, bool V; None in stores of before."""
+    """Whether each id continues a word, bool V; None in stores of older versions."""
     if not self._words_sha256:
       return None
     return np.frombuffer(self._read(WORDS, self._words_sha256), np.uint8).astype(bool)
