@@ -30,19 +30,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.config.load import config_to_json
-from flaxlm.runs import held_out
-from flaxlm.runs.directory import load_run_config
-
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from flaxlm import convert, prepare
 from flaxlm.config import base
+from flaxlm.config.load import config_to_json
 from flaxlm.interop.safetensors_files import write_safetensors
 from flaxlm.interop.torch_files import read_torch
 from flaxlm.parallel.mesh import one_device
-from flaxlm.runs import weights
+from flaxlm.runs import held_out, weights
+from flaxlm.runs.directory import load_run_config
 from flaxlm.runs.loop import train
 from flaxlm.tokenizer.files import load_tokenizer
 from flaxlm.training.guards import StopSignal
@@ -332,7 +330,7 @@ def check_continuing(packages: pathlib.Path, work: pathlib.Path):
   """SmolLM2 goes on to learn text that it has not seen: this project's own code."""
   config = load_run_config(work / "smollm2")
   config.init_from = config.tokenizer.path = str(work / "smollm2")
-  text = base.source("text", str(ROOT / "flaxlm" / "data" / "*.py"))
+  text = base.source("text", str(ROOT / "flaxlm" / "data" / "**" / "*.py"))
   config.data.sources = base.sources(main=text)
   config.data.store, config.data.validation_fraction = str(work / "code"), 0.2
   config.data.seq_len, config.data.batch_size, config.eval.batches = 128, 4, 8
