@@ -1,4 +1,4 @@
-"""The door to Hugging Face: a directory becomes a run at step 0, a run a directory."""
+"""To and from Hugging Face: a directory becomes a run at step 0, a run a directory."""
 
 import json
 import pathlib
@@ -48,7 +48,7 @@ def random_leaves(model_config, seed=0) -> dict[str, np.ndarray]:
 
 
 def save_run(workdir, config, leaves, name="model", tokenizer=None, step=3):
-  """A run as `train` leaves it, as far as other doors look."""
+  """A run as `train` leaves it, as far as other commands look."""
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text(config_to_json(config))
   if tokenizer:

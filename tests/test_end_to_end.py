@@ -55,17 +55,17 @@ def environment(**changes):
   return plain | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | changes
 
 
-def start(door, *arguments, **env):
+def start(command, *arguments, **env):
   return subprocess.Popen(
-    [sys.executable, "-m", f"flaxlm.{door}", *map(str, arguments)],
+    [sys.executable, "-m", f"flaxlm.{command}", *map(str, arguments)],
     cwd=ROOT, env=environment(**env), text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
 
 
-def run(door, *arguments, code=0, **env):
-  """Runs a door to its end; returns what it printed."""
-  process = start(door, *arguments, **env)
+def run(command, *arguments, code=0, **env):
+  """Runs a command to its end; returns what it printed."""
+  process = start(command, *arguments, **env)
   out, err = process.communicate(timeout=300)
   assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
   assert code == 0 or len(err.strip().splitlines()) <= 12 or "Gloo" in err, err

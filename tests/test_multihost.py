@@ -163,8 +163,8 @@ class Job:
 
 def train(home, workdir, count, devices, *arguments, **env):
   config, workdir = f"--config={home}/config.py", f"--workdir={workdir}"
-  door = "-m", "flaxlm.train", config, workdir
-  return Job(home, count, devices, *door, *arguments, **env)
+  command = "-m", "flaxlm.train", config, workdir
+  return Job(home, count, devices, *command, *arguments, **env)
 
 
 def losses(workdir):

@@ -1,4 +1,4 @@
-"""The door `flaxlm.plan`: what it prints, the change that fits, the search.
+"""The command `flaxlm.plan`: what it prints, the change that fits, the search.
 
 Compiling is tests/planning's matter: here memory is counted, or the compiler played.
 """

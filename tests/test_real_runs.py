@@ -26,7 +26,7 @@ def run(*command, timeout=900) -> str:
   return done.stdout
 
 
-def door(name, *arguments) -> str:
+def run_command(name, *arguments) -> str:
   return run(sys.executable, "-m", f"flaxlm.{name}", *arguments)
 
 
@@ -38,15 +38,15 @@ def test_shakespeare_by_characters_beats_the_published_loss(corpora, tmp_path):
     f"--config.data.store={tmp_path}/store",
     f"--config.data.sources.main.path={corpora}/from_repos/corpora/tinyshakespeare.txt",
   )
-  door("prepare", *common)
+  run_command("prepare", *common)
   store = Store(tmp_path / "store")
   # Its split: the first int(0.9 n) characters train, one token each.
   assert store.stream("main", "train").num_tokens - 2 == 1_003_854
   assert store.stream("main", "validation").num_tokens - 2 == 111_540
-  door("train", *common, f"--workdir={tmp_path}/run")
-  result = json.loads(door("evaluate", f"--workdir={tmp_path}/run", "--json"))
+  run_command("train", *common, f"--workdir={tmp_path}/run")
+  result = json.loads(run_command("evaluate", f"--workdir={tmp_path}/run", "--json"))
   assert result["tokens"] == 111_541 and result["loss"] <= 1.82
-  text = door("generate", f"--workdir={tmp_path}/run", "--max_tokens=300")
+  text = run_command("generate", f"--workdir={tmp_path}/run", "--max_tokens=300")
   assert len(text) >= 300 and "\n" in text
 
 
@@ -72,14 +72,14 @@ def test_languages_prepare_train_and_sample(corpora, tmp_path, name):
     "--config.num_steps=60",
     "--config.optim.warmup_steps=10",
   )
-  assert "lossless" in door("prepare", *common)
+  assert "lossless" in run_command("prepare", *common)
   tokenizer = Tokenizer(Store(tmp_path / "store").tokenizer)
   text = path.read_text()
   assert tokenizer.decode(tokenizer.encode(text)) == text
-  door("train", *common, f"--workdir={tmp_path}/run")
-  result = json.loads(door("evaluate", f"--workdir={tmp_path}/run", "--json"))
+  run_command("train", *common, f"--workdir={tmp_path}/run")
+  result = json.loads(run_command("evaluate", f"--workdir={tmp_path}/run", "--json"))
   assert result["bits_per_byte"] < result["unigram_bits_per_byte"]
-  sample = door("generate", f"--workdir={tmp_path}/run", f"--prompt={prompt}")
+  sample = run_command("generate", f"--workdir={tmp_path}/run", f"--prompt={prompt}")
   assert sample.startswith(prompt) and len(sample) > len(prompt) + 20
 
 
@@ -97,9 +97,9 @@ def test_c4_trains_from_its_tfds_directory(corpora, tmp_path, name):
     "--config.num_steps=60",
     "--config.optim.warmup_steps=10",
   )
-  door("prepare", *common)
-  door("train", *common, f"--workdir={tmp_path}/run")
-  result = json.loads(door("evaluate", f"--workdir={tmp_path}/run", "--json"))
+  run_command("prepare", *common)
+  run_command("train", *common, f"--workdir={tmp_path}/run")
+  result = json.loads(run_command("evaluate", f"--workdir={tmp_path}/run", "--json"))
   assert result["bits_per_byte"] < result["unigram_bits_per_byte"]
 
 

@@ -1,4 +1,4 @@
-"""From text to a finished store, interrupted or not, through the door and its rooms."""
+"""From text to a finished store, interrupted or not, by the command and its rooms."""
 
 import errno
 import hashlib
@@ -417,16 +417,16 @@ def test_the_door(text_config, tmp_path, capsys):
     "  config.tokenizer.kind = 'char'\n"
     "  config.data.validation_fraction = 0.2\n  return config\n"
   )
-  arguments = [f"--config={file}", f"--config.data.store={tmp_path / 'door'}"]
+  arguments = [f"--config={file}", f"--config.data.store={tmp_path / 'mine'}"]
   arguments.append("--config.tokenizer.vocab_size=400")
   prepare.main(arguments)
   captured = capsys.readouterr()
   assert "main train" in captured.out and "lossless: " in captured.out
-  assert str(tmp_path / "door") in captured.out
+  assert str(tmp_path / "mine") in captured.out
   assert "training a char tokenizer" in captured.err
   prepare.main(arguments)
   assert "reusing" in capsys.readouterr().err
-  report = shards.Store(tmp_path / "door")
+  report = shards.Store(tmp_path / "mine")
   assert Tokenizer(report.tokenizer).is_lossless
 
 
