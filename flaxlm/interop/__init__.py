@@ -1,5 +1,5 @@
-"""Other people's formats: read and written here, with numpy alone.
+"""Hugging Face's formats, read and written without torch, transformers or safetensors.
 
-torch, transformers and safetensors are not imported: the tests prove that what is read
-and written here is what they read and write.
+The readers of files need NumPy alone. The tests prove that what is written here is what
+the original libraries read, and the other way around.
 """

@@ -1,16 +1,16 @@
-"""The families of decoders: GPT-2, Llama and those that follow it, mixtures of experts.
+"""The decoder families: GPT-2, Llama and its successors, mixtures of experts.
 
-Most say in their own words what differs from Llama.
+Most families are written as their differences from Llama.
 """
 
 import dataclasses
 
 from flaxlm.interop import weight_names as names
-from flaxlm.interop.family import KEYS, Architecture, Family
+from flaxlm.interop.family import COMMON_KEYS, Architecture, Family
 
 
-def causal(name: str) -> tuple[Architecture, ...]:
-  """The language model, and the same without its output matrix, if that is tied."""
+def _causal(name: str) -> tuple[Architecture, ...]:
+  """Returns the language model, and the bare model, whose output matrix is tied."""
   fields = {"head": "lm"}
   return (
     Architecture(f"{name}ForCausalLM", fields),
@@ -18,7 +18,7 @@ def causal(name: str) -> tuple[Architecture, ...]:
   )
 
 
-LLAMA_KEYS = KEYS | {
+LLAMA_KEYS = COMMON_KEYS | {
   "num_key_value_heads": "num_kv_heads",
   "head_dim": "head_dim",
   "rms_norm_eps": "norm_epsilon",
@@ -86,7 +86,7 @@ LLAMA = Family(
   + names.ATTENTION_BIASES
   + names.MLP
   + names.MLP_BIASES,
-  architectures=causal("Llama"),
+  architectures=_causal("Llama"),
   keys=LLAMA_KEYS,
   defaults=LLAMA_DEFAULTS,
   fields={},
@@ -98,7 +98,7 @@ MISTRAL = dataclasses.replace(
   LLAMA,
   model_type="mistral",
   rows=names.OUTSIDE + names.PRE_NORMS + names.ATTENTION + names.MLP,
-  architectures=causal("Mistral"),
+  architectures=_causal("Mistral"),
   defaults=LLAMA_DEFAULTS | {"sliding_window": 4096},
   bias_keys=(),
   window="all",
@@ -112,7 +112,7 @@ QWEN2 = dataclasses.replace(
   + names.ATTENTION
   + names.ATTENTION_BIASES
   + names.MLP,
-  architectures=causal("Qwen2"),
+  architectures=_causal("Qwen2"),
   defaults=LLAMA_DEFAULTS | {"sliding_window": 4096, "max_window_layers": 28},
   fields={"qkv_bias": True},
   window="qwen",
@@ -122,7 +122,7 @@ QWEN3 = dataclasses.replace(
   QWEN2,
   model_type="qwen3",
   rows=names.OUTSIDE + names.PRE_NORMS + names.ATTENTION + names.HEAD_NORMS + names.MLP,
-  architectures=causal("Qwen3"),
+  architectures=_causal("Qwen3"),
   defaults=QWEN2.defaults | {"head_dim": 128},
   fields={"qk_norm": "head"},
   fixed=NO_BIAS,
@@ -132,8 +132,8 @@ GEMMA2 = Family(
   model_type="gemma2",
   prefix="model.",
   rows=names.OUTSIDE + names.GEMMA_NORMS + names.ATTENTION + names.MLP,
-  architectures=causal("Gemma2"),
-  keys=KEYS
+  architectures=_causal("Gemma2"),
+  keys=COMMON_KEYS
   | {
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
@@ -143,7 +143,7 @@ GEMMA2 = Family(
     "attn_logit_softcapping": "attention_softcap",
     "final_logit_softcapping": "logit_softcap",
   },
-  # Google's files of Gemma 3 say little and count on these.
+  # Google's Gemma 3 files leave out most keys and rely on these.
   defaults={
     "vocab_size": 256_000,
     "hidden_size": 2304,
@@ -177,7 +177,7 @@ GEMMA3 = dataclasses.replace(
   GEMMA2,
   model_type="gemma3_text",
   rows=GEMMA2.rows + names.HEAD_NORMS,
-  architectures=causal("Gemma3")[:1] + causal("Gemma3Text")[1:],
+  architectures=_causal("Gemma3")[:1] + _causal("Gemma3Text")[1:],
   defaults=GEMMA2.defaults
   | {
     "vocab_size": 262_208,
@@ -192,7 +192,7 @@ GEMMA3 = dataclasses.replace(
   rope="gemma3",
 )
 
-# The part of Gemma 3 that reads text; it is written as `gemma3_text`.
+# The text model inside a multimodal Gemma 3; it is exported as `gemma3_text`.
 GEMMA3_IMAGES = dataclasses.replace(
   GEMMA3,
   model_type="gemma3",
@@ -212,7 +212,7 @@ OLMO2 = dataclasses.replace(
   + names.ATTENTION
   + names.FULL_NORMS
   + names.MLP,
-  architectures=causal("Olmo2"),
+  architectures=_causal("Olmo2"),
   defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
   fields={"norm_placement": "post", "qk_norm": "full"},
   fixed=NO_BIAS,
@@ -224,7 +224,7 @@ MIXTRAL = dataclasses.replace(
   model_type="mixtral",
   rows=names.OUTSIDE + names.PRE_NORMS + names.ATTENTION + names.MIXTRAL_EXPERTS,
   old_rows=names.FUSED_EXPERTS,
-  architectures=causal("Mixtral"),
+  architectures=_causal("Mixtral"),
   keys=LLAMA_KEYS
   | {
     "num_local_experts": "moe.num_experts",
@@ -246,7 +246,7 @@ QWEN3_MOE = dataclasses.replace(
   model_type="qwen3_moe",
   rows=QWEN3.rows + names.EXPERTS,
   old_rows=names.FUSED_EXPERTS,
-  architectures=causal("Qwen3Moe"),
+  architectures=_causal("Qwen3Moe"),
   keys=LLAMA_KEYS
   | {
     "num_experts": "moe.num_experts",
@@ -273,7 +273,7 @@ QWEN2_MOE = dataclasses.replace(
   QWEN3_MOE,
   model_type="qwen2_moe",
   rows=QWEN2.rows + names.EXPERTS + names.SHARED_EXPERT,
-  architectures=causal("Qwen2Moe"),
+  architectures=_causal("Qwen2Moe"),
   keys=QWEN3_MOE.keys
   | {"shared_expert_intermediate_size": "moe.shared_dim", "qkv_bias": "qkv_bias"},
   defaults=QWEN3_MOE.defaults | {"num_experts_per_tok": 4, "qkv_bias": True},
@@ -291,7 +291,7 @@ OLMOE = dataclasses.replace(
   + names.FULL_NORMS
   + names.EXPERTS,
   old_rows=names.FUSED_EXPERTS,
-  architectures=causal("Olmoe"),
+  architectures=_causal("Olmoe"),
   keys=LLAMA_KEYS
   | {
     "num_experts": "moe.num_experts",

@@ -1,10 +1,10 @@
-"""The families of encoders: BERT and ModernBERT, with their heads.
+"""The encoder families, BERT and ModernBERT, with their heads.
 
-A head is told by the tensors that it has; a bare encoder is a head without labels.
+A head is recognised by its tensors; a bare encoder is a head without labels.
 """
 
 from flaxlm.interop import weight_names as names
-from flaxlm.interop.family import KEYS, Architecture, Family
+from flaxlm.interop.family import COMMON_KEYS, Architecture, Family
 
 BERT = Family(
   model_type="bert",
@@ -38,7 +38,7 @@ BERT = Family(
       {"head": "span", "head_dense": False},
       names.BERT_SPAN,
     ),
-    # The bare encoder: a head that stops before its labels.
+    # The bare encoder: a head that ends before its labels.
     Architecture(
       "BertModel",
       {
@@ -53,7 +53,7 @@ BERT = Family(
       "BertModel", {"head": "sequence", "num_labels": 0, "head_dense": False}
     ),
   ),
-  keys=KEYS
+  keys=COMMON_KEYS
   | {
     "hidden_act": "activation",
     "layer_norm_eps": "norm_epsilon",
@@ -117,7 +117,7 @@ MODERNBERT = Family(
       "ModernBertModel", {"head": "sequence", "num_labels": 0, "head_dense": False}
     ),
   ),
-  keys=KEYS
+  keys=COMMON_KEYS
   | {
     "hidden_activation": "activation",
     "classifier_activation": "head_activation",

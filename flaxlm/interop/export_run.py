@@ -1,67 +1,101 @@
-"""Writes a run as a Hugging Face model that transformers loads."""
+"""Writes a run as a Hugging Face model that transformers loads.
+
+A run that was imported keeps the family, special ids and tokenizer files of its
+original, as far as they are still true of it.
+"""
 
 import json
-import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 from flaxlm.errors import OutputError
+from flaxlm.files import rename
+from flaxlm.interop.huggingface import write_model
 from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
+from flaxlm.models.trees import named_leaves
+from flaxlm.parallel.mesh import one_device
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
+from flaxlm.runs.weights import restore_model
+from flaxlm.tokenizer.export import export_files
+from flaxlm.tokenizer.files import AnyTokenizer, find_tokenizer, open_tokenizer
 from flaxlm.training.stored_leaves import StoredLeaves
 
-GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_GENERATION_FILE = "generation_config.json"
 
 
-def export_model(config, workdir: pathlib.Path, out: pathlib.Path, args) -> None:
-  """Writes a checkpoint of the run in `workdir` as Hugging Face's files to `out`.
+def export_model(
+  config,
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  step: int | None = None,
+  dtype: str = "float32",
+  family: str = "",
+) -> None:
+  """Writes a checkpoint of the run in `workdir` as Hugging Face files to `out`.
 
+  Args:
+    config: of the run.
+    step: of the checkpoint; None is the newest.
+    dtype: of the weights: float32, bfloat16 or float16.
+    family: the model_type to write; "" is that of the original, or the first that fits.
   Raises:
-    ConfigError: no family of Hugging Face computes what this model does.
-    OutputError: `out` holds something.
+    ConfigError: no Hugging Face family computes what this model does.
+    OutputError: `out` is not empty.
   """
-  from flaxlm.interop.huggingface import write_model
-
   draft = out.with_name(f"{out.name}.unfinished")
   for path in (out, draft):
     if path.exists() and any(path.iterdir()):
       raise OutputError(
-        f"--to={out} cannot be written\n  given:  {path.absolute()}, not empty\n"
-        "  needed: a new or empty directory"
+        f"--to={out} cannot be written",
+        f"{path.absolute()}, not empty",
+        "a new or empty directory",
       )
-  originals = find_originals(config, workdir)
   draft.mkdir(parents=True, exist_ok=True)
   try:
-    leaves, meta = read_leaves(config, workdir, args.step)
-    tokenizer, files = tokenizer_files(config, workdir, originals)
-    like = export_special_ids(tokenizer)
-    if originals:
-      like = json.loads((originals / "config.json").read_text())
-    like |= task_labels(config)
-    if args.family:
-      like["model_type"] = args.family
-    fields = config.model.to_dict()
-    hf = write_model(draft, fields, leaves, args.dtype, like)
-    saved = originals / "generation_config.json" if originals else None
-    if saved and saved.is_file():
-      files["generation_config.json"] = saved.read_bytes()
-    elif fields["head"] == "lm":
-      generation = {key: i for key, i in hf.items() if key in GENERATION_KEYS}
-      text = json.dumps(generation | {"_from_model_config": True}, indent=2) + "\n"
-      files["generation_config.json"] = text.encode()
-    for name, content in files.items():
-      (draft / name).write_bytes(content)
+    hf, meta = _write_files(config, workdir, draft, step, dtype, family)
     if out.exists():
       out.rmdir()
-    os.replace(draft, out)
+    rename(draft, out)
   except BaseException:
     shutil.rmtree(draft, ignore_errors=True)
     raise
   print(f"exported step {meta['step']} as {hf['architectures'][0]}: {out}")
 
 
-def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
-  """What was kept of the model that this run, or the one it started from, came from."""
+def _write_files(
+  config,
+  workdir: pathlib.Path,
+  directory: pathlib.Path,
+  step: int | None,
+  dtype: str,
+  family: str,
+) -> tuple[dict, dict]:
+  """Writes everything to `directory`; returns (config.json, meta of the checkpoint)."""
+  originals = _find_originals(config, workdir)
+  leaves, meta = _read_leaves(config, workdir, step)
+  tokenizer, files = _tokenizer_files(config.model, workdir, originals)
+  like = _special_token_keys(tokenizer)
+  if originals:
+    like = json.loads((originals / "config.json").read_text())
+  like |= _label_keys(config)
+  if family:
+    like["model_type"] = family
+  hf = write_model(directory, config.model.to_dict(), leaves, dtype, like)
+  if originals and (originals / _GENERATION_FILE).is_file():
+    files[_GENERATION_FILE] = (originals / _GENERATION_FILE).read_bytes()
+  elif config.model.head == "lm":
+    generation = {key: i for key, i in hf.items() if key in _GENERATION_KEYS}
+    text = json.dumps(generation | {"_from_model_config": True}, indent=2) + "\n"
+    files[_GENERATION_FILE] = text.encode()
+  for name, content in files.items():
+    (directory / name).write_bytes(content)
+  return hf, meta
+
+
+def _find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the original's files, kept by this run or the one that it started from."""
   while not (RunFiles(workdir).originals / "config.json").is_file():
     if not config.init_from:
       return None
@@ -70,34 +104,31 @@ def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
   return RunFiles(workdir).originals
 
 
-def read_leaves(config, workdir: pathlib.Path, step: int | None):
-  """Returns ({path: weight}, meta of the checkpoint), averaged and merged."""
-  from flaxlm.models.trees import named_leaves
-  from flaxlm.parallel.mesh import one_device
-  from flaxlm.runs.weights import restore_model
-
+def _read_leaves(
+  config, workdir: pathlib.Path, step: int | None
+) -> tuple[Mapping, dict]:
+  """Returns ({path: weight}, meta of the checkpoint): averaged, adapters merged."""
   if not config.lora.rank:
-    leaves = StoredLeaves(
-      RunFiles(workdir).checkpoints, "ema" if config.step.ema_decay else "model", step
-    )
+    name = "ema" if config.step.ema_decay else "model"
+    leaves = StoredLeaves(RunFiles(workdir).checkpoints, name, step)
     return leaves, leaves.meta
-  mesh = one_device()
-  model, meta = restore_model(workdir, config, mesh, config.mesh.rules.to_dict(), step)
+  rules = config.mesh.rules.to_dict()
+  model, meta = restore_model(workdir, config, one_device(), rules, step)
   return named_leaves(model), meta
 
 
-def tokenizer_files(config, workdir: pathlib.Path, originals: pathlib.Path | None):
-  """Returns (the tokenizer of a run or None, {file name: content} to put beside it).
+def _tokenizer_files(
+  model, workdir: pathlib.Path, originals: pathlib.Path | None
+) -> tuple[AnyTokenizer | None, dict[str, bytes]]:
+  """Returns (the run's tokenizer or None, {file name: content} to put beside it).
 
-  The files that the model came with, if the tokenizer is still theirs; else new ones.
+  The original's files are kept if the run still has its tokenizer; else new ones are
+  made.
   """
-  from flaxlm.tokenizer.export import export_files
-  from flaxlm.tokenizer.files import find_tokenizer, open_tokenizer
-
   path = find_tokenizer(workdir)
   if path is None:
     return None, {}
-  tokenizer, model = open_tokenizer(path.read_bytes()), config.model
+  tokenizer = open_tokenizer(path.read_bytes())
   template = RunFiles(workdir).chat_template
   template = template.read_text() if template.is_file() else ""
   if originals and (originals / "tokenizer.json").is_file():
@@ -112,8 +143,8 @@ def tokenizer_files(config, workdir: pathlib.Path, originals: pathlib.Path | Non
   return tokenizer, files
 
 
-def export_special_ids(tokenizer) -> dict[str, int | None]:
-  """The keys of config.json for the tokens that begin, end and fill texts."""
+def _special_token_keys(tokenizer: AnyTokenizer | None) -> dict[str, int]:
+  """Returns the keys of config.json for the tokens that begin, end and pad texts."""
   if tokenizer is None:
     return {}
   ids = {
@@ -121,7 +152,8 @@ def export_special_ids(tokenizer) -> dict[str, int | None]:
     "cls_token_id": tokenizer.cls_id,
     "sep_token_id": tokenizer.sep_id,
   }
-  # Of a tokenizer like BERT's, these are the same: transformers has no others then.
+  # A tokenizer like BERT's has the same tokens in both roles; transformers expects
+  # cls and sep alone.
   if tokenizer.bos_id != tokenizer.cls_id:
     ids["bos_token_id"] = tokenizer.bos_id
   if tokenizer.eos_id != tokenizer.sep_id:
@@ -129,8 +161,8 @@ def export_special_ids(tokenizer) -> dict[str, int | None]:
   return {key: i for key, i in ids.items() if i >= 0}
 
 
-def task_labels(config) -> dict[str, dict]:
-  """The names of the classes, as config.json has them."""
+def _label_keys(config) -> dict[str, dict]:
+  """Returns the keys of config.json for the names of the classes."""
   labels = config.task.labels
   if not labels or len(labels) != config.model.num_labels:
     return {}

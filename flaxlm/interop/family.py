@@ -1,51 +1,54 @@
-"""What is to be known of a family of Hugging Face models, in one record.
+"""One record for what we know about a family of Hugging Face models.
 
-A family is what its config.json can say: the keys that are our fields under another
-name, the fields that it takes for granted, and the values that it must have because we
-compute nothing else. `decoders.py` and `encoders.py` list them.
+It says what the family's config.json can express: the keys that are our fields under
+another name, the fields that the family implies, and the values that must be as they
+are because we compute nothing else. decoders.py and encoders.py list the families.
 """
 
 import dataclasses
 from typing import NamedTuple
 
+from flaxlm.errors import DataError
 from flaxlm.interop.weight_names import Row
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"  # the two kinds of layers
 
 
 class Architecture(NamedTuple):
-  """A model class of transformers: what it has on top of its family."""
+  """A model class of transformers: what it adds to its family."""
 
   name: str
-  fields: dict  # ours, that it means
+  fields: dict  # ours, that it implies
   rows: tuple[Row, ...] = ()
-  instead_of: str = ""  # taken for this one too, if its own tensors are all there
+  instead_of: str = ""  # also chosen for this class, if its own tensors are there
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What Hugging Face calls a `model_type`."""
+  """All models with one `model_type` in their config.json."""
 
   model_type: str
-  prefix: str  # of the names of the base model; files may lack it
+  prefix: str  # of the base model's tensor names; files may lack it
   rows: tuple[Row, ...]
-  architectures: tuple[Architecture, ...]  # the first that fits is taken
-  keys: dict[str, str]  # of config.json: our field; `hf_config.py` knows the other keys
+  architectures: tuple[Architecture, ...]  # the first that fits is chosen
+  keys: dict[str, str]  # key of config.json: our field; hf_config.py knows other keys
   defaults: dict[str, object]  # Hugging Face's, for keys that a config.json may lack
-  fields: dict[str, object]  # ours, that the family means
+  fields: dict[str, object]  # ours, that the family implies
   fixed: dict[str, tuple] = dataclasses.field(default_factory=dict)  # allowed values
   bias_keys: tuple[str, ...] = ()  # all true or all false: `use_bias`
-  rope: str = "one"  # one | none | gemma3 | modernbert: how many, under which names
-  window: str = "none"  # none | all | qwen | gemma | modernbert: which layers have one
+  rope: str = "one"  # one | none | gemma3 | modernbert: how many, under which keys
+  window: str = "none"  # a key of hf_windows.WINDOW_KEYS: which layers have a window
   gelu_tanh: str = "gelu_pytorch_tanh"  # its name for our gelu_tanh
   old_rows: tuple[Row, ...] = ()  # other spellings: read, never written
   renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) for old names
-  # Buffers, which are computed again; and weights that an architecture does not use.
+  # Patterns of buffers, which are computed again, and of weights that are not used.
   ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
   unused: tuple[str, ...] = ()
   copies: dict[str, str] = dataclasses.field(default_factory=dict)  # name: equal name
 
 
 # Keys of config.json that most families share.
-KEYS = {
+COMMON_KEYS = {
   "vocab_size": "vocab_size",
   "hidden_size": "embed_dim",
   "num_hidden_layers": "num_layers",
@@ -54,3 +57,8 @@ KEYS = {
   "max_position_embeddings": "max_len",
   "tie_word_embeddings": "tie_embeddings",
 }
+
+
+def wrong_hf_value(key: str, given: object, needed: str, hint: str = "") -> DataError:
+  """Returns the error for a key of config.json whose value is not supported."""
+  return DataError(f"config.json: {key} cannot be used", given, needed, hint)

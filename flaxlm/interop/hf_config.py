@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face model to our model fields, and back.
+"""Translates a Hugging Face config.json to our model fields, and back.
 
-A key that could change what is computed is understood or refused, never passed over.
-What is written is read back before it is used: a model that its family cannot express
-is refused by the fields that would be lost.
+A key that could change what is computed is understood or refused, never ignored. What
+is written is read back before it is used: a model that its family cannot express is
+refused, and the message names the fields that would be lost.
 """
 
 from collections.abc import Iterable
@@ -10,35 +10,42 @@ from collections.abc import Iterable
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.interop.decoders import DECODERS
 from flaxlm.interop.encoders import ENCODERS
-from flaxlm.interop.family import Architecture, Family
+from flaxlm.interop.family import Architecture, Family, wrong_hf_value
 from flaxlm.interop.hf_fields import (
-  ACTIVATIONS,
-  NEUTRAL,
-  POOLINGS,
-  SILENT,
+  HF_ACTIVATIONS,
+  HF_POOLINGS,
+  NEUTRAL_FIELDS,
+  SILENT_KEYS,
   canonical,
   pattern_of,
   windows_of,
 )
 from flaxlm.interop.hf_rope import read_rope, rope_keys, write_rope
-from flaxlm.interop.hf_windows import (
-  WINDOW_KEYS,
-  read_windows,
-  write_windows,
-  wrong_hf_value,
-)
+from flaxlm.interop.hf_windows import WINDOW_KEYS, read_windows, write_windows
 
 FAMILIES = (*DECODERS, *ENCODERS)
+# Silent keys that are true of the original model alone: an export leaves them out.
+_OF_THE_ORIGINAL = {
+  *("auto_map", "_name_or_path", "name_or_path", "_model_name_or_path"),
+  *("transformers_version", "is_llama_config"),
+  *("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id"),
+  *("boi_token_index", "boi_token_id", "eoi_token_index", "eoi_token_id"),
+}
+# Without these keys, transformers would fill in the ids that are usual in some family.
+_NO_IDS = dict.fromkeys(
+  f"{role}_token_id" for role in ("bos", "eos", "pad", "cls", "sep")
+)
 
 
 def find_family(model_type: str) -> Family:
+  """Returns the family of a model_type; DataError lists those that are supported."""
   for family in FAMILIES:
     if family.model_type == model_type:
       return family
   raise DataError(
-    "this architecture is not supported\n"
-    f"  given:  model_type={model_type} in config.json\n"
-    f"  needed: one of {' '.join(f.model_type for f in FAMILIES)}"
+    "this architecture is not supported",
+    f"model_type={model_type} in config.json",
+    f"one of {' '.join(f.model_type for f in FAMILIES)}",
   )
 
 
@@ -51,22 +58,22 @@ def read_config(
     hf: the content of a config.json.
     tensor_names: as the family spells them; they decide which head a file has.
   Raises:
-    DataError: an architecture, a key or a value that we do not compute.
+    DataError: an architecture, a key or a value is not supported.
   """
   hf, family = dict(hf), find_family(hf.get("model_type"))
   if "text_config" in hf:
     whole = ("model_type", "architectures")
     text = {k: v for k, v in hf.pop("text_config").items() if k not in whole}
     hf |= text
-  check_hf_keys(family, hf)
+  _check_keys(family, hf)
   complete = family.defaults | hf
-  fields = NEUTRAL | family.fields
+  fields = NEUTRAL_FIELDS | family.fields
   for key in family.keys:
     if key not in complete and family.keys[key] not in fields:
       raise wrong_hf_value(key, "nothing", "a value")
   for key, field in family.keys.items():
     if key in complete:
-      fields[field] = to_ours(key, field, complete[key], fields)
+      fields[field] = _to_our_value(key, field, complete[key], fields)
   fields["mlp_dim"] = fields["mlp_dim"] or 4 * fields["embed_dim"]
   fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
   if not fields["head_dim"]:
@@ -78,13 +85,13 @@ def read_config(
   biases = {bool(complete.get(key)) for key in family.bias_keys}
   if len(biases) > 1:
     given = " ".join(f"{key}={complete.get(key)}" for key in family.bias_keys)
-    raise wrong_hf_value("biases in some places alone", given, "all true, or all false")
+    raise wrong_hf_value("biases in only some places", given, "all true, or all false")
   fields["use_bias"] |= biases == {True}
   windows = read_windows(family, complete, fields["num_layers"])
   fields["sliding_window"] = max(windows)
   fields["layer_pattern"] = pattern_of(windows)
   fields |= read_rope(family, hf, fields["max_len"], windows)
-  architecture, own = find_architecture(family, hf, set(tensor_names)), family.keys
+  architecture, own = _find_architecture(family, hf, set(tensor_names)), family.keys
   if architecture.fields["head"] == "mlm" and "head_activation" not in own.values():
     fields["head_activation"] = fields["activation"]
   fields |= architecture.fields
@@ -99,30 +106,30 @@ def read_config(
   return family, architecture, fields
 
 
-def check_hf_keys(family: Family, hf: dict) -> None:
+def _check_keys(family: Family, hf: dict) -> None:
   """Raises DataError for a key or value that could change what is computed."""
   for key, allowed in family.fixed.items():
     if key in hf and hf[key] not in allowed:
       raise wrong_hf_value(key, hf[key], " or ".join(map(str, allowed)))
-  known = {*family.keys, *family.fixed, *family.bias_keys, *SILENT}
+  known = {*family.keys, *family.fixed, *family.bias_keys, *SILENT_KEYS}
   known |= {*WINDOW_KEYS[family.window], *rope_keys(family)}
   for key, value in hf.items():
-    # What is off or empty changes nothing, whatever it is called.
+    # A value that is off or empty changes nothing, whatever its key means.
     if key not in known and value not in (None, False, [], {}, ""):
       raise wrong_hf_value(
         f"the key {key!r}",
         f"{value}"[:80],
-        f"a key that is understood for {family.model_type}\n"
-        "  try:    delete it there, if it cannot change what the model computes",
+        f"a key that is supported for {family.model_type}",
+        "delete it there, if it cannot change what the model computes",
       )
 
 
-def to_ours(key: str, field: str, value: object, fields: dict) -> object:
-  """One value of config.json as the type and unit of our field."""
+def _to_our_value(key: str, field: str, value: object, fields: dict) -> object:
+  """Returns a value of config.json in the type and unit of our field."""
   tables = {
-    "activation": ACTIVATIONS,
-    "head_activation": ACTIVATIONS,
-    "pooling": POOLINGS,
+    "activation": HF_ACTIVATIONS,
+    "head_activation": HF_ACTIVATIONS,
+    "pooling": HF_POOLINGS,
   }
   if field in tables:
     if value not in tables[field]:
@@ -150,8 +157,11 @@ def to_ours(key: str, field: str, value: object, fields: dict) -> object:
   return kind(value)
 
 
-def find_architecture(family: Family, hf: dict, names: set[str]) -> Architecture:
-  """The one that config.json names; among several, one whose tensors are there."""
+def _find_architecture(family: Family, hf: dict, names: set[str]) -> Architecture:
+  """Returns the architecture that config.json names; of several, one that fits.
+
+  An architecture fits when the tensors that it adds to its family are there.
+  """
   named = (hf.get("architectures") or [None])[0]
   fits = [
     architecture
@@ -164,30 +174,30 @@ def find_architecture(family: Family, hf: dict, names: set[str]) -> Architecture
   ]
   for architecture in (*fits, *family.architectures):
     if named in (architecture.name, architecture.instead_of):
-      return architecture  # tensors that it lacks will be listed
-    # Heads with labels look alike; the others are told by their tensors.
+      return architecture  # missing tensors are listed later
+    # Heads with labels look alike; the tensors tell the others apart.
     has_labels = architecture.fields["head"] in ("sequence", "token", "choice")
     unlabelled = not has_labels or architecture.fields.get("num_labels") == 0
     if named is None and unlabelled and architecture in fits:
       return architecture
   known = dict.fromkeys(a.name for a in family.architectures)
   raise DataError(
-    "this architecture is not supported\n"
-    f"  given:  architectures={named} in config.json\n"
-    f"  needed: one of {' '.join(known)}"
+    "this architecture is not supported",
+    f"architectures={named} in config.json",
+    f"one of {' '.join(known)}",
   )
 
 
 def write_config(
   family: Family, architecture: Architecture, fields: dict[str, object]
 ) -> dict[str, object]:
-  """Returns the config.json that means `fields`, as far as the family can say it."""
-  fields = NEUTRAL | fields
+  """Returns the config.json for `fields`, as far as the family can express them."""
+  fields = NEUTRAL_FIELDS | fields
   hf = {"model_type": family.model_type, "architectures": [architecture.name]}
   hf |= {key: allowed[0] for key, allowed in family.fixed.items()}
   hf |= {key: fields["use_bias"] for key in family.bias_keys}
   for key, field in family.keys.items():
-    hf[key] = to_theirs(field, fields, family)
+    hf[key] = _to_their_value(field, fields, family)
   windows = windows_of(fields)
   hf |= write_windows(family, windows) | write_rope(family, fields)
   if fields["head"] in ("sequence", "token") and fields["num_labels"]:
@@ -197,8 +207,19 @@ def write_config(
   return hf
 
 
-def to_theirs(field: str, fields: dict, family: Family) -> object:
-  """One of our fields as config.json has it."""
+def complete_config(hf: dict, like: dict, dtype: str) -> dict:
+  """Adds the keys of `like` that do not change what is computed, and the dtype."""
+  kept = {k: v for k, v in like.items() if k in SILENT_KEYS - _OF_THE_ORIGINAL}
+  if len(kept.get("id2label") or ()) == len(hf.get("id2label", ())):
+    hf = {k: v for k, v in hf.items() if k not in ("id2label", "label2id")}
+  else:
+    kept.pop("id2label", None)
+    kept.pop("label2id", None)
+  return _NO_IDS | kept | hf | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def _to_their_value(field: str, fields: dict, family: Family) -> object:
+  """Returns one of our fields as config.json spells it."""
   value = fields[field]
   if field in ("activation", "head_activation"):
     return family.gelu_tanh if value == "gelu_tanh" else value
@@ -218,12 +239,14 @@ def to_theirs(field: str, fields: dict, family: Family) -> object:
 def choose_family(
   fields: dict[str, object], model_type: str = ""
 ) -> tuple[Family, Architecture, dict[str, object]]:
-  """Returns the family to write `fields` as, and its config.json.
+  """Returns the first family that can express `fields`, and its config.json.
 
-  The first that says all of them: what it writes is read back and compared.
+  What a family writes is read back and compared.
 
+  Args:
+    model_type: the only family to try, if given.
   Raises:
-    ConfigError: none does, or not the one asked for; names what would be lost.
+    ConfigError: no family can; names what would be lost.
   """
   families = [f for f in FAMILIES if f.model_type != "gemma3"]  # written as gemma3_text
   if model_type:
@@ -233,37 +256,37 @@ def choose_family(
     families = [find_family(model_type)]
   closest = None
   for family in families:
-    lost, architecture, hf = try_family(fields, family)
+    lost, architecture, hf = _try_family(fields, family)
     if not lost:
       return family, architecture, hf
-    # Another kind of model is further away than any number of other differences.
+    # Another kind of model counts for more than any number of other differences.
     distance = sum(100 if key in ("causal", "head") else 1 for key, _ in lost)
     if closest is None or distance < closest[0]:
       closest = distance, family.model_type, lost
   _, name, lost = closest
   more = f", ... {len(lost)} in all" if len(lost) > 4 else ""
   ours, theirs = (
-    ", ".join(f"{key}={shorten(values[side])}" for key, values in lost[:4])
+    ", ".join(f"{key}={_shorten(values[side])}" for key, values in lost[:4])
     for side in (0, 1)
   )
   raise ConfigError(
     "this model has no equal at Hugging Face, and",
     f"config.model with {ours}{more}",
     f"for {name}: {theirs}",
-    "the checkpoint itself, or a model of one of its families",
+    "the checkpoint itself, or a model that one of the families can express",
   )
 
 
-def shorten(value: object) -> str:
-  """A value for a message; what each layer sees as the pattern that it follows."""
+def _shorten(value: object) -> str:
+  """Returns a value as text for a message; windows of layers as their pattern."""
   if isinstance(value, tuple):
     return ",".join(pattern_of(list(value))) if any(value) else "global"
   return f"{value}"[:40]
 
 
-def try_family(fields: dict, family: Family):
-  """Returns ([(field, (ours, what would be read back))], architecture, config.json)."""
-  whole = NEUTRAL | fields
+def _try_family(fields: dict, family: Family):
+  """Returns ([(field, (ours, read back))] that differ, architecture, config.json)."""
+  whole = NEUTRAL_FIELDS | fields
   bare = whole["head"] in ("sequence", "token") and not whole["num_labels"]
   fits = [
     architecture

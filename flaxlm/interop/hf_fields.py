@@ -1,12 +1,13 @@
-"""Our model fields as `interop` handles them, and what Hugging Face calls their values.
+"""Our model fields as `interop` handles them, and Hugging Face's names for values.
 
-Flat, with dots for groups: {"moe.num_experts": 8}.
+Fields are flat, with dots for groups: {"moe.num_experts": 8}.
 """
 
+from flaxlm.config.tree import flatten
 from flaxlm.interop.hf_rope import ROPE_FIELDS
 
 # Our fields where a family says nothing else: those of Llama.
-NEUTRAL = {
+NEUTRAL_FIELDS = {
   "num_kv_heads": 0,  # num_heads
   "head_dim": 0,  # embed_dim / num_heads
   "causal": True,
@@ -52,13 +53,13 @@ NEUTRAL = {
   "moe.bias_rate": 1e-3,
   "moe.capacity_factor": 0.0,
 }
-# Fields that decide how a model is trained or run, and not what it computes.
-NOT_COMPUTED = {
+# Fields that decide how a model is trained or run, not what it computes.
+_NOT_COMPUTED = {
   *("attention", "dtype", "quantize", "remat", "keep", "offload", "unroll", "dropout"),
   *("moe.balance", "moe.aux_loss", "moe.z_loss", "moe.bias_rate"),
-  "moe.capacity_factor",  # drops tokens in training; others read such models dropless
+  "moe.capacity_factor",  # drops tokens in training alone; other programs never drop
 }
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
   "gelu": "gelu",
@@ -68,10 +69,10 @@ ACTIVATIONS = {
   "relu": "relu",
   "tanh": "tanh",
 }
-POOLINGS = {"cls": "first", "mean": "mean"}
-# Keys that say nothing about what the weights compute: where a file comes from, how to
-# train it, special ids, and settings of generation that old files carry along.
-SILENT_KEYS = """
+HF_POOLINGS = {"cls": "first", "mean": "mean"}
+# Keys that do not change what the weights compute: where a file comes from, how to
+# train it, special ids, and the generation settings that older files include.
+_SILENT = """
   architectures model_type transformers_version torch_dtype dtype _name_or_path
   _model_name_or_path
   name_or_path auto_map use_cache gradient_checkpointing initializer_range
@@ -98,13 +99,13 @@ SILENT_KEYS = """
   boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config
   boi_token_id eoi_token_id image_token_id
 """
-SILENT = set(SILENT_KEYS.split())
+SILENT_KEYS = frozenset(_SILENT.split())
 
 
 def pattern_of(windows: list[int]) -> tuple[str, ...]:
-  """The shortest run of kinds that gives these layers when it is repeated."""
+  """Returns the shortest pattern of kinds that gives these layers when repeated."""
   if not any(windows):
-    return NEUTRAL["layer_pattern"]
+    return NEUTRAL_FIELDS["layer_pattern"]
   kinds = ["local" if window else "global" for window in windows]
   for period in range(1, len(kinds) + 1):
     if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
@@ -113,14 +114,16 @@ def pattern_of(windows: list[int]) -> tuple[str, ...]:
 
 
 def windows_of(fields: dict) -> list[int]:
+  """Returns the window of each layer in tokens; 0 is the whole row."""
   pattern, window = fields["layer_pattern"], fields["sliding_window"]
   kinds = [pattern[i % len(pattern)] for i in range(fields["num_layers"])]
   return [window if kind == "local" else 0 for kind in kinds]
 
 
 def canonical(fields: dict[str, object]) -> dict[str, object]:
-  """The fields that decide what is computed, in one spelling of several."""
-  fields = {k: v for k, v in (NEUTRAL | fields).items() if k not in NOT_COMPUTED}
+  """Returns the fields that decide what is computed, each in a single spelling."""
+  fields = NEUTRAL_FIELDS | fields
+  fields = {key: value for key, value in fields.items() if key not in _NOT_COMPUTED}
   windows = windows_of(fields)
   fields["sliding_window"], fields["layer_pattern"] = max(windows), tuple(windows)
   fields["attention_scale"] = fields["attention_scale"] or fields["head_dim"] ** -0.5
@@ -148,21 +151,9 @@ def canonical(fields: dict[str, object]) -> dict[str, object]:
   return {key: value for key, value in fields.items() if key not in idle}
 
 
-def flatten_fields(fields: dict, prefix: str = "") -> dict[str, object]:
-  """{"moe": {"z_loss": 0}} as {"moe.z_loss": 0}."""
-  flat = {}
-  for key, value in fields.items():
-    if isinstance(value, dict):
-      flat |= flatten_fields(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = tuple(value) if isinstance(value, list) else value
-  return flat
-
-
-def nest_fields(flat: dict[str, object]) -> dict:
-  """The reverse of `flatten_fields`."""
-  fields: dict = {}
-  for key, value in flat.items():
-    group, _, last = key.rpartition(".")
-    (fields.setdefault(group, {}) if group else fields)[last] = value
-  return fields
+def flatten_fields(fields: dict) -> dict[str, object]:
+  """Returns {"moe.z_loss": 0} for {"moe": {"z_loss": 0}}, with lists as tuples."""
+  return {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in flatten(fields).items()
+  }

@@ -1,17 +1,16 @@
-"""Rotary positions and windows in a config.json, in their several spellings.
+"""Rotary positions in a config.json, in their several spellings.
 
 transformers 4 has `rope_theta` and `rope_scaling`, with further keys for the local
 layers of some families; transformers 5 has `rope_parameters`, where the layers of a
-model may differ. Both are written, so both read the same model.
+model may differ. An export has both spellings, so that either version can read it.
 """
 
 import math
 
-from flaxlm.interop.family import Family
-from flaxlm.interop.hf_windows import GLOBAL, LOCAL, wrong_hf_value
+from flaxlm.interop.family import GLOBAL, LOCAL, Family, wrong_hf_value
 
-# Keys of a scaling, and our fields.
-SCALINGS = {
+# The keys of each kind of scaling, and our fields.
+_SCALINGS = {
   "default": {},
   "linear": {"factor": "rope.factor"},
   "llama3": {
@@ -38,8 +37,8 @@ ROPE_FIELDS = {
   "rope.beta_slow": 1.0,
   "rope.attention_factor": 0.0,
 }
-# The keys of transformers 4 for the bases of (global, local) layers.
-THETAS = {
+# The keys in transformers 4 for the base of (global, local) layers.
+_THETAS = {
   "one": ("rope_theta", None),
   "gemma3": ("rope_theta", "rope_local_base_freq"),
   "modernbert": ("global_rope_theta", "local_rope_theta"),
@@ -47,10 +46,10 @@ THETAS = {
 
 
 def rope_keys(family: Family) -> set[str]:
-  """The keys of config.json that `read_rope` understands."""
+  """Returns the keys of config.json that `read_rope` understands."""
   if family.rope == "none":
     return set()
-  named = {key for key in THETAS[family.rope] if key}
+  named = {key for key in _THETAS[family.rope] if key}
   return named | {"rope_scaling", "rope_parameters", "partial_rotary_factor"}
 
 
@@ -61,10 +60,10 @@ def read_rope(
 
   Args:
     hf: config.json as it is, without defaults.
-    windows: what each layer sees; 0 is all. Kinds of layers that do not occur do not
-      matter.
+    windows: of each layer, in tokens; 0 is the whole row. Only kinds of layers that
+      occur matter.
   Raises:
-    DataError: a scaling that we do not compute, or spellings that disagree.
+    DataError: the scaling is not supported, or two spellings disagree.
   """
   if family.rope == "none":
     return {}
@@ -74,10 +73,10 @@ def read_rope(
   nested = any(kind in new for kind in (GLOBAL, LOCAL))
   if new and not nested and family.rope != "one":
     raise wrong_hf_value("rope_parameters", new, f"values for {GLOBAL} and {LOCAL}")
-  keys = THETAS[family.rope]
+  keys = _THETAS[family.rope]
   both = family.rope != "gemma3"  # Gemma 3's rope_scaling is for global layers alone
   ropes = [
-    read_one(
+    _read_one(
       (new.get(kind) or {}) if nested else new,
       old if both or kind == GLOBAL else {},
       hf.get(key or keys[0]),
@@ -86,19 +85,19 @@ def read_rope(
     )
     for kind, key in zip((GLOBAL, LOCAL), keys, strict=True)
   ]
-  if 0 not in windows:  # no global layers: theirs decides nothing
+  if 0 not in windows:  # no global layers: their rope has no effect
     return ropes[1] | {"rope.local_theta": 0.0}
   if not any(windows) or ropes[0] == ropes[1]:
     return ropes[0] | {"rope.local_theta": 0.0}
   if ropes[1]["rope.scaling"] != "none" or family.rope == "one":
     raise wrong_hf_value(
-      "rope_parameters", new or old, "one for all layers, or local ones unscaled"
+      "rope_parameters", new or old, "one rope for all layers, or local layers unscaled"
     )
   return ropes[0] | {"rope.local_theta": ropes[1]["rope.theta"]}
 
 
-def read_one(new: dict, old: dict, theta, default_theta: float, max_len: int) -> dict:
-  """The rope of one kind of layers, from all that speaks of it."""
+def _read_one(new: dict, old: dict, theta, default_theta: float, max_len: int) -> dict:
+  """Returns the rope fields of one kind of layer, from every key that sets them."""
   found: dict[str, object] = {}
   for source in (new, old, {"rope_theta": theta}):
     for key, value in source.items():
@@ -111,28 +110,28 @@ def read_one(new: dict, old: dict, theta, default_theta: float, max_len: int) ->
   theta = float(found.pop("rope_theta", default_theta))
   if found.pop("partial_rotary_factor", 1.0) != 1.0:
     raise wrong_hf_value("partial_rotary_factor", new, "1.0")
-  if kind not in SCALINGS:
-    needed = "one of " + " ".join(SCALINGS)
+  if kind not in _SCALINGS:
+    needed = "one of " + " ".join(_SCALINGS)
     raise wrong_hf_value("the rope scaling (rope_type)", kind, needed)
   if kind in ("llama3", "yarn"):
     found.setdefault("original_max_position_embeddings", max_len)
     if kind == "yarn":
       found.setdefault("factor", max_len / found["original_max_position_embeddings"])
-      yarn_attention_factor(found)
+      _set_yarn_attention_factor(found)
   rope = {"rope.theta": theta} | ROPE_FIELDS
   rope["rope.scaling"] = "none" if kind == "default" else kind
   for key, value in found.items():
-    if key not in SCALINGS[kind]:
+    if key not in _SCALINGS[kind]:
       raise wrong_hf_value(f"the rope scaling {kind}: {key}", value, "no such key")
-    field = SCALINGS[kind][key]
+    field = _SCALINGS[kind][key]
     rope[field] = int(value) if field == "rope.original_max_len" else float(value)
   if kind != "default" and "factor" not in found:
     raise wrong_hf_value(f"the rope scaling {kind}", found, "a factor")
   return rope
 
 
-def yarn_attention_factor(found: dict) -> None:
-  """Turns DeepSeek's mscale pair into the attention factor that it means."""
+def _set_yarn_attention_factor(found: dict) -> None:
+  """Replaces DeepSeek's mscale pair by the attention factor that it means."""
   scales = found.pop("mscale", None), found.pop("mscale_all_dim", None)
   if found.pop("truncate", True) is not True:
     raise wrong_hf_value("the rope scaling yarn: truncate", False, "true")
@@ -144,13 +143,13 @@ def yarn_attention_factor(found: dict) -> None:
 
 
 def write_rope(family: Family, fields: dict) -> dict[str, object]:
-  """The keys of config.json for our rope fields, in the old and the new spelling."""
+  """Returns the keys of config.json for our rope fields, in both spellings."""
   if family.rope == "none":
     return {}
   kind = fields["rope.scaling"].replace("none", "default")
   theta, local_theta = fields["rope.theta"], fields["rope.local_theta"]
   scaling = {"rope_type": kind}
-  for key, field in SCALINGS[kind].items():
+  for key, field in _SCALINGS[kind].items():
     if field != "rope.attention_factor" or fields[field]:
       scaling[key] = fields[field]
   scaled = None if kind == "default" else scaling | {"type": kind}
@@ -164,13 +163,13 @@ def write_rope(family: Family, fields: dict) -> dict[str, object]:
   local = everywhere
   if local_theta:
     local = {"rope_type": "default", "rope_theta": local_theta}
-  keys = THETAS[family.rope]
+  keys = _THETAS[family.rope]
   written = {
     keys[0]: theta,
     keys[1]: local_theta or theta,
     "rope_parameters": {GLOBAL: everywhere, LOCAL: local},
   }
-  # The old key means all layers of ModernBERT, and the global ones of Gemma 3.
+  # The old key applies to all layers of ModernBERT, and to Gemma 3's global layers.
   meant = kind if family.rope == "modernbert" else "default"
   if local["rope_type"] == meant:
     written["rope_scaling"] = scaled

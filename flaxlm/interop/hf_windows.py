@@ -1,9 +1,8 @@
-"""Sliding windows and layer patterns, as Hugging Face's config.json writes them."""
+"""Sliding windows and layer patterns in a config.json, in the families' spellings."""
 
-from flaxlm.errors import DataError
-from flaxlm.interop.family import Family
+from flaxlm.interop.family import GLOBAL, LOCAL, Family, wrong_hf_value
 
-GLOBAL, LOCAL = "full_attention", "sliding_attention"
+# The values of `Family.window`, and the keys of config.json that each understands.
 WINDOW_KEYS = {
   "none": (),
   "all": ("sliding_window",),
@@ -19,19 +18,13 @@ WINDOW_KEYS = {
 }
 
 
-def wrong_hf_value(key: str, given: object, needed: str) -> DataError:
-  return DataError(
-    f"config.json: {key} cannot be used\n  given:  {given}\n  needed: {needed}"
-  )
-
-
 def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
-  """Returns what each layer sees, by our count; 0 is all.
+  """Returns the window of each layer in tokens, the query included; 0 is the whole row.
 
   Args:
     hf: config.json, completed by the defaults of the family.
   Raises:
-    DataError: kinds of layers that we do not know, or no window for local ones.
+    DataError: an unknown kind of layer, or local layers without a window.
   """
   kind = family.window
   if kind == "none":
@@ -41,7 +34,7 @@ def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
     return [(hf["sliding_window"] or 0) if used else 0] * num_layers
   types = hf.get("layer_types")
   if types is None:
-    is_local = default_pattern(kind, hf, num_layers)
+    is_local = _default_pattern(kind, hf, num_layers)
     types = [LOCAL if local else GLOBAL for local in is_local]
   if len(types) != num_layers or not set(types) <= {GLOBAL, LOCAL}:
     given = f"{len(types)} of {' '.join(sorted(set(types)))}"
@@ -50,19 +43,23 @@ def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
     return [0] * num_layers
   if kind == "modernbert":
     window = hf["local_attention"] // 2 + 1  # half on each side, and the token itself
-  else:
+  elif kind in ("qwen", "gemma"):
     window = hf["sliding_window"]
+  else:
+    raise AssertionError(kind)
   if not window or (kind == "qwen" and not hf.get("use_sliding_window")):
     raise wrong_hf_value("layer_types", f"{LOCAL} without a window", "sliding_window")
   return [window if name == LOCAL else 0 for name in types]
 
 
-def default_pattern(kind: str, hf: dict, layers: int) -> list[bool]:
-  """Which layers are local where `layer_types` does not say."""
+def _default_pattern(kind: str, hf: dict, layers: int) -> list[bool]:
+  """Returns whether each layer is local, where `layer_types` is missing."""
   if kind == "modernbert":
     return [i % hf["global_attn_every_n_layers"] > 0 for i in range(layers)]
   if kind == "gemma":
     return [(i + 1) % hf["sliding_window_pattern"] > 0 for i in range(layers)]
+  if kind != "qwen":
+    raise AssertionError(kind)
   if not hf.get("use_sliding_window"):
     return [False] * layers
   if "qkv_bias" in hf:  # Qwen 2 MoE: its rule has changed between versions
@@ -71,7 +68,7 @@ def default_pattern(kind: str, hf: dict, layers: int) -> list[bool]:
 
 
 def write_windows(family: Family, windows: list[int]) -> dict[str, object]:
-  """The keys of config.json for the windows of the layers."""
+  """Returns the keys of config.json for the windows of the layers."""
   window, kind = max(windows), family.window
   if kind == "none":
     return {}
@@ -91,12 +88,14 @@ def write_windows(family: Family, windows: list[int]) -> dict[str, object]:
   if kind == "gemma":
     written["sliding_window"] = window or family.defaults["sliding_window"]
     key = "sliding_window_pattern"
-  else:
+  elif kind == "modernbert":
     written["local_attention"] = 2 * (window - 1) if window else 128
     key = "global_attn_every_n_layers"
-  # The older key, if the layers follow its rule.
+  else:
+    raise AssertionError(kind)
+  # The older key too, if the layers follow its rule.
   local = [w > 0 for w in windows]
   for period in range(1, len(local) + 2):
-    if default_pattern(kind, {key: period}, len(local)) == local:
+    if _default_pattern(kind, {key: period}, len(local)) == local:
       return written | {key: period}
   return written

@@ -1,33 +1,45 @@
-"""Makes a run of a Hugging Face model: weights, config, tokenizer."""
+"""Makes a run at step 0 from a Hugging Face model: weights, config and tokenizer.
+
+The small files that the model came with are kept in the run's directory, so that an
+export can give them back.
+"""
 
 import json
 import math
 import pathlib
 import shutil
 
+import jax
+
+from flaxlm.config import base
 from flaxlm.config.load import apply_overrides, config_to_json
 from flaxlm.errors import MissingInputError, OutputError
+from flaxlm.files import write_atomically
+from flaxlm.interop.huggingface import Imported, read_model
+from flaxlm.models.trees import nest
 from flaxlm.runs.directory import RunFiles
+from flaxlm.tokenizer.chat_template import read_template
+from flaxlm.tokenizer.files import AnyTokenizer, file_name, load_tokenizer
+from flaxlm.training.checkpoint import Checkpointer, list_steps
 
 TOKENIZER_FILES = (
   *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
   *("special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt"),
   *("spiece.model", "chat_template.jinja"),
 )
-HUB_FILES = (
-  "*.json",
-  "*.safetensors",
-  "pytorch_model*.bin",
-  "*.txt",
-  "*.model",
-  "*.jinja",
+_HUB_FILES = (
+  *("*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"),
 )
-# What each head is trained for, to complete the config of an imported run.
-TASKS = {"sequence": "classify", "token": "tag", "span": "qa", "choice": "choice"}
+# The task that each head is trained for: it completes the config of an imported run.
+_TASKS = {"sequence": "classify", "token": "tag", "span": "qa", "choice": "choice"}
 
 
 def find_source(name: str) -> pathlib.Path:
-  """The directory that `--from` names; a model of the hub is fetched first."""
+  """Returns the directory that `--from` names; downloads a model from the hub first.
+
+  Raises:
+    MissingInputError: there is no such directory, and no such model on the hub.
+  """
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return path
@@ -36,14 +48,15 @@ def find_source(name: str) -> pathlib.Path:
     try:
       from huggingface_hub import snapshot_download
 
-      return pathlib.Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+      return pathlib.Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except ImportError:
       pass
-    except Exception as error:  # no network, no such model, no permission: its words
+    except Exception as error:  # no network, no such model, no permission
       problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
   raise MissingInputError(
-    f"--from={name} is not here\n  given:  {path.absolute()} (no such directory)\n"
-    f"  needed: a directory, or the name of a model on the hub\n  hub:    {problem}"
+    f"--from={name} does not exist",
+    f"{path.absolute()} (no such directory); the hub: {problem}",
+    "a directory, or the name of a model on the hub",
   )
 
 
@@ -54,29 +67,23 @@ def import_model(
   overrides: list[str] = (),
   with_tokenizer: bool = True,
 ) -> None:
-  """Writes `workdir` as a run at step 0, from Hugging Face's files in `source`.
+  """Writes `workdir` as a run at step 0, from the Hugging Face files in `source`.
 
+  Args:
+    skip: patterns of tensors to leave out.
+    overrides: `key=value` texts for the config of the run.
   Raises:
-    OutputError: `workdir` holds a run already.
+    OutputError: `workdir` already holds a run.
     DataError, MissingInputError: see `huggingface.read_model`.
   """
-  from flaxlm.interop.huggingface import read_model
-  from flaxlm.models.trees import nest
-  from flaxlm.training.checkpoint import Checkpointer, list_steps
-
   files = RunFiles(workdir)
   if files.config.exists() or list_steps(files.checkpoints):
     raise OutputError(
-      f"--workdir={workdir} holds a run already\n  given:  {workdir.absolute()}\n"
-      "  needed: a new directory"
+      f"--workdir={workdir} holds a run already", workdir.absolute(), "a new directory"
     )
   tokenizer = read_tokenizer(source) if with_tokenizer else None
   model = read_model(source, skip)
-  names = model.config.get("id2label") or {}
-  labels = (
-    [names[i] for i in sorted(names, key=int)] if model.fields["num_labels"] else []
-  )
-  config = make_config(model.fields, tokenizer, labels, overrides)
+  config = _make_config(model, tokenizer, overrides)
   workdir.mkdir(parents=True, exist_ok=True)
   with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
     meta = {
@@ -86,35 +93,23 @@ def import_model(
       "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
       "config": json.loads(config_to_json(config)),
     }
-    checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)
-  keep_files(source, workdir, config, tokenizer)
-  count = sum(math.prod(leaf.shape) for leaf in model.leaves.values())
-  print(f"imported {model.family.model_type}, {count:,} parameters: {workdir}")
-  if model.left_out:
-    names = ", ".join(model.left_out[:6])
-    print(f"left out: {names} ({len(model.left_out)} tensors)")
-  if tokenizer is None:
-    print("no tokenizer was imported")
-  elif tokenizer.vocab_size > config.model.vocab_size:
-    print(
-      f"warning: the tokenizer has {tokenizer.vocab_size} ids, the model fewer rows"
-    )
+    checkpoints.save(0, {"model": nest(_to_jax(model.leaves))}, meta)
+  _keep_files(source, workdir, config, tokenizer)
+  _print_summary(model, tokenizer, workdir)
 
 
-def read_tokenizer(source: pathlib.Path):
-  """The tokenizer of a directory, or None if it has no such files."""
-  from flaxlm.tokenizer.files import load_tokenizer
-
+def read_tokenizer(source: pathlib.Path) -> AnyTokenizer | None:
+  """Returns the tokenizer in a directory, or None if it has no such files."""
   if not any((source / name).is_file() for name in TOKENIZER_FILES):
     return None
   return load_tokenizer(source)
 
 
-def make_config(fields: dict, tokenizer, labels: list[str], overrides: list[str]):
-  """A whole config around the imported model; `labels` are the names of its classes."""
-  from flaxlm.config import base
-
-  config = base.get_config()
+def _make_config(
+  imported: Imported, tokenizer: AnyTokenizer | None, overrides: list[str]
+):
+  """Returns a whole config around the imported model."""
+  config, fields = base.get_config(), imported.fields
   for key, value in fields.items():
     if isinstance(value, dict):
       config.model[key].update(value)
@@ -128,27 +123,27 @@ def make_config(fields: dict, tokenizer, labels: list[str], overrides: list[str]
   if model.head == "mlm":
     config.objective.kind = "masked"
     config.objective.pairs = "nsp" if model.pair_head else "none"
-  elif model.head in TASKS:
-    config.task.kind = TASKS[model.head]
-    config.task.labels = tuple(labels)
-    config.task.path = "labelled.jsonl"  # to be named by who trains it
-  # What follows its length and vocabulary has been set; the model keeps its own.
+  elif model.head in _TASKS:
+    config.task.kind = _TASKS[model.head]
+    names = imported.config.get("id2label") if fields["num_labels"] else None
+    config.task.labels = tuple(names[i] for i in sorted(names or {}, key=int))
+    config.task.path = "labelled.jsonl"  # a placeholder: fine-tuning names its own
+  elif model.head != "lm":
+    raise AssertionError(model.head)
+  # Knobs that refer to these have been set above; the model keeps its own values.
   model.max_len, model.vocab_size = fields["max_len"], fields["vocab_size"]
   return apply_overrides(config, overrides)
 
 
-def to_jax(leaves: dict) -> dict:
-  """JAX's view of numpy's memory: nothing is copied."""
-  import jax
-
+def _to_jax(leaves: dict) -> dict:
+  """Returns JAX arrays over NumPy's memory, without a copy."""
   return {path: jax.dlpack.from_dlpack(leaf) for path, leaf in leaves.items()}
 
 
-def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -> None:
-  """Puts config and tokenizer where other commands look, and the originals aside."""
-  from flaxlm.files import write_atomically
-  from flaxlm.tokenizer.files import file_name
-
+def _keep_files(
+  source: pathlib.Path, workdir: pathlib.Path, config, tokenizer: AnyTokenizer | None
+) -> None:
+  """Writes config and tokenizer where other commands look, and keeps the originals."""
   files = RunFiles(workdir)
   originals = files.originals
   originals.mkdir(exist_ok=True)
@@ -157,17 +152,33 @@ def keep_files(source: pathlib.Path, workdir: pathlib.Path, config, tokenizer) -
       shutil.copyfile(source / name, originals / name)
   if tokenizer:
     write_atomically(workdir / file_name(tokenizer.model), tokenizer.model)
-    template = tokenizer.chat_template or find_chat_template(source)
+    template = tokenizer.chat_template or _find_chat_template(source)
     if template:
       write_atomically(files.chat_template, template)
   write_atomically(files.config, config_to_json(config))
 
 
-def find_chat_template(source: pathlib.Path) -> str:
-  """The template beside a SentencePiece model, which holds none itself, or ''."""
-  from flaxlm.tokenizer.chat_template import read_template
-
+def _find_chat_template(source: pathlib.Path) -> str:
+  """Returns the template beside a SentencePiece model, which cannot hold one, or ''."""
   try:
     return read_template(source)
   except MissingInputError:
     return ""
+
+
+def _print_summary(
+  model: Imported, tokenizer: AnyTokenizer | None, workdir: pathlib.Path
+) -> None:
+  count = sum(math.prod(leaf.shape) for leaf in model.leaves.values())
+  print(f"imported {model.family.model_type}, {count:,} parameters: {workdir}")
+  if model.left_out:
+    names = ", ".join(model.left_out[:6])
+    print(f"left out: {names} ({len(model.left_out)} tensors)")
+  rows = model.fields["vocab_size"]
+  if tokenizer is None:
+    print("no tokenizer was imported")
+  elif tokenizer.vocab_size > rows:
+    print(
+      f"warning: the tokenizer has {tokenizer.vocab_size} ids, "
+      f"the model only {rows} rows"
+    )

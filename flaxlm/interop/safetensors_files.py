@@ -1,11 +1,11 @@
-"""safetensors files: read without loading, written one tensor at a time.
+"""safetensors files: read without loading them, written one tensor at a time.
 
 The format (github.com/huggingface/safetensors): eight bytes with the length of a JSON
-header, the header with type, shape and byte range of each tensor, then the bytes. Large
-models lie in several files and an index says which tensor is where.
+header; the header with the type, shape and byte range of each tensor; then the bytes.
+Large models are split over several files, and an index says which tensor is where.
 
-A tensor that is read is a view of the file, mapped for as long as the array lives: only
-what is being converted takes memory.
+A tensor that is read is a view of the mapped file, so only the tensor that is being
+converted takes memory.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from flaxlm.errors import DataError, MissingInputError, StorageError
+from flaxlm.files import sync
 
-SAFETENSORS_DTYPES = {
+_DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
@@ -37,15 +38,15 @@ SAFETENSORS_DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
-NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit of the format
-MAX_SHARD = 5_000_000_000  # bytes of tensors in one file that is written
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+MAX_SHARD = 5_000_000_000  # bytes of tensors in one file that we write
 INDEX = ".index.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where the numbers of a tensor lie; `read` maps them."""
+  """The place of a tensor in a file; `read` maps its numbers."""
 
   path: pathlib.Path
   offset: int  # bytes
@@ -69,26 +70,29 @@ class Tensor:
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the strides of a contiguous array in C order, in elements."""
   return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-  """Elements from the first that a view touches to the last, both included."""
+  """Returns how many elements a view spans, from the first it uses to the last."""
   if 0 in shape:
     return 0
   return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def damaged_weights(path, reason: str) -> DataError:
+  """Returns the error for a file of weights that is damaged or not understood."""
   return DataError(
-    f"{path} cannot be read\n  given:  {reason}\n"
-    "  needed: a complete, undamaged file\n"
-    "  try:    download or write it again"
+    f"{path} cannot be read",
+    reason,
+    "a complete, undamaged file",
+    "download or write it again",
   )
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-  """Returns the tensors of one file, by name; reads its header only.
+  """Returns the tensors in one file by name; reads only its header.
 
   Raises:
     DataError: the header is damaged, or the file is shorter or longer than it says.
@@ -102,18 +106,18 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if len(first) < 8:
       raise damaged_weights(path, f"{size} bytes")
     (length,) = struct.unpack("<Q", first)
-    if length > min(MAX_HEADER, size - 8):
+    if length > min(_MAX_HEADER, size - 8):
       raise damaged_weights(path, f"a header of {length} bytes in a file of {size}")
     text = file.read(length)
   try:
-    header = json.loads(text, object_pairs_hook=without_repeats)
+    header = json.loads(text, object_pairs_hook=_without_repeats)
     header.pop("__metadata__", None)
-    tensors = {name: parse_entry(path, 8 + length, e) for name, e in header.items()}
+    tensors = {name: _parse_entry(path, 8 + length, e) for name, e in header.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise damaged_weights(
       path, f"a bad header: {type(error).__name__}: {error}"
     ) from error
-  # Every byte belongs to one tensor: a cut, a gap or an overlap shows here.
+  # Every byte belongs to one tensor: this finds cuts, gaps and overlaps.
   end = 8 + length
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
     if tensor.offset != end and 0 not in tensor.shape:
@@ -126,19 +130,17 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
   return tensors
 
 
-def without_repeats(pairs: list) -> dict:
+def _without_repeats(pairs: list) -> dict:
   if len(dict(pairs)) != len(pairs):
     raise ValueError("a name occurs twice")
   return dict(pairs)
 
 
-def parse_entry(path: pathlib.Path, start: int, entry: dict) -> Tensor:
-  """One entry of a header; ValueError and the like if it makes no sense."""
-  if entry["dtype"] not in SAFETENSORS_DTYPES:
-    raise ValueError(
-      f"dtype {entry['dtype']} is not one of {' '.join(SAFETENSORS_DTYPES)}"
-    )
-  dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+def _parse_entry(path: pathlib.Path, start: int, entry: dict) -> Tensor:
+  """Parses an entry of the header; raises ValueError and others if it is invalid."""
+  if entry["dtype"] not in _DTYPES:
+    raise ValueError(f"dtype {entry['dtype']} is not one of {' '.join(_DTYPES)}")
+  dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
   begin, end = entry["data_offsets"]
   if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
     raise ValueError(f"shape {shape} at {begin}..{end}")
@@ -148,13 +150,13 @@ def parse_entry(path: pathlib.Path, start: int, entry: dict) -> Tensor:
 
 
 def read_index(path: str | os.PathLike, read_file) -> dict[str, Tensor]:
-  """Returns the tensors of a sharded model from its `*.index.json`.
+  """Returns the tensors of a sharded model, from its `*.index.json`.
 
   Args:
     read_file: reads one shard: path -> {name: Tensor}.
   Raises:
-    MissingInputError: a shard is not there.
-    DataError: index and shards do not name the same tensors.
+    MissingInputError: a shard does not exist.
+    DataError: the index and the shards do not name the same tensors.
   """
   path = pathlib.Path(path)
   try:
@@ -167,9 +169,9 @@ def read_index(path: str | os.PathLike, read_file) -> dict[str, Tensor]:
   missing = [name for name in shards if not (path.parent / name).is_file()]
   if missing:
     raise MissingInputError(
-      f"{path} names {len(missing)} files that are not there\n"
-      f"  given:  no {', '.join(missing[:3])}\n"
-      f"  needed: all of them in {path.parent}"
+      f"{path} names {len(missing)} files that do not exist",
+      f"no {', '.join(missing[:3])}",
+      f"all of them in {path.parent}",
     )
   tensors = {}
   for shard in shards:
@@ -191,14 +193,14 @@ def write_safetensors(
   """Writes `model.safetensors`, or shards and their index; returns the file names.
 
   Args:
-    specs: (shape, dtype) of each tensor, in the order in which they come.
-    arrays: (name, array) of each; drawn one by one, so they may be made on the way.
-    max_shard: bytes of tensors in one file; a larger tensor has a file for itself.
+    specs: (shape, dtype) of each tensor, in the order of `arrays`.
+    arrays: (name, array) of each tensor; an iterator is consumed one at a time.
+    max_shard: bytes of tensors in one file; a larger tensor gets a file of its own.
   Raises:
     StorageError: the disk is full or fails.
   """
   directory = pathlib.Path(directory)
-  shards = plan_shards(specs, max_shard)
+  shards = _plan_shards(specs, max_shard)
   stem = "model-{:05d}-of-{:05d}.safetensors"
   names = [stem.format(i, len(shards)) for i in range(1, len(shards) + 1)]
   if len(shards) == 1:
@@ -206,10 +208,10 @@ def write_safetensors(
   arrays = iter(arrays)
   try:
     for name, shard in zip(names, shards, strict=True):
-      write_file(directory / name, {key: specs[key] for key in shard}, arrays)
+      _write_file(directory / name, {key: specs[key] for key in shard}, arrays)
     if len(shards) > 1:
       index = {
-        "metadata": {"total_size": sum(nbytes(spec) for spec in specs.values())},
+        "metadata": {"total_size": sum(_num_bytes(spec) for spec in specs.values())},
         "weight_map": {
           key: name for name, shard in zip(names, shards, strict=True) for key in shard
         },
@@ -218,36 +220,37 @@ def write_safetensors(
       (directory / f"model.safetensors{INDEX}").write_text(text)
   except OSError as error:
     raise StorageError(
-      f"{directory} cannot be written\n  given:  {type(error).__name__}: {error}\n"
-      "  needed: a directory with space"
+      f"{directory} cannot be written",
+      f"{type(error).__name__}: {error}",
+      "a directory with space",
     ) from error
   assert next(arrays, None) is None, "more arrays than specs"
   return names
 
 
-def nbytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
+def _num_bytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
   return math.prod(spec[0]) * spec[1].itemsize
 
 
-def plan_shards(specs: dict, max_shard: int) -> list[list[str]]:
-  """Cuts the tensors, in order, into runs of at most `max_shard` bytes."""
+def _plan_shards(specs: dict, max_shard: int) -> list[list[str]]:
+  """Splits the tensors, in order, into groups of at most `max_shard` bytes."""
   shards, size = [[]], 0
   for name, spec in specs.items():
-    if shards[-1] and size + nbytes(spec) > max_shard:
+    if shards[-1] and size + _num_bytes(spec) > max_shard:
       shards.append([])
       size = 0
     shards[-1].append(name)
-    size += nbytes(spec)
+    size += _num_bytes(spec)
   return shards
 
 
-def write_file(path: pathlib.Path, specs: dict, arrays: Iterator) -> None:
-  """One safetensors file: the whole header first, then each array as it comes."""
+def _write_file(path: pathlib.Path, specs: dict, arrays: Iterator) -> None:
+  """Writes one file: the whole header first, then each array as it arrives."""
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, (shape, dtype) in specs.items():
-    start, end = end, end + nbytes((shape, dtype))
+    start, end = end, end + _num_bytes((shape, dtype))
     header[name] = {
-      "dtype": NAMES[dtype],
+      "dtype": _DTYPE_NAMES[dtype],
       "shape": list(shape),
       "data_offsets": [start, end],
     }
@@ -260,5 +263,4 @@ def write_file(path: pathlib.Path, specs: dict, arrays: Iterator) -> None:
       assert (given, array.shape, array.dtype) == (name, tuple(shape), dtype), name
       # As bytes: the buffer protocol does not know bfloat16.
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    file.flush()
-    os.fsync(file.fileno())
+    sync(file)

@@ -1,12 +1,12 @@
 """PyTorch checkpoints (`pytorch_model.bin`, `*.pt`), read without unpickling them.
 
 A pickle is a program: loading one runs what its author wrote. Here its instructions
-are listed (`pickletools.genops`) and a small machine follows those that build plain
-values and tensors. It imports and calls nothing: a name that it does not know becomes a
-`Placeholder`, and a tensor made of one is refused.
+are only listed (`pickletools.genops`), and a small machine follows those that build
+plain values and tensors. It imports and calls nothing: a name that it does not know
+becomes a `Placeholder`, and a tensor made of one is refused.
 
-Both layouts are read: the zip archive of PyTorch 1.6 and later, and the run of pickles
-before it. Numbers stay in the file until they are asked for.
+Both layouts are read: the zip archive of PyTorch 1.6 and later, and the older sequence
+of pickles. Numbers stay in the file until they are asked for.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 from flaxlm.interop.safetensors_files import Tensor, c_strides, damaged_weights, extent
 
-STORAGES = {
+_STORAGES = {
   "torch.DoubleStorage": np.dtype(np.float64),
   "torch.FloatStorage": np.dtype(np.float32),
   "torch.HalfStorage": np.dtype(np.float16),
@@ -33,11 +33,11 @@ STORAGES = {
   "torch.ByteStorage": np.dtype(np.uint8),
   "torch.BoolStorage": np.dtype(np.bool_),
 }
-DICTS = ("collections.OrderedDict", "builtins.dict", "__builtin__.dict")
-# Where training scripts keep the weights among other things.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-FAILURES = (
+_DICTS = ("collections.OrderedDict", "builtins.dict", "__builtin__.dict")
+# Keys under which training scripts store the weights, beside other things.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_FAILURES = (
   ValueError,
   TypeError,
   KeyError,
@@ -55,22 +55,22 @@ FAILURES = (
 
 @dataclasses.dataclass
 class Placeholder:
-  """Something that the file names and we do not know; inert."""
+  """A name in the file that we do not know; it does nothing."""
 
   name: str
 
-  # Hashable by identity: such a thing may be a key of a dictionary.
+  # Hashable by identity, since it may be the key of a dictionary.
   __hash__ = object.__hash__
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-  """A run of numbers in the file, by its key."""
+  """Consecutive numbers in the file, found by their key."""
 
   key: str
   dtype: np.dtype
   size: int  # elements
-  start: int = 0  # elements into the storage `key`: old files know views of storages
+  start: int = 0  # elements into the storage `key`: old files have views of storages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +80,16 @@ class Recipe:
   storage: Storage
   offset: int  # elements
   shape: tuple[int, ...]
-  strides: tuple[int, ...]
+  strides: tuple[int, ...]  # elements
 
 
-PICKLE_MARK = object()
+_MARK = object()
 
 
-class Machine:
+class PickleMachine:
   """Follows the instructions of one pickle; `run` returns the value that it builds.
 
-  The names of instructions are those of `pickletools`, which documents each.
+  Instructions have their names in `pickletools`, which documents each of them.
   """
 
   def __init__(self):
@@ -108,7 +108,7 @@ class Machine:
       case "PROTO" | "FRAME":
         pass
       case "MARK":
-        push(PICKLE_MARK)
+        push(_MARK)
       case "NONE":
         push(None)
       case "NEWTRUE" | "NEWFALSE":
@@ -132,19 +132,19 @@ class Machine:
         push(make_storage(pop()))
       case "REDUCE" | "NEWOBJ":
         arguments, function = pop(), pop()
-        push(call_known(function, arguments))
+        push(_call_known(function, arguments))
       case "NEWOBJ_EX":
         _, arguments, function = pop(), pop(), pop()
-        push(call_known(function, arguments))
+        push(_call_known(function, arguments))
       case "BUILD":
         pop()  # attributes of an object: no weights are among them
-      case _ if name in CONSTANTS:
+      case _ if name in _CONSTANTS:
         push(argument)
       case _:
         self.collect(name)
 
   def collect(self, name: str) -> None:
-    """The instructions that make or fill a container."""
+    """Follows the instructions that make or fill a container."""
     push, pop = self.stack.append, self.stack.pop
     match name:
       case "EMPTY_DICT":
@@ -165,7 +165,7 @@ class Machine:
       case "FROZENSET":
         push(frozenset(self.pop_marked()))
       case "DICT":
-        push(pairs(self.pop_marked()))
+        push(_pairs(self.pop_marked()))
       case "APPEND":
         self.fill([pop()])
       case "APPENDS" | "ADDITEMS":
@@ -181,16 +181,16 @@ class Machine:
         raise ValueError(f"the instruction {name}")
 
   def pop_marked(self) -> list:
-    """Everything above the last mark, and the mark."""
+    """Removes and returns everything above the last mark, and removes the mark."""
     items = []
-    while (item := self.stack.pop()) is not PICKLE_MARK:
+    while (item := self.stack.pop()) is not _MARK:
       items.append(item)
     return items[::-1]
 
   def fill(self, items: list) -> None:
     target = self.stack[-1]
     if isinstance(target, dict):
-      target.update(pairs(items))
+      target.update(_pairs(items))
     elif isinstance(target, list):
       target.extend(items)
     elif isinstance(target, set):
@@ -199,8 +199,8 @@ class Machine:
       raise TypeError(f"items for a {type(target).__name__}")
 
 
-# Instructions that carry the value that they push.
-CONSTANTS = {
+# Instructions that push the value of their argument.
+_CONSTANTS = {
   *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
   *("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
   *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
@@ -208,26 +208,26 @@ CONSTANTS = {
 }
 
 
-def pairs(items: list) -> dict:
+def _pairs(items: list) -> dict:
   return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def make_storage(persistent_id: tuple) -> Storage:
-  """("storage", type, key, device, size), and in old files the view or None."""
+  """Makes a storage from ("storage", type, key, device, size[, view or None])."""
   kind, storage_type, key, _, size, *view = persistent_id
-  if kind != "storage" or storage_type.name not in STORAGES:
+  if kind != "storage" or storage_type.name not in _STORAGES:
     raise ValueError(f"a storage of type {storage_type}")
   start = 0
   if view and view[0] is not None:
     _, start, size = view[0]
-  return Storage(str(key), STORAGES[storage_type.name], size, start)
+  return Storage(str(key), _STORAGES[storage_type.name], size, start)
 
 
-def call_known(function, arguments: tuple):
-  """What calling `function` would give, for the few that are known."""
+def _call_known(function, arguments: tuple):
+  """Returns what calling `function` would return, for the few that are known."""
   name = function.name if isinstance(function, Placeholder) else ""
-  if name in DICTS:
-    return pairs([x for pair in arguments[0] for x in pair]) if arguments else {}
+  if name in _DICTS:
+    return _pairs([x for pair in arguments[0] for x in pair]) if arguments else {}
   if name == "torch.Size":
     return tuple(arguments[0])
   if name in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"):
@@ -249,9 +249,9 @@ def make_tensor_recipe(storage, offset, shape, strides) -> Recipe:
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
-  """Returns the tensors of a PyTorch checkpoint, by name; reads no numbers yet.
+  """Returns the tensors in a PyTorch checkpoint by name, without reading their numbers.
 
-  The weights may be the whole file or lie in it under "model", "state_dict",
+  The weights may be the whole file, or one of its entries: "model", "state_dict",
   "model_state_dict" or "module".
 
   Raises:
@@ -261,19 +261,19 @@ def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
   with path.open("rb") as file:
     try:
       if zipfile.is_zipfile(file):
-        value, starts = read_archive(file)
+        value, starts = _read_archive(file)
       else:
         file.seek(0)
-        value, starts = read_legacy(file)
-      recipes = find_weights(value)
+        value, starts = _read_legacy(file)
+      recipes = _find_weights(value)
       size = path.stat().st_size
       return {name: locate_tensor(path, size, r, starts) for name, r in recipes.items()}
-    except FAILURES as error:
+    except _FAILURES as error:
       reason = " ".join(f"{type(error).__name__}: {error}".split())
       raise damaged_weights(path, reason[:300]) from error
 
 
-def read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
+def _read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
   """Returns (value, {storage key: (first byte, bytes)}) of the zip layout."""
   with zipfile.ZipFile(file) as archive:
     entries = {entry.filename: entry for entry in archive.infolist()}
@@ -281,14 +281,14 @@ def read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
     root = main.removesuffix("data.pkl")
     if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
       raise ValueError("numbers in big-endian order")
-    value = Machine().run(pickletools.genops(archive.read(main)))
+    value = PickleMachine().run(pickletools.genops(archive.read(main)))
   starts = {}
   for name, entry in entries.items():
     if not name.startswith(f"{root}data/"):
       continue
     if entry.compress_type != zipfile.ZIP_STORED:
       raise ValueError(f"{name} is compressed")
-    # The local header repeats the name, with padding of its own: only it is exact.
+    # The local header repeats the name, with its own padding: only this one is exact.
     file.seek(entry.header_offset + 26)
     name_length, padding = struct.unpack("<HH", file.read(4))
     start = entry.header_offset + 30 + name_length + padding
@@ -296,32 +296,32 @@ def read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
   return value, starts
 
 
-def read_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
-  """The same of the layout before PyTorch 1.6: five pickles, then the storages."""
+def _read_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
+  """Does the same for PyTorch before 1.6: five pickles, then the storages."""
   magic = file.read(64)
-  if b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little") not in magic:
+  if b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little") not in magic:
     raise ValueError("not a PyTorch checkpoint")
   file.seek(0)
   _, protocol, system, value, keys = [
-    Machine().run(pickletools.genops(file)) for _ in range(5)
+    PickleMachine().run(pickletools.genops(file)) for _ in range(5)
   ]
   if protocol != 1001 or not system["little_endian"]:
     raise ValueError(f"protocol {protocol} with {system}")
   sizes = {}
-  gather_storages(value, sizes, set())
+  _gather_storages(value, sizes, set())
   starts = {}
   for key in keys:
     (size,) = struct.unpack("<q", file.read(8))
     start = file.tell()
-    # A storage of no tensor has no known width; those that follow could not be found.
+    # A storage that no tensor uses has no known width, and hides where the next starts.
     width = sizes[key]
     starts[key] = (start, size * width)
     file.seek(start + size * width)
   return value, starts
 
 
-def gather_storages(value, sizes: dict[str, int], seen: set[int]) -> None:
-  """Notes the bytes per number of each storage that is used anywhere in `value`."""
+def _gather_storages(value, sizes: dict[str, int], seen: set[int]) -> None:
+  """Adds to `sizes` the bytes per number of each storage used anywhere in `value`."""
   waiting = [value]
   while waiting:
     value = waiting.pop()
@@ -336,15 +336,15 @@ def gather_storages(value, sizes: dict[str, int], seen: set[int]) -> None:
       waiting += value
 
 
-def find_weights(value) -> dict[str, Recipe]:
-  """The dictionary of tensors in what the file holds.
+def _find_weights(value) -> dict[str, Recipe]:
+  """Returns the dictionary of tensors inside the value that a file holds.
 
   Raises:
-    ValueError: there is none, or it holds what is not a tensor.
+    ValueError: there is none, or it holds something that is not a tensor.
   """
   if not isinstance(value, dict):
     raise ValueError(f"holds a {type(value).__name__}, not a dictionary of tensors")
-  inner = [key for key in WRAPPERS if isinstance(value.get(key), dict)]
+  inner = [key for key in _WRAPPERS if isinstance(value.get(key), dict)]
   if inner and not any(isinstance(item, Recipe) for item in value.values()):
     value = value[inner[0]]
   others = {k: v for k, v in value.items() if not isinstance(v, Recipe)}
@@ -363,7 +363,7 @@ def find_weights(value) -> dict[str, Recipe]:
 
 
 def locate_tensor(path, file_size: int, recipe: Recipe, starts: dict) -> Tensor:
-  """Turns a recipe into bytes of the file."""
+  """Returns where the numbers of a recipe lie in the file."""
   storage, width = recipe.storage, recipe.storage.dtype.itemsize
   start, length = starts[storage.key]
   first = storage.start + recipe.offset

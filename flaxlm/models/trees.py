@@ -22,11 +22,11 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   return leaves
 
 
-def nest(leaves: dict[str, Any]) -> dict:
-  """The same as a tree of dicts, which is how Orbax stores it."""
+def nest(leaves: dict[str, Any], separator: str = "/") -> dict:
+  """Returns the leaves as a tree of dicts, which is how Orbax stores them."""
   root = {}
   for name, leaf in leaves.items():
-    *parents, last = name.split("/")
+    *parents, last = name.split(separator)
     node = root
     for parent in parents:
       node = node.setdefault(parent, {})

@@ -44,9 +44,7 @@ status = pathlib.Path("/proc/self/status").read_text()
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
 """
 PARTS = {
-  "nothing": "import jax, flaxlm.convert, flaxlm.runs.weights\n"
-  "import flaxlm.interop.huggingface\n"
-  "import flaxlm.training.checkpoint\njax.devices()",
+  "nothing": "import jax, flaxlm.convert, flaxlm.interop.export_run\njax.devices()",
   "read_model": "from flaxlm.interop.huggingface import read_model\nread_model('{hf}')",
   "import": "from flaxlm import convert\n"
   "convert.main(['import', '--from={hf}', '--workdir={run}'])",
@@ -90,23 +88,24 @@ def write_random(directory: pathlib.Path, config: dict) -> list[int]:
   sys.path.insert(0, str(ROOT))
   from flaxlm.interop import huggingface as hf
   from flaxlm.interop.hf_config import read_config
-  from flaxlm.interop.hf_fields import nest_fields
   from flaxlm.interop.safetensors_files import write_safetensors
+  from flaxlm.interop.weight_layout import lay_out_weights
+  from flaxlm.models.trees import nest
 
   family, architecture, fields = read_config(config, [])
-  fields = nest_fields(fields)
+  fields = nest(fields, ".")
   shapes = hf.weight_shapes(fields)
-  pieces = hf.plan([*family.rows, *architecture.rows], fields, shapes)
+  parts = lay_out_weights([*family.rows, *architecture.rows], fields, shapes)
   bfloat16, rng = np.dtype(ml_dtypes.bfloat16), np.random.default_rng(0)
 
   def arrays():
-    for piece in pieces:
-      numbers = rng.standard_normal(piece.shape, np.float32)
-      yield piece.name, numbers.astype(bfloat16)
+    for part in parts:
+      numbers = rng.standard_normal(part.shape, np.float32)
+      yield part.name, numbers.astype(bfloat16)
 
   (directory / "config.json").write_text(json.dumps(config))
-  write_safetensors(directory, {p.name: (p.shape, bfloat16) for p in pieces}, arrays())
-  return [int(np.prod(piece.shape)) for piece in pieces]
+  write_safetensors(directory, {p.name: (p.shape, bfloat16) for p in parts}, arrays())
+  return [int(np.prod(part.shape)) for part in parts]
 
 
 def measure(code: str) -> int:

@@ -8,7 +8,8 @@ from flaxlm.config.load import load_config
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.hf_config import FAMILIES, choose_family, read_config, write_config
-from flaxlm.interop.hf_fields import canonical, flatten_fields, nest_fields, windows_of
+from flaxlm.interop.hf_fields import canonical, flatten_fields, windows_of
+from flaxlm.models.trees import nest
 
 LLAMA = {
   "model_type": "llama",
@@ -267,7 +268,7 @@ def fields_of(config: dict) -> dict:
 
 @pytest.mark.parametrize("name", HUB)
 def test_files_of_the_hub_have_the_published_number_of_parameters(name):
-  shapes = hf.weight_shapes(nest_fields(fields_of(HUB[name])))
+  shapes = hf.weight_shapes(nest(fields_of(HUB[name]), "."))
   assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
 
 
@@ -355,7 +356,7 @@ def test_every_spelling_of_rope():
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"hidden_act": "quick_gelu"}, "hidden_act"),
-    ({"attention_bias": True}, "biases in some places alone"),
+    ({"attention_bias": True}, "biases in only some places"),
     ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_attention_heads": 5}, "number of heads"),
@@ -391,7 +392,7 @@ def test_what_a_family_cannot_be_is_refused(name, keys, message):
 
 def test_fields_are_flat_or_nested():
   flat = {"vocab_size": 3, "moe.num_experts": 2, "layer_pattern": ("local", "global")}
-  assert flatten_fields(nest_fields(flat)) == flat
+  assert flatten_fields(nest(flat, ".")) == flat
 
 
 SHIPPED = {
