@@ -14,7 +14,7 @@ def write_text(config, args) -> None:
   from flaxlm.parallel.mesh import one_device
   from flaxlm.runs import weights
   from flaxlm.tokenizer.files import load_tokenizer
-  from flaxlm.tokenizer.sentencepiece import Decoder
+  from flaxlm.tokenizer.pieces import Decoder
 
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   workdir = pathlib.Path(args.workdir)

@@ -1,9 +1,9 @@
-"""Conversations to ids: a chat template, rendered as `transformers` does, then encoded.
+"""Renders conversations with a chat template, as `transformers` does, and encodes them.
 
 A template is Jinja2 source. It renders a list of messages to one text, in which special
-tokens are written by name; the names are looked for in what the template itself wrote,
-so that "<|im_end|>" in a message stays seven pieces of text and ends nothing. All ids
-but for such forgeries are those of `apply_chat_template`.
+tokens are written by name. A name counts only where the template itself wrote it:
+"<|im_end|>" in a message stays text and does not end the turn. Apart from such forged
+names, the ids are those of `apply_chat_template`.
 """
 
 import datetime
@@ -18,36 +18,36 @@ import numpy as np
 
 from flaxlm import errors
 from flaxlm.tokenizer.files import AnyTokenizer, find_template
-from flaxlm.tokenizer.sentencepiece import find_special_names
+from flaxlm.tokenizer.pieces import find_special_names
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
-# The default, in the manner of ChatML, after the bos that documents begin with.
+# The default: ChatML, after the bos that every document begins with.
 CHATML = """{{ bos_token }}{% for message in messages %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-# Some templates write today's date. Training is to give the same ids on every day: this
-# is the one that Llama 3.1 writes without a clock.
-DAY = datetime.datetime(2024, 7, 26)
+# Some templates write today's date, but training must give the same ids every day. This
+# is the date that Llama 3.1's template writes if it has no clock.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 class Turn(NamedTuple):
-  """What the assistant says in text[start:end], its end-of-turn token included."""
+  """The assistant says text[start:end], its end-of-turn token included."""
 
   start: int
   end: int
 
 
 class ChatTemplate:
-  """A compiled template. `now` is the date that it may write."""
+  """A compiled template; `now` is the date that it may write."""
 
-  def __init__(self, source: str, now: datetime.datetime = DAY):
+  def __init__(self, source: str, now: datetime.datetime = TEMPLATE_DATE):
     self.source = source
     self._compiled = compile_template(source, now)
 
   def render(
     self, messages: list[dict], tokenizer: AnyTokenizer, prompt: bool = False
   ) -> str:
-    """The text of a conversation; with `prompt`, up to where the assistant speaks.
+    """Returns the text of a conversation; `prompt` adds the assistant's next header.
 
     Raises:
       DataError: the template refuses the messages.
@@ -72,13 +72,14 @@ class ChatTemplate:
     except (jinja2.TemplateError, TypeError) as error:
       roles = " ".join(message["role"] for message in messages[:8])
       raise errors.DataError(
-        f"the chat template refuses a conversation\n  given:  {roles or 'none before'}"
-        f" ({error})\n  needed: messages that config.task.chat_template takes"
+        "the chat template refuses a conversation",
+        f"{roles or 'no messages'} ({error})",
+        "messages that config.task.chat_template takes",
       ) from error
 
 
 def compile_template(source: str, now: datetime.datetime):
-  """Compiles untrusted Jinja2 with what `transformers` lets templates use."""
+  """Compiles untrusted Jinja2, with the functions that `transformers` offers."""
   try:
     import jinja2
     import jinja2.ext
@@ -90,7 +91,7 @@ def compile_template(source: str, now: datetime.datetime):
     ) from error  # fmt: skip
 
   class Generation(jinja2.ext.Extension):
-    """Passes over {% generation %}, with which some templates mark what is learnt."""
+    """Ignores {% generation %}, which some templates put around what is learnt."""
 
     tags = frozenset({"generation"})
 
@@ -121,14 +122,14 @@ def compile_template(source: str, now: datetime.datetime):
 
 
 def open_template(path: str, tokenizer: AnyTokenizer) -> ChatTemplate:
-  """The template of config.task.chat_template; "" is the tokenizer's own, or ChatML.
+  """Opens the template of config.task.chat_template.
 
   Args:
-    path: Jinja2 source; or a tokenizer_config.json, or a directory with either, as
-      `transformers` saves them.
+    path: a file of Jinja2 source, a tokenizer_config.json, or a directory with either,
+      as `transformers` saves them. "" means the tokenizer's own template, or ChatML.
 
   Raises:
-    MissingInputError: there is no such file, or no template in it.
+    MissingInputError: the file does not exist or holds no template.
     ConfigError: ChatML, but the tokenizer has no <|im_start|> and <|im_end|>.
   """
   if path:
@@ -146,7 +147,7 @@ def open_template(path: str, tokenizer: AnyTokenizer) -> ChatTemplate:
 
 
 def read_template(path: pathlib.Path) -> str:
-  """The source in a file or a directory; see `open_template`."""
+  """Returns the template's source in a file or a directory; see `open_template`."""
   problem = "no chat_template in it"
   try:
     if path.is_dir():
@@ -162,8 +163,9 @@ def read_template(path: pathlib.Path) -> str:
     source, problem = "", str(error)
   if not source:
     raise errors.MissingInputError(
-      f"config.task.chat_template={path} holds no template\n  given:  {problem}\n"
-      "  needed: a Jinja2 file, or a tokenizer_config.json with a chat_template"
+      f"config.task.chat_template={path} holds no template",
+      problem,
+      "a Jinja2 file, or a tokenizer_config.json with a chat_template",
     )
   return source
 
@@ -171,22 +173,22 @@ def read_template(path: pathlib.Path) -> str:
 def encode_chat(
   messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Encodes a conversation to learn what the assistant says.
+  """Encodes a conversation to learn the assistant's turns.
 
-  Its turns are predicted up to and with the special token that ends them, without the
-  header before them. The text is cut where the assistant begins to speak, as it is when
-  it speaks: the ids before are those of `encode_prompt`.
+  A turn is predicted without its header, up to and including the special token that
+  ends it. The text is cut where the assistant begins to speak, so the ids before a turn
+  are those of `encode_prompt`.
 
   Args:
-    messages: dicts with the texts role and content. Tool calls are refused, other keys
-      left out.
+    messages: dicts with the texts role and content. Tool calls are refused; other keys
+      are ignored.
 
   Returns:
     (ids int32 L, is_predicted bool L).
 
   Raises:
-    DataError: malformed messages; a template that refuses them, or whose text of a
-      conversation does not begin with its text of the first messages.
+    DataError: the messages are malformed, the template refuses them, or its text of
+      all messages does not begin with its text of the first ones.
   """
   messages = check_messages(messages)
   text = template.render(messages, tokenizer)
@@ -212,7 +214,7 @@ def encode_chat(
 def encode_prompt(
   messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate
 ) -> np.ndarray:
-  """Returns the ids (int32 L) after which the assistant answers the messages."""
+  """Returns the ids (int32 L) that the assistant's answer follows."""
   messages = check_messages(messages)
   text = template.render(messages, tokenizer, prompt=True)
   turns = find_turns(messages, tokenizer, template, text)
@@ -221,11 +223,7 @@ def encode_prompt(
 
 
 def check_messages(messages: object) -> list[dict[str, str]]:
-  """Returns the messages with role and content alone.
-
-  Raises:
-    DataError: which message is wrong, and what it must be.
-  """
+  """Returns the messages with role and content alone; DataError names a wrong one."""
   if not isinstance(messages, list) or not messages:
     raise malformed(f"{str(messages)[:60]}", "a list of messages")
   checked = []
@@ -246,15 +244,13 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 
 
 def malformed(given: str, needed: str) -> errors.DataError:
-  return errors.DataError(
-    f"a conversation is malformed\n  given:  {given}\n  needed: {needed}"
-  )
+  return errors.DataError("a conversation is malformed", given, needed)
 
 
 def find_turns(
   messages: list[dict], tokenizer: AnyTokenizer, template: ChatTemplate, text: str
 ) -> list[Turn]:
-  """Where the assistant speaks in the text of a conversation."""
+  """Returns where the assistant speaks in the text of a conversation."""
   names, turns = special_names(tokenizer), []
   for number, message in enumerate(messages):
     if message["role"] != "assistant":
@@ -264,14 +260,14 @@ def find_turns(
     at = text.find(content, start) if text.startswith(prompt) else -1
     if at < 0:
       raise errors.DataError(
-        "the chat template rewrites what came before\n"
-        f"  given:  message {number + 1}, which {prompt[-30:]!r} should precede\n"
-        "  needed: a text of the first messages that begins the text of them all,\n"
-        "          with the content of the assistant in it as it is"
+        "the chat template rewrites what came before",
+        f"message {number + 1}, which should follow {prompt[-30:]!r}",
+        "a text of all messages that begins with the text of the first ones, and "
+        "holds what the assistant says unchanged",
       )
     stop = at + len(content)
-    # A turn ends with the first special token after its content, if that comes before
-    # the next turn; templates of plain text end it with their own text.
+    # A turn ends with the first special token after its content, if there is one before
+    # the next turn. Templates without special tokens end it with their own text.
     shared = common_prefix(text, template.render(messages[: number + 1], tokenizer))
     following = [end for _, end in find_special_names(text, names) if end > stop]
     is_own = following and (following[0] <= shared or shared < stop)
@@ -287,7 +283,7 @@ def common_prefix(a: str, b: str) -> int:
 
 
 def special_names(tokenizer: AnyTokenizer) -> list[str]:
-  """The names of special tokens, but for <unk>, which text too may turn into."""
+  """Returns the names of special tokens, without <unk>: plain text may become that."""
   return [name for name, i in tokenizer.special_tokens.items() if i != tokenizer.unk_id]
 
 
@@ -299,10 +295,10 @@ def encode_pieces(
   turns: list[Turn],
   prompt: bool,
 ) -> list[tuple[int, int, np.ndarray]]:
-  """Encodes the text of a conversation in pieces: (start, stop, ids) of each.
+  """Encodes the text of a conversation in pieces; returns (start, stop, ids) of each.
 
-  It is cut where the assistant begins, where a turn ends without a special token, and
-  within the names of special tokens that messages hold, which are none in either half.
+  It is cut where the assistant begins to speak, where a turn ends without a special
+  token, and inside forged names of special tokens: half a name is plain text.
   """
   names = special_names(tokenizer)
   forged = find_forged(messages, tokenizer, template, text, prompt)
@@ -325,8 +321,9 @@ def encode_pieces(
 def encode_part(tokenizer: AnyTokenizer, text: str, goes_on: bool) -> list[int]:
   """Encodes a piece of a rendered conversation, special tokens included.
 
-  Tokenizers that put a space before every text (Llama 2, Mistral) must not do so where
-  a text goes on: it takes the place of the space that is there, or is left out again.
+  Some tokenizers put a space before every text (Llama 2, Mistral), which is wrong where
+  a text goes on (`goes_on`). Their space then replaces the one that is there, or is
+  removed again together with a newline that is put before it.
   """
   names = special_names(tokenizer)
   starts_special = any(text.startswith(name) for name in names)
@@ -348,10 +345,10 @@ def find_forged(
   text: str,
   prompt: bool,
 ) -> list[int]:
-  """Where messages, not the template, wrote the name of a special token in `text`.
+  """Returns where a message, not the template, wrote a special token's name in `text`.
 
-  The template is rendered with unguessable words for the contents that hold such names;
-  its own text around them then says where the contents are.
+  Contents that hold such names are replaced by random words, and the template is
+  rendered again. Its own text around those words shows where the contents are.
   """
   names = special_names(tokenizer)
   words, masked = {}, []
@@ -367,7 +364,7 @@ def find_forged(
   rendered = template.render(masked, tokenizer, prompt)
   pattern = ""
   for part in re.split(f"({'|'.join(words)})", rendered):
-    if part in words:  # templates may strip spaces
+    if part in words:  # templates may strip spaces around a content
       content = words[part]
       forms = {content, content.strip(), content.lstrip(), content.rstrip()}
       forms = sorted(forms, key=len, reverse=True)

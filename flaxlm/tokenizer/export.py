@@ -1,9 +1,9 @@
-"""The tokenizer files of an exported model: a tokenizer.json for every tokenizer.
+"""Writes the tokenizer files of an exported model: a tokenizer.json for any tokenizer.
 
-A SentencePiece model becomes one with the same ids. Where it has no dummy prefix, as
-those trained here, spaces stay spaces: then U+2581 in text is not taken for one, and
-decoding loses nothing. Where it has a dummy prefix, U+2581 stays the space of its
-pieces and is put before every text, leading space or not, as SentencePiece does.
+A SentencePiece model is converted to a tokenizer.json with the same ids. If it has no
+dummy prefix, like those trained here, spaces stay spaces: U+2581 in text is then not
+taken for a space, and decoding loses nothing. If it has one, its pieces keep U+2581 for
+a space, and one is put before every text, as SentencePiece does.
 """
 
 import base64
@@ -19,7 +19,8 @@ from flaxlm.tokenizer.files import (
   special_token_step,
   write_tokenizer_json,
 )
-from flaxlm.tokenizer.sentencepiece import SPACE_MARK, Tokenizer
+from flaxlm.tokenizer.pieces import SPACE_MARK
+from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 UNIGRAM, BPE, CHAR = 1, 2, 4  # model_type of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of its pieces
@@ -28,13 +29,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of its pieces
 def export_files(
   model: bytes, max_len: int, chat_template: str = "", is_encoder: bool = False
 ) -> dict[str, bytes]:
-  """The tokenizer files that `transformers` loads with a model, by name.
+  """Returns the tokenizer files that `transformers` loads with a model, by name.
 
   Args:
-    model: what a store or a run keeps of its tokenizer.
-    max_len: tokens that the model can take.
-    chat_template: Jinja source; "" is the tokenizer's own, if any.
-    is_encoder: texts are read as [bos] text [eos]; else as [bos] text, to go on.
+    model: the bytes of the tokenizer, as a store or a run keeps them.
+    max_len: tokens of the longest text that the model can read.
+    chat_template: Jinja source; "" means the tokenizer's own, if any.
+    is_encoder: texts become [bos] text [eos], else [bos] text, to be continued.
   """
   config = tokenizer_config(open_tokenizer(model), max_len, chat_template)
   files = {
@@ -47,7 +48,7 @@ def export_files(
 def tokenizer_config(
   tokenizer: AnyTokenizer, max_len: int, chat_template: str = ""
 ) -> dict:
-  """The contents of tokenizer_config.json."""
+  """Returns the contents of tokenizer_config.json."""
   names = {i: name for name, i in tokenizer.special_tokens.items()}
   ids = {
     "bos": tokenizer.bos_id,
@@ -63,7 +64,7 @@ def tokenizer_config(
     "model_max_length": max_len,
     "clean_up_tokenization_spaces": False,
   }
-  # transformers knows BERT's tokens as cls and sep alone.
+  # transformers gives BERT's tokens the roles cls and sep alone.
   hidden = {"bos"} if ids["bos"] == ids["cls"] else set()
   hidden |= {"eos"} if ids["eos"] == ids["sep"] else set()
   for role, i in ids.items():
@@ -78,12 +79,12 @@ def tokenizer_config(
 def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
   """Converts a SentencePiece model to a tokenizer.json with the same ids.
 
-  BPE and character models give equal ids for every text, unigram models for nearly
-  every one: of equally probable ways to spell a run of spaces, the rounding of a sum
-  decides, and the library rounds differently. A tokenizer.json is returned as it is.
+  BPE and character models give equal ids for every text. Unigram models may split a run
+  of spaces differently: rounding decides between equally probable splits, and the
+  library rounds differently. A tokenizer.json is returned as it is.
 
   Raises:
-    DataError: the library has no such model (words), or would read some text otherwise.
+    DataError: the library has no such kind of model, or would read some text otherwise.
   """
   if is_json(model):
     return model
@@ -92,7 +93,7 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   own = Tokenizer(model)
   check_convertible(proto)
-  marks = own.adds_prefix  # stay the spaces of pieces
+  marks = own.adds_prefix  # pieces keep U+2581 for a space
   space = SPACE_MARK if marks else " "
   pieces = [p.piece.replace(SPACE_MARK, space) for p in proto.pieces]
   extracted = (UNKNOWN, CONTROL) + (() if own.adds_prefix else (USER_DEFINED,))
@@ -137,6 +138,7 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
 
 
 def check_convertible(proto) -> None:
+  """Raises DataError if the `tokenizers` library cannot do what this model does."""
   kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
   problem = ""
   if kind not in (UNIGRAM, BPE, CHAR):
@@ -146,20 +148,21 @@ def check_convertible(proto) -> None:
   elif not spec.escape_whitespaces:
     problem = "a model that drops spaces"
   elif spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-    # The library cuts the text at such symbols first, and each part has its own ends.
+    # The library splits text at such symbols first: each part would get a prefix.
     symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     long = next((symbol for symbol in symbols if len(symbol) > 1), "")
     problem = f"the user symbol {long!r}, with a dummy prefix" if long else ""
   if problem:
     raise errors.DataError(
-      f"the tokenizer cannot be written as a tokenizer.json\n  given:  {problem}\n"
-      "  needed: a bpe, unigram or char model without it\n"
-      "  try:    keep tokenizer.model beside the exported weights"
+      "the tokenizer cannot be written as a tokenizer.json",
+      problem,
+      "a bpe, unigram or char model without it",
+      "keep tokenizer.model beside the exported weights",
     )
 
 
 def normalizer(spec, marks: bool) -> dict | None:
-  """What SentencePiece does to a text before it cuts it, in its order."""
+  """Returns what SentencePiece does to a text before it splits it, in that order."""
   steps = []
   if spec.precompiled_charsmap:
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
@@ -176,12 +179,12 @@ def normalizer(spec, marks: bool) -> dict | None:
 
 
 def convert_model(proto, pieces: list[str], own: Tokenizer) -> dict:
-  """The "model" of tokenizer.json."""
+  """Returns the "model" of tokenizer.json."""
   byte_fallback = proto.trainer_spec.byte_fallback
   if proto.trainer_spec.model_type == UNIGRAM:
     normal = [p.score for p in proto.pieces if p.type == NORMAL]
-    # Text is not to be cut into names of control symbols and bytes: they cost more
-    # than any way to spell them. User symbols win over all else.
+    # Control symbols and bytes must not match text: they cost more than any other way
+    # to spell their names. User symbols win over everything else.
     lowest, highest = min(normal) - 1e6, max(0.0, max(normal))
     scores = {NORMAL: None, USER_DEFINED: highest}
     return {
@@ -208,10 +211,10 @@ def convert_model(proto, pieces: list[str], own: Tokenizer) -> dict:
 
 
 def make_merges(proto, pieces: list[str]) -> list[list[str]]:
-  """Every way to join two pieces to a third, the best piece first.
+  """Returns every pair of pieces that joins to a third, the best third piece first.
 
-  SentencePiece joins the pair that makes the piece with the highest score, the library
-  the pair that comes first.
+  SentencePiece joins the pair whose piece has the highest score; the library joins the
+  pair that comes first.
   """
   if proto.trainer_spec.model_type == CHAR:
     return []

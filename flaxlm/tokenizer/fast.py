@@ -1,9 +1,9 @@
-"""Text to ids and back with the `tokenizers` library: the tokenizer.json of others.
+"""Runs a tokenizer.json with Hugging Face's `tokenizers` library.
 
-Each file becomes two tokenizers of the library. The one for text knows the special
-tokens under names that no text can hold, so that "[MASK]" in a document is spelt like
-all else; the library's own switch for this fails with unigram models. The one for
-templates is the file as it is, and gives the ids that `transformers` gives.
+Each file becomes two tokenizers of the library. The one for plain text gives special
+tokens names that no text can hold, so "[MASK]" in a document stays text; the library's
+own switch for this fails with unigram models. The one for chat templates is the file as
+it is, and gives the ids that `transformers` gives.
 """
 
 import hashlib
@@ -16,16 +16,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flaxlm import errors
-from flaxlm.tokenizer import sentencepiece as text_tools
-from flaxlm.tokenizer.sentencepiece import PIECE, Decoder, cut, find_loss
+from flaxlm.tokenizer.pieces import (
+  CHUNK_CHARACTERS,
+  LOSS_PROBES,
+  Decoder,
+  cut,
+  find_loss,
+)
 
 SPECIAL_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
-# The key, inside of "model", under which a file keeps the id of each role. The library
-# refuses unknown keys elsewhere, and what other files said must stay with the bytes.
+# Keys inside "model" for what other files say: the id of each role and the template.
+# The library refuses unknown keys elsewhere, and a tokenizer is kept as one file.
 SPECIAL_IDS = "special_ids"
-CHAT_TEMPLATE = "chat_template"  # likewise
-# What the roles are called where no file says it.
-KNOWN = {
+CHAT_TEMPLATE = "chat_template"
+# The usual names of each role, for files that do not say.
+USUAL_NAMES = {
   "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|endoftext|>"),
   "eos": ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
   "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -33,11 +38,11 @@ KNOWN = {
   "sep": ("[SEP]", "<sep>"),
   "mask": ("[MASK]", "<mask>"),
 }
-BYTE = re.compile("<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class FastTokenizer:
-  """One tokenizer.json, given as its bytes; the interface is that of Tokenizer."""
+  """One tokenizer.json, given as its bytes; has the interface of Tokenizer."""
 
   def __init__(self, model: bytes):
     library = import_tokenizers()
@@ -51,7 +56,7 @@ class FastTokenizer:
       self._template = None  # parsed when it is needed
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise unreadable(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises nothing more specific
       raise unreadable(str(error)) from error
     check_numbers(hidden["added_tokens"], self._text)
     self.special_tokens: dict[str, int] = {
@@ -68,11 +73,11 @@ class FastTokenizer:
     self.sep_id: int = ids.get("sep", -1)
     self.chat_template: str = tree["model"].get(CHAT_TEMPLATE, "")
     self.unk_id: int = unknown_id(tree["model"], pieces)
-    if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2: never meant as unknown
+    if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2: it is not really unknown
       self.unk_id = -1
     if self.unk_id >= 0:
       self._pieces[self.unk_id] = b"\xef\xbf\xbd"
-    # Where no text spells a space, each piece is a word, or goes on with one.
+    # In vocabularies without spaces, a piece begins a word or continues one.
     self.splits_words = decoder_steps(tree).keys() <= {"WordPiece"}
     singles = {piece for i, piece in enumerate(self._pieces) if i in pieces}
     self.byte_fallback = {bytes([byte]) for byte in range(256)} <= singles
@@ -80,25 +85,25 @@ class FastTokenizer:
     self.adds_prefix = self.splits_words or (
       bool(first) and self._pieces[first[0]].startswith(b" ")
     )
-    # Some tokens, such as the tags of tools, are found in text too, spaces and all.
+    # Other added tokens, such as tool tags, match in plain text and may take spaces.
     probes = {
       f"a {token['content']} b": f"it loses spaces around {token['content']}"
       for token in added
       if not token["special"]
     }
-    self.loss: str = find_loss(self, text_tools.LOSS_PROBES | probes)
+    self.loss: str = find_loss(self, LOSS_PROBES | probes)
     self.is_lossless = not self.loss
 
   def control_id(self, *names: str) -> int:
-    """The id of the first of these special tokens that there is, or -1."""
+    """Returns the id of the first of these special tokens that exists, or -1."""
     found = [self.special_tokens[name] for name in names if name in self.special_tokens]
     return found[0] if found else -1
 
   def encode(self, text: str, specials: bool = False) -> list[int]:
     """Returns the ids of `text`, without bos and eos.
 
-    With `specials`, the name of a special token in it is that token, as everywhere in
-    `transformers`; for templates alone.
+    With `specials`, the name of a special token becomes that token, as everywhere in
+    `transformers`. This is for rendered chat templates alone.
     """
     if not specials:
       return self.encode_batch([text])[0].tolist()
@@ -112,10 +117,10 @@ class FastTokenizer:
   def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, on all cores unless `num_threads` is 1.
 
-    The library sizes its pool of threads by the cores it may use. One thread stays out
-    of that pool, which does not survive a fork.
+    The library sizes its thread pool by the cores that it may use. One thread does not
+    use that pool, which does not survive a fork.
     """
-    chunks = [list(cut(text, PIECE)) for text in texts]
+    chunks = [list(cut(text, CHUNK_CHARACTERS)) for text in texts]
     flat = list(itertools.chain.from_iterable(chunks))
     if num_threads == 1:
       found = [self._text.encode(chunk, add_special_tokens=False) for chunk in flat]
@@ -126,19 +131,19 @@ class FastTokenizer:
     return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`; special tokens have none, bad UTF-8 is U+FFFD.
+    """Returns the text of `ids`: none for special tokens, U+FFFD for bad UTF-8.
 
-    WordPiece keeps no spaces: all words are parted by one, punctuation too.
+    WordPiece does not keep spaces: one is put between all words and punctuation.
     """
     return Decoder(self)(ids, final=True)
 
   def piece(self, i: int) -> str:
-    """The piece of an id as the file writes it."""
+    """Returns the piece of an id as the file writes it."""
     names = {i: name for name, i in self.special_tokens.items()}
     return names.get(i) or self._text.id_to_token(i)
 
   def pieces(self) -> list[bytes]:
-    """The UTF-8 text of each id."""
+    """Returns the UTF-8 text of each id."""
     return self._pieces
 
 
@@ -155,14 +160,15 @@ def import_tokenizers():
 
 def unreadable(why: str) -> errors.DataError:
   return errors.DataError(
-    f"a tokenizer.json cannot be used\n  given:  {' '.join(why.split())[:200]}\n"
-    "  needed: a file of the Hugging Face tokenizers library\n"
-    "  try:    pip install -U tokenizers, or save it again with transformers"
+    "a tokenizer.json cannot be used",
+    " ".join(why.split())[:200],
+    "a file of the Hugging Face tokenizers library",
+    "pip install -U tokenizers, or save it again with transformers",
   )
 
 
 def read_vocabulary(tree: dict) -> dict[int, str]:
-  """The piece of each id of the model proper."""
+  """Returns the piece of each id of the model, without the added tokens."""
   vocab = tree["model"]["vocab"]
   if isinstance(vocab, list):  # unigram: pieces and their scores
     return {i: piece for i, (piece, _) in enumerate(vocab)}
@@ -170,7 +176,7 @@ def read_vocabulary(tree: dict) -> dict[int, str]:
 
 
 def hide_specials(tree: dict) -> dict:
-  """A copy of tokenizer.json in which no text can spell a special token."""
+  """Returns a copy of tokenizer.json in which no text can name a special token."""
   model, secret = dict(tree["model"]), secrets.token_hex(16)
   added = [dict(token) for token in tree["added_tokens"] or []]
   names = {}
@@ -193,7 +199,7 @@ def hide_specials(tree: dict) -> dict:
 
 
 def check_numbers(added: list[dict], loaded) -> None:
-  """The library numbers added tokens by itself: the file must agree."""
+  """Raises DataError if the library does not give added tokens the ids of the file."""
   for token in added:
     found = loaded.token_to_id(token["content"])
     if found != token["id"]:
@@ -203,7 +209,7 @@ def check_numbers(added: list[dict], loaded) -> None:
 def token_bytes(
   tree: dict, pieces: dict[int, str], added: list[dict], size: int
 ) -> list[bytes]:
-  """The UTF-8 text of each id, from what the file's decoder does to pieces."""
+  """Returns the UTF-8 text of each id, as the file's decoder makes it from pieces."""
   to_bytes = piece_speller(decoder_steps(tree))
   spelt = [b""] * size
   for i, piece in pieces.items():
@@ -214,7 +220,7 @@ def token_bytes(
 
 
 def decoder_steps(tree: dict) -> dict[str, dict]:
-  """The steps of the decoder by type."""
+  """Returns the steps of the decoder by type."""
   decoder = tree.get("decoder")
   if not decoder:
     return {}
@@ -223,10 +229,11 @@ def decoder_steps(tree: dict) -> dict[str, dict]:
 
 
 def piece_speller(steps: dict[str, dict]) -> Callable[[str], bytes]:
+  """Returns the function that turns a piece into the bytes that it stands for."""
   known = {"ByteLevel", "ByteFallback", "Replace", "Metaspace", "WordPiece"}
-  strange = steps.keys() - known - {"Fuse", "Strip"}
-  if strange:
-    raise unreadable(f"decoder {' '.join(sorted(strange))}")
+  unknown = steps.keys() - known - {"Fuse", "Strip"}
+  if unknown:
+    raise unreadable(f"decoder {' '.join(sorted(unknown))}")
   if "ByteLevel" in steps:
     letters = byte_letters()
     return lambda piece: b"".join([letters.get(c, c.encode()) for c in piece])
@@ -242,7 +249,7 @@ def piece_speller(steps: dict[str, dict]) -> Callable[[str], bytes]:
     space, shown = steps["Replace"]["pattern"]["String"], steps["Replace"]["content"]
 
   def to_bytes(piece: str) -> bytes:
-    if "ByteFallback" in steps and (byte := BYTE.fullmatch(piece)):
+    if "ByteFallback" in steps and (byte := BYTE_PIECE.fullmatch(piece)):
       return bytes([int(byte[1], 16)])
     return (piece.replace(space, shown) if space else piece).encode()
 
@@ -250,9 +257,9 @@ def piece_speller(steps: dict[str, dict]) -> Callable[[str], bytes]:
 
 
 def byte_letters() -> dict[str, bytes]:
-  """The letter that stands for each byte in byte-level BPE (Radford et al. 2019).
+  """Returns the byte of each letter of byte-level BPE (Radford et al. 2019).
 
-  Bytes that print stand for themselves, the others for the letters from U+0100 on.
+  Printable bytes are their own letters; the letters from U+0100 on are the others.
   """
   shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   hidden = [byte for byte in range(256) if byte not in shown]
@@ -261,7 +268,7 @@ def byte_letters() -> dict[str, bytes]:
 
 
 def unknown_id(model: dict, pieces: dict[int, str]) -> int:
-  """The id that the model gives to what it does not know, or -1."""
+  """Returns the id of what is not in the vocabulary, or -1."""
   if model.get("unk_id") is not None:
     return model["unk_id"]
   name = model.get("unk_token")
@@ -269,19 +276,19 @@ def unknown_id(model: dict, pieces: dict[int, str]) -> int:
 
 
 def guess_roles(names: dict[str, int]) -> dict[str, int]:
-  """The special tokens of each role by their usual names; see `fill_roles`."""
+  """Finds the special token of each role by its usual names; see `fill_roles`."""
   ids = {}
-  for role, known in KNOWN.items():
+  for role, known in USUAL_NAMES.items():
     found = [names[name] for name in known if name in names]
     ids |= {role: found[0]} if found else {}
   return fill_roles(ids)
 
 
 def fill_roles(ids: dict[str, int]) -> dict[str, int]:
-  """Completes what begins and ends a document of a token store.
+  """Completes the tokens that begin and end a document of a token store.
 
-  BERT's documents are [CLS] text [SEP]. GPT-2's begin and end with <|endoftext|>: a
-  model that starts from nothing starts from it too.
+  BERT's documents are [CLS] text [SEP]. GPT-2's both begin and end with <|endoftext|>,
+  so a model that writes from nothing starts from it.
   """
   ids = {role: i for role, i in ids.items() if i >= 0}
   if "bos" not in ids and "cls" in ids:

@@ -1,9 +1,9 @@
-"""Which files hold a tokenizer, and the one file that a store or a run keeps of them.
+"""Loads the tokenizer files of others, and makes one file of them.
 
-What is kept is always the bytes of one file: a SentencePiece `tokenizer.model`, or a
-`tokenizer.json` that holds what the files beside it said, too (which token begins a
-text, whether it is lower-cased, the chat template). vocab.txt and vocab.json become
-such a file here.
+A store or a run keeps its tokenizer as the bytes of one file: a SentencePiece
+`tokenizer.model`, or a `tokenizer.json` to which we add what the files beside it say
+(which token begins a text, whether text is lower-cased, the chat template). A vocab.txt
+or vocab.json is converted to such a tokenizer.json.
 """
 
 import json
@@ -13,23 +13,24 @@ import pathlib
 from flaxlm import errors
 from flaxlm.tokenizer.fast import (
   CHAT_TEMPLATE,
-  KNOWN,
   SPECIAL_IDS,
   SPECIAL_ROLES,
+  USUAL_NAMES,
   FastTokenizer,
   fill_roles,
   read_vocabulary,
   unreadable,
 )
+from flaxlm.tokenizer.pieces import SPACE_MARK
 from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 AnyTokenizer = Tokenizer | FastTokenizer
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-# Classes whose vocab.json is GPT-2's byte-level BPE, by the first part of their names.
+# Tokenizer classes whose vocab.json is GPT-2's byte-level BPE, without "Tokenizer".
 GPT2_LIKE = ("", "GPT2", "Roberta", "Bart", "Longformer", "CodeGen", "GPTNeoX")
-# How Qwen2 parts text before BPE, as its tokenizer.json says.
+# How Qwen2 splits text before BPE, as in its tokenizer.json.
 QWEN_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,7 +38,7 @@ QWEN_WORDS = (
 
 
 def open_tokenizer(content: bytes) -> AnyTokenizer:
-  """The tokenizer that these bytes are: a tokenizer.json or a SentencePiece model."""
+  """Opens the bytes of a tokenizer.json or of a SentencePiece model."""
   return FastTokenizer(content) if is_json(content) else Tokenizer(content)
 
 
@@ -46,12 +47,12 @@ def is_json(content: bytes) -> bool:
 
 
 def file_name(content: bytes) -> str:
-  """What a tokenizer of these bytes is called in a store or a run."""
+  """Returns the name of a tokenizer's file in a store or a run, from its bytes."""
   return JSON if is_json(content) else MODEL
 
 
 def find_tokenizer(directory: str | os.PathLike) -> pathlib.Path | None:
-  """The file under which a store or a run keeps its tokenizer, if it has one yet."""
+  """Returns the tokenizer file of a store or a run, or None if it has none yet."""
   paths = [pathlib.Path(directory) / name for name in (MODEL, JSON)]
   return next((path for path in paths if path.exists()), None)
 
@@ -62,18 +63,18 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
   Args:
     path: a SentencePiece model; a tokenizer.json; a vocab.json with its merges.txt, or
       an encoder.json with its vocab.bpe (byte-level BPE); a vocab.txt (WordPiece); or a
-      directory that holds one of these. A directory with a SentencePiece model and a
-      tokenizer.json of the same pieces and special tokens means the former: it is what
-      the latter was made from, and keeps leading spaces that many conversions lose.
+      directory that holds one of these. If a directory holds a SentencePiece model and
+      a tokenizer.json with the same pieces and special tokens, the model is used: the
+      JSON was made from it, and many conversions lose leading spaces.
 
-  Of tokenizer_config.json, special_tokens_map.json and added_tokens.json beside the
-  file are read: the special tokens, do_lower_case, strip_accents,
-  tokenize_chinese_chars and add_prefix_space. Where they do not say it, a vocab.txt
-  without all of A-Z is lower-cased, and special tokens are known by their usual names.
+  The files tokenizer_config.json, special_tokens_map.json and added_tokens.json beside
+  it give the special tokens, do_lower_case, strip_accents, tokenize_chinese_chars and
+  add_prefix_space. By default, a vocab.txt that lacks any of A-Z is lower-cased, and
+  special tokens are found by their usual names.
 
   Raises:
-    MissingInputError: there is no such file, or only half of a pair.
-    DataError: it is something else.
+    MissingInputError: the file does not exist, or only half of a pair does.
+    DataError: the file is not a tokenizer.
   """
   file = pathlib.Path(path).expanduser()
   if file.is_dir():
@@ -89,34 +90,35 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
     content = file.read_bytes()
   if is_json(content):
     tree = read_json(file)
-    beside = Beside(file.parent)
-    if isinstance(tree.get("model"), dict):  # a vocabulary may have the word "model"
+    beside = FilesBeside(file.parent)
+    if isinstance(tree.get("model"), dict):  # in a vocab.json, "model" may be a token
       return FastTokenizer(keep_roles(content, tree, beside))
     return FastTokenizer(byte_level(path, file, tree, beside))
   if file.suffix == ".txt":
-    return FastTokenizer(word_piece(file, content, Beside(file.parent)))
+    return FastTokenizer(word_piece(file, content, FilesBeside(file.parent)))
   try:
     return Tokenizer(content)
   except RuntimeError as error:
     raise errors.DataError(
-      f"config.tokenizer.path={path} is not a SentencePiece model\n"
-      f"  given:  {file.absolute()}, {len(content)} bytes\n"
-      "  needed: a .model file of SentencePiece (not .vocab, not tiktoken's), a\n"
-      "          tokenizer.json, a vocab.json with its merges.txt, or a vocab.txt"
+      f"config.tokenizer.path={path} is not a SentencePiece model",
+      f"{file.absolute()}, {len(content)} bytes",
+      "a .model file of SentencePiece (not .vocab, not tiktoken's), a tokenizer.json, "
+      "a vocab.json with its merges.txt, or a vocab.txt",
     ) from error
 
 
 def missing_tokenizer(path: object, file: pathlib.Path) -> errors.UserError:
   return errors.MissingInputError(
-    f"config.tokenizer.path={path} does not exist\n  given:  {file.absolute()}\n"
-    "  needed: a SentencePiece .model, a tokenizer.json, a vocab.json with its\n"
-    "          merges.txt, a vocab.txt, or a directory that holds one of these\n"
-    "  try:    --config.tokenizer.path=  (an empty path trains a tokenizer)"
+    f"config.tokenizer.path={path} does not exist",
+    file.absolute(),
+    "a SentencePiece .model, a tokenizer.json, a vocab.json with its merges.txt, "
+    "a vocab.txt, or a directory that holds one of these",
+    "--config.tokenizer.path=  (an empty path trains a tokenizer)",
   )
 
 
 def choose_file(directory: pathlib.Path) -> pathlib.Path:
-  """The file of a directory that is its tokenizer; see `load_tokenizer`."""
+  """Returns the file of a directory that is its tokenizer; see `load_tokenizer`."""
   models = [directory / MODEL, directory / "spiece.model"]
   model = next((file for file in models if file.is_file()), None)
   whole = directory / JSON
@@ -130,17 +132,17 @@ def choose_file(directory: pathlib.Path) -> pathlib.Path:
 
 
 def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
-  """Whether a SentencePiece model has the pieces and special tokens of a JSON."""
+  """Returns whether a model has the pieces and special tokens of a tokenizer.json."""
   try:
     own = Tokenizer(model.read_bytes())
-  except RuntimeError:  # tiktoken's files have this name too
+  except RuntimeError:  # files of tiktoken have this name too
     return False
   tree = read_json(whole)
   added = tree["added_tokens"] or []
   specials = {token["content"]: token["id"] for token in added if token["special"]}
   unknown = {own.piece(own.unk_id)} if own.unk_id >= 0 else set()
   pieces = read_vocabulary(tree) | {token["id"]: token["content"] for token in added}
-  spaces = {i: piece.replace(" ", "\u2581") for i, piece in pieces.items()}
+  spaces = {i: piece.replace(" ", SPACE_MARK) for i, piece in pieces.items()}
   return specials.keys() - unknown <= own.special_tokens.keys() and spaces == {
     i: own.piece(i) for i in range(own.vocab_size)
   }
@@ -156,8 +158,8 @@ def read_json(file: pathlib.Path) -> dict:
   return tree
 
 
-class Beside:
-  """What the files beside a tokenizer say of it."""
+class FilesBeside:
+  """What the files beside a tokenizer say about it."""
 
   def __init__(self, directory: pathlib.Path):
     names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
@@ -168,13 +170,13 @@ class Beside:
     self.where = directory / "tokenizer_config.json"
     self.settings: dict = trees[0] | trees[1]
     self.chat_template = find_template(directory, self.settings)
-    # Tokens by id, each with the options of the library.
-    self.tokens: dict[int, dict] = {i: option(name) for name, i in trees[2].items()}
+    # Added tokens by id, each with the library's options.
+    self.tokens: dict[int, dict] = {i: added_token(t) for t, i in trees[2].items()}
     for i, token in self.settings.get("added_tokens_decoder", {}).items():
-      self.tokens[int(i)] = option(token)
+      self.tokens[int(i)] = added_token(token)
 
   def names(self) -> dict[str, str | None]:
-    """The special token of each role that is named, or None where there is none."""
+    """Returns the named special token of each role; None means that there is none."""
     found = {
       role: self.settings.get(f"{role}_token", "") for role in (*SPECIAL_ROLES, "unk")
     }
@@ -185,15 +187,15 @@ class Beside:
     }
 
   def specials(self) -> list[dict]:
-    """The special tokens that are named, with their options."""
+    """Returns the special tokens that are named, with their options."""
     more = self.settings.get("additional_special_tokens") or []
     more = more if isinstance(more, list) else []
     named = [self.settings.get(f"{role}_token") for role in (*SPECIAL_ROLES, "unk")]
-    return [option(token) | {"special": True} for token in (*named, *more) if token]
+    return [added_token(t) | {"special": True} for t in (*named, *more) if t]
 
 
 def find_template(directory: pathlib.Path, settings: dict) -> str:
-  """The chat template beside a tokenizer, "" if there is none; of several the main."""
+  """Returns the chat template beside a tokenizer, or ""; of several, the default."""
   file = directory / "chat_template.jinja"
   if file.is_file():
     return file.read_text("utf-8")
@@ -204,8 +206,8 @@ def find_template(directory: pathlib.Path, settings: dict) -> str:
   return found
 
 
-def option(token: dict | str) -> dict:
-  """A token as `added_tokens` lists it, but for its id."""
+def added_token(token: dict | str) -> dict:
+  """Returns a token as `added_tokens` of a tokenizer.json lists it, without its id."""
   given = token if isinstance(token, dict) else {"content": token}
   flags = ("single_word", "lstrip", "rstrip", "normalized")
   flags = {flag: bool(given.get(flag, False)) for flag in flags}
@@ -213,10 +215,10 @@ def option(token: dict | str) -> dict:
   return {"content": given["content"], **flags, "special": special}
 
 
-def keep_roles(content: bytes, tree: dict, beside: Beside) -> bytes:
-  """A tokenizer.json that also says which special tokens have which role."""
+def keep_roles(content: bytes, tree: dict, beside: FilesBeside) -> bytes:
+  """Returns a tokenizer.json that also holds the id of each role."""
   if SPECIAL_IDS in tree["model"]:
-    return content  # this was done before
+    return content  # flaxlm wrote this file
   try:
     added = tree["added_tokens"] = tree.get("added_tokens") or []
     ids = {token["content"]: token["id"] for token in added}
@@ -227,29 +229,32 @@ def keep_roles(content: bytes, tree: dict, beside: Beside) -> bytes:
     raise unreadable(f"{type(error).__name__}: {error}") from error
   for name in {name for name, i in (pieces | ids).items() if i in roles.values()}:
     if name not in ids:
-      added.append({"id": pieces[name], **option(name), "special": True})
+      added.append({"id": pieces[name], **added_token(name), "special": True})
   for token in added:
     token["special"] |= token["id"] in roles.values()
   tree["added_tokens"] = sorted(added, key=lambda token: token["id"])
   return write_tokenizer_json(tree, roles, beside.chat_template)
 
 
-def find_roles(beside: Beside, ids: dict[str, int], specials: set) -> dict[str, int]:
-  """The id of each role: as the files beside say, else by the usual names."""
+def find_roles(
+  beside: FilesBeside, ids: dict[str, int], specials: set
+) -> dict[str, int]:
+  """Returns the id of each role: from the files beside, else by the usual names."""
   named = beside.names()
   roles = {}
   for role in SPECIAL_ROLES:
     if role not in named:
-      known = [name for name in KNOWN[role] if name in specials]
-      # Files that name some special tokens mean that there are no others for documents.
+      known = [name for name in USUAL_NAMES[role] if name in specials]
+      # Files that name some special tokens, but no bos or eos, mean that there is none.
       if not known or (named and role in ("bos", "eos")):
         continue
       roles[role] = ids[known[0]]
     elif named[role] is not None:
       if named[role] not in ids:
         raise errors.DataError(
-          f"a special token is not in the vocabulary\n  given:  {role}_token "
-          f"{named[role]!r} in {beside.where}\n  needed: a token of the tokenizer"
+          "a special token is not in the vocabulary",
+          f"{role}_token {named[role]!r} in {beside.where}",
+          "a token of the tokenizer",
         )
       roles[role] = ids[named[role]]
   return fill_roles(roles)
@@ -258,6 +263,7 @@ def find_roles(beside: Beside, ids: dict[str, int], specials: set) -> dict[str, 
 def write_tokenizer_json(
   tree: dict, roles: dict[str, int], chat_template: str
 ) -> bytes:
+  """Returns the bytes of a tokenizer.json that holds the roles and the template."""
   tree = tree | {"truncation": None, "padding": None}
   tree["model"] = tree["model"] | {SPECIAL_IDS: roles}
   if chat_template:
@@ -265,20 +271,21 @@ def write_tokenizer_json(
   return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def assemble(vocab: dict[str, int], beside: Beside, parts: dict) -> bytes:
-  """A tokenizer.json around the vocabulary of files that hold little else."""
+def assemble(vocab: dict[str, int], beside: FilesBeside, parts: dict) -> bytes:
+  """Returns the tokenizer.json of a file that holds little more than a vocabulary."""
   tokens = {token["content"]: token for token in beside.tokens.values()}
   tokens |= {t["content"]: t for t in beside.specials() if t["content"] not in tokens}
-  for known in (*KNOWN.values(), ("[UNK]", "<unk>")):
+  for known in (*USUAL_NAMES.values(), ("[UNK]", "<unk>")):
     for name in known:
       if name in vocab and not beside.names() and name not in tokens:
-        tokens[name] = option(name) | {"special": True}
+        tokens[name] = added_token(name) | {"special": True}
   ids = vocab | {token["content"]: i for i, token in beside.tokens.items()}
   unknown = [name for name in tokens if name not in ids]
   if unknown:
     raise errors.DataError(
-      f"special tokens are not in the vocabulary\n  given:  {unknown[:5]}, named in "
-      f"{beside.where}\n  needed: tokens of the vocabulary, or of added_tokens.json"
+      "special tokens are not in the vocabulary",
+      f"{unknown[:5]}, named in {beside.where}",
+      "tokens of the vocabulary, or of added_tokens.json",
     )
   added = [{"id": ids[name], **token} for name, token in tokens.items()]
   tree = {
@@ -292,8 +299,8 @@ def assemble(vocab: dict[str, int], beside: Beside, parts: dict) -> bytes:
   )
 
 
-def word_piece(file: pathlib.Path, content: bytes, beside: Beside) -> bytes:
-  """The tokenizer.json of a vocab.txt, as BERT reads it (Devlin et al. 2018)."""
+def word_piece(file: pathlib.Path, content: bytes, beside: FilesBeside) -> bytes:
+  """Converts a vocab.txt to a tokenizer.json, as BERT reads it (Devlin et al. 2018)."""
   try:
     lines = content.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
   except UnicodeDecodeError as error:
@@ -302,9 +309,9 @@ def word_piece(file: pathlib.Path, content: bytes, beside: Beside) -> bytes:
   unknown = beside.names().get("unk") or "[UNK]"
   if unknown not in vocab:
     raise errors.DataError(
-      f"config.tokenizer.path={file} is not a WordPiece vocabulary\n"
-      f"  given:  {len(lines)} lines, none of them {unknown}\n"
-      "  needed: a vocab.txt of BERT: a piece a line, special tokens too"
+      f"config.tokenizer.path={file} is not a WordPiece vocabulary",
+      f"{len(lines)} lines, none of them {unknown}",
+      "a vocab.txt of BERT: one piece per line, special tokens too",
     )
   settings = beside.settings
   has_capitals = all(chr(letter) in vocab for letter in range(ord("A"), ord("Z") + 1))
@@ -335,7 +342,7 @@ def word_piece(file: pathlib.Path, content: bytes, beside: Beside) -> bytes:
 
 
 def special_token_step(before: dict[str, int], after: dict[str, int]) -> dict:
-  """The library's step that puts special tokens around one text, or around two."""
+  """Returns the library's step that puts special tokens around one text, or two."""
 
   def specials(names, kind):
     return [{"SpecialToken": {"id": name, "type_id": kind}} for name in names]
@@ -356,9 +363,9 @@ def special_token_step(before: dict[str, int], after: dict[str, int]) -> dict:
 
 
 def byte_level(
-  path: object, file: pathlib.Path, vocab: dict[str, int], beside: Beside
+  path: object, file: pathlib.Path, vocab: dict[str, int], beside: FilesBeside
 ) -> bytes:
-  """The tokenizer.json of a vocab.json and its merges (Radford et al. 2019)."""
+  """Converts a vocab.json and its merges to a tokenizer.json (Radford et al. 2019)."""
   merges = file.with_name(MERGES.get(file.name, "merges.txt"))
   if not merges.is_file():
     raise missing_tokenizer(path, merges)
@@ -367,9 +374,9 @@ def byte_level(
   is_qwen = kind == "Qwen2"
   if kind not in GPT2_LIKE and not is_qwen:
     raise errors.DataError(
-      f"config.tokenizer.path={path} does not say how it parts words\n"
-      f"  given:  {beside.settings['tokenizer_class']} without its tokenizer.json\n"
-      "  needed: the tokenizer.json, which does"
+      f"config.tokenizer.path={path} does not say how it splits text into words",
+      f"{beside.settings['tokenizer_class']} without its tokenizer.json",
+      "the tokenizer.json, which does",
     )
   lines = merges.read_text("utf-8").replace("\r\n", "\n").split("\n")
   lines = lines[1:] if lines[0].startswith("#version") else lines

@@ -1,40 +1,35 @@
-"""Text to ids and back: train and run a SentencePiece model.
+"""Trains and runs SentencePiece models.
 
 A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. That
 takes no normalisation, no dummy prefix, byte fallback, and one thing that SentencePiece
-does not do: its space marker U+2581, found in text, is spelt in bytes. Newline and tab
+does not do: its space mark U+2581, found in text, is spelt in bytes. Newline and tab
 are pieces of their own, so a text cut after a newline has the ids of the whole.
 """
 
-import codecs
 import hashlib
 import io
 import re
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from flaxlm import errors
 from flaxlm.machine import quiet_stderr
-
-# Their order is their id in tokenizers trained here; user symbols follow.
-SPECIAL = ("pad", "bos", "eos", "unk", "mask", "cls", "sep")
-PIECE = 1 << 16  # characters encoded as one string; bounds the memory of long documents
-SPACE_MARK = "\u2581"  # SentencePiece's space
-LINE_CHARACTERS = (
-  4096  # characters of a training line: BPE training slows down on long ones
+from flaxlm.tokenizer.pieces import (
+  CHUNK_CHARACTERS,
+  SPACE_MARK,
+  Decoder,
+  cut,
+  find_loss,
+  find_special_names,
 )
-# The unigram trainer adds up per thread: with another number comes another vocabulary.
+
+# In the order of their ids in tokenizers that are trained here; user symbols follow.
+SPECIAL_NAMES = ("pad", "bos", "eos", "unk", "mask", "cls", "sep")
+# The longest line to train on: BPE training slows down on longer ones.
+LINE_CHARACTERS = 4096
+# The unigram trainer sums per thread, so another number gives another vocabulary.
 TRAIN_THREADS = 8
-LOSS_PROBES = {  # text that shows what a foreign model changes
-  "a": "it loses letters",
-  " a  b ": "it changes spaces",
-  "a\nb\t\r\n": "it changes newlines or tabs",
-  "\ufb01\u2460A\u030a\u3000\uff76": "its normaliser changes characters",
-  "\U0001f9ea\u0000\ue000": "unknown characters are lost: it has no byte fallback",
-  f"a{SPACE_MARK}b": "it turns U+2581 into a space",
-}
 
 
 class Tokenizer:
@@ -52,7 +47,7 @@ class Tokenizer:
     self.bos_id: int = sp.bos_id()
     self.eos_id: int = sp.eos_id()
     self.unk_id: int = sp.unk_id()
-    # Their names in the text of a template; text proper cannot name them.
+    # By name, as templates write them. A name in plain text stays text.
     self.special_tokens: dict[str, int] = {
       sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)
     }
@@ -65,8 +60,8 @@ class Tokenizer:
     mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
     self.byte_fallback = all(map(sp.is_byte, mark))
     self._mark = mark if self.byte_fallback else [self.unk_id]
-    self.splits_words, self.chat_template = False, ""  # as other tokenizers have
-    # Why decode(encode(text)) is not always text; "" if it is.
+    self.splits_words, self.chat_template = False, ""  # as in FastTokenizer
+    # Why decode(encode(text)) is not always the text; "" if it is.
     self.loss: str = find_loss(self)
     self.is_lossless = not self.loss
 
@@ -78,8 +73,8 @@ class Tokenizer:
   def encode(self, text: str, specials: bool = False) -> list[int]:
     """Returns the ids of `text`, without bos and eos.
 
-    With `specials`, the name of a control symbol in it is that symbol, which is for
-    templates alone: in text, names are spelt like all else.
+    With `specials`, the name of a control symbol becomes that symbol. This is for
+    rendered chat templates alone: in plain text, a name is text.
     """
     if not specials:
       return self.encode_batch([text])[0].tolist()
@@ -98,7 +93,7 @@ class Tokenizer:
     chunks, marks, counts = [], [], []
     for text in texts:
       before = len(chunks)
-      for piece in cut(text, PIECE):
+      for piece in cut(text, CHUNK_CHARACTERS):
         head, *rest = [piece] if self.adds_prefix else piece.split(SPACE_MARK)
         chunks.append(head)
         for part in rest:
@@ -115,15 +110,15 @@ class Tokenizer:
     return batch
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`; control symbols have none, bad UTF-8 is U+FFFD."""
+    """Returns the text of `ids`: none for control symbols, U+FFFD for bad UTF-8."""
     return Decoder(self)(ids, final=True)
 
   def piece(self, i: int) -> str:
-    """The piece of an id as the model writes it."""
+    """Returns the piece of an id as the model writes it."""
     return self._sp.id_to_piece(i)
 
   def pieces(self) -> list[bytes]:
-    """The UTF-8 text of each id."""
+    """Returns the UTF-8 text of each id."""
     if not self._pieces:
       sp = self._sp
       for i in range(self.vocab_size):
@@ -139,102 +134,10 @@ class Tokenizer:
     return self._pieces
 
 
-class Decoder:
-  """Turns ids that arrive a few at a time into text, never half a character."""
-
-  def __init__(self, tokenizer):
-    self._pieces = tokenizer.pieces()
-    self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    self._strip = tokenizer.adds_prefix
-
-  def __call__(self, ids: Sequence[int], final: bool = False) -> str:
-    """Returns the text that is complete now; `final` also flushes what is not."""
-    ids = np.asarray(ids).tolist()
-    if ids and not 0 <= min(ids) <= max(ids) < len(self._pieces):
-      raise ValueError(
-        f"ids {min(ids)}..{max(ids)} are not in 0..{len(self._pieces) - 1}"
-      )
-    text = self._utf8.decode(b"".join([self._pieces[i] for i in ids]), final)
-    if text and self._strip:
-      self._strip = False
-      text = text.removeprefix(" ")
-    return text
-
-
-def find_loss(tokenizer, probes: dict[str, str] = LOSS_PROBES) -> str:
-  """Why some text does not survive this tokenizer; "" if all of it does."""
-  for text, why in probes.items():
-    if tokenizer.decode(tokenizer.encode(text)) != text:
-      return why
-  return ""
-
-
-def find_special_names(text: str, names: Collection[str]) -> list[tuple[int, int]]:
-  """(start, end) of each of `names` in `text`; the longest counts."""
-  if not names:
-    return []
-  pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-  return [match.span() for match in re.finditer(pattern, text)]
-
-
-def continues_word(tokenizer) -> np.ndarray:
-  """Of each id, whether it continues the word before it, bool V: for whole-word masks.
-
-  WordPiece says so itself (##). Elsewhere it is a piece that begins with a letter or
-  digit, not a space. Ideographs and kana have no words: each piece is its own.
-  """
-  goes_on = np.zeros(tokenizer.vocab_size, bool)
-  for i, piece in enumerate(tokenizer.pieces()):
-    if not piece or i == tokenizer.unk_id:
-      continue
-    if tokenizer.splits_words:
-      goes_on[i] = piece[:1] != b" "
-      continue
-    first = piece.decode(errors="replace")[0]
-    if first == "\ufffd":  # part of a character: of an alphabet, if not that of one
-      goes_on[i] = piece[0] < 0xE2
-    else:
-      is_letter = unicodedata.category(first)[0] in "LMN"
-      goes_on[i] = is_letter and not "\u2e80" <= first <= "\ua4cf" and first < "\uf900"
-  return goes_on
-
-
-def cut(text: str, limit: int, whole_lines: bool = False) -> Iterator[str]:
-  """Yields `text` in pieces of at most `limit` characters, at least one.
-
-  Cuts fall before a word that one space parts from the word before it (not with
-  `whole_lines`), else after a newline, else before spaces: where no trained piece can
-  lie across, so the ids stay those of the whole text. Byte-level tokenizers join blank
-  lines and indents: for them only the first is safe. A run of `limit` characters with
-  none of these is cut hard. Elsewhere too the text stays the same, but ids may differ.
-  """
-  start = 0
-  while len(text) - start > limit:
-    end = 0 if whole_lines else last_word(text, start, start + limit)
-    end = end or text.rfind("\n", start, start + limit) + 1
-    if not end:
-      space = text.rfind(" ", start, start + limit)
-      end = start + len(text[start : max(space, start)].rstrip(" "))
-      end = end if end > start else start + limit
-    yield text[start:end]
-    start = end
-  yield text[start:]
-
-
-def last_word(text: str, start: int, stop: int) -> int:
-  """Where the last " word" of text[start:stop] begins; 0 if there is none."""
-  while (at := text.rfind(" ", start + 1, stop)) > 0:
-    around = text[at - 1 : at + 2]
-    if len(around) == 3 and not (around[0].isspace() or around[2].isspace()):
-      return at
-    stop = at
-  return 0
-
-
 def sample_lines(texts: Iterable[str], num_bytes: int) -> list[str]:
-  """Returns about `num_bytes` of `texts` as lines, spread evenly over all of it.
+  """Returns about `num_bytes` of `texts` as lines, spread evenly over all of them.
 
-  One pass in bounded memory: every n-th snippet is kept, and n doubles as they pile up.
+  One pass in bounded memory: every n-th snippet is kept, and n doubles as they add up.
   """
   kept, total, stride, number = [], 0, 1, 0
   for text in texts:
@@ -248,7 +151,7 @@ def sample_lines(texts: Iterable[str], num_bytes: int) -> list[str]:
         total = sum(len(snippet.encode()) for snippet in kept)
   size = max(1, round(len(kept) * min(1, num_bytes / max(total, 1))))
   kept = [kept[i * len(kept) // size] for i in range(size)] if kept else []
-  # NUL ends a line for the trainer, and the mark would be taken for a space.
+  # The trainer takes NUL for the end of a line and U+2581 for a space.
   lines = (line for snippet in kept for line in re.split("[\n\0\u2581]", snippet))
   return [line for line in lines if line]
 
@@ -263,7 +166,7 @@ def train_tokenizer(
   """Trains on `lines`; returns the `.model` bytes, the same for the same arguments."""
   import sentencepiece
 
-  names = [f"<{name}>" for name in SPECIAL]
+  names = [f"<{name}>" for name in SPECIAL_NAMES]
   for symbol in user_symbols:
     if not symbol.strip() or symbol in names or list(user_symbols).count(symbol) > 1:
       raise errors.ConfigError(
@@ -271,8 +174,9 @@ def train_tokenizer(
       )
   if not lines:
     raise errors.DataError(
-      "there is no text to train a tokenizer on\n  given:  0 bytes of text\n"
-      "  needed: sources with text, see config.data.sources"
+      "there is no text to train a tokenizer on",
+      "0 bytes of text",
+      "sources with text, see config.data.sources",
     )
   model = io.BytesIO()
   try:
@@ -283,7 +187,7 @@ def train_tokenizer(
         model_type=kind,
         vocab_size=vocab_size,
         byte_fallback=byte_fallback,
-        # With bytes to fall back on, the rarest 0.05% need no piece of their own.
+        # With byte fallback, the rarest 0.05% of characters need no piece of their own.
         character_coverage=0.9995 if byte_fallback else 1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -292,8 +196,8 @@ def train_tokenizer(
         split_digits=True,
         user_defined_symbols=["\n", "\t"],
         control_symbols=names[4:] + list(user_symbols),
-        **{f"{name}_id": i for i, name in enumerate(SPECIAL[:4])},
-        **{f"{name}_piece": f"<{name}>" for name in SPECIAL[:4]},
+        **{f"{name}_id": i for i, name in enumerate(SPECIAL_NAMES[:4])},
+        **{f"{name}_piece": f"<{name}>" for name in SPECIAL_NAMES[:4]},
         unk_surface="\ufffd",
         max_sentence_length=4 * LINE_CHARACTERS,
         num_threads=TRAIN_THREADS,
@@ -306,7 +210,7 @@ def train_tokenizer(
 
 
 def vocab_error(vocab_size: int, message: str, least: int) -> errors.UserError:
-  """Says which vocab_size would do, from what SentencePiece says of this one."""
+  """Returns the error that says which vocab_size would do, from SentencePiece's."""
   key = "config.tokenizer.vocab_size"
   if found := re.search(r"too high.*<= (\d+)", message):
     most = found[1]

@@ -1,11 +1,10 @@
-"""Texts encoded word by word, so that it is known where each token comes from.
+"""Encodes texts word by word and finds the characters that each token comes from.
 
-Tokenizers differ in what they tell of positions: SentencePiece models here give the
-bytes of each piece, WordPiece lowercases and strips accents. Few pieces lie across the
-space before a word, so the ids of the words, each with the space before it, are those
-of the whole text. (Not where a byte-level model joins a full stop and a newline, and
-unigram models choose freely between equally good ways to part a word.) Within a word,
-tokens are laid along it by their lengths.
+Tokenizers report positions differently or not at all, so texts are encoded word by
+word, each with the space before it. Pieces rarely cross that space, so the ids are
+those of the whole text. The exceptions: byte-level models may join a full stop and a
+newline, and unigram models may break ties between equally good splits differently.
+Within a word, positions follow from the lengths of the pieces.
 """
 
 import re
@@ -15,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-CACHE = 1 << 20  # words whose ids are kept
-PROBE = ("it", "is", "as", "a", "word")
-WORD = re.compile(r"\s*\S+")
-ATOM = re.compile(
+CACHED_WORDS = 1 << 20  # words whose ids are kept
+SPACE_PROBE = ("it", "is", "as", "a", "word")
+SPACED_WORD = re.compile(r"\s*\S+")
+IDEOGRAPH = re.compile(
   "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
 
@@ -26,7 +25,7 @@ ATOM = re.compile(
 class Located(NamedTuple):
   """The tokens of a text; token i comes from text[starts[i]:ends[i]].
 
-  Tokens that are nothing but space have an empty range.
+  Tokens of nothing but spaces have an empty range.
   """
 
   ids: np.ndarray  # int32
@@ -35,31 +34,32 @@ class Located(NamedTuple):
 
 
 class WordEncoder:
-  """Encodes words and remembers them: few words make up most of any text."""
+  """Encodes words and caches their ids: a few words make up most of any text."""
 
   def __init__(self, tokenizer, num_threads: int = 1):
     self.tokenizer, self.num_threads = tokenizer, num_threads
     self._ids: dict[str, np.ndarray] = {}
     self._pieces: list[bytes] | None = None
-    whole = tokenizer.encode(" ".join(PROBE))
-    # SentencePiece models with a dummy prefix put the space there themselves.
+    whole = tokenizer.encode(" ".join(SPACE_PROBE))
+    # The space that a word is encoded with: a SentencePiece model with a dummy prefix
+    # adds it by itself.
     self.space = " "
     if whole != self._joined(" ") and whole == self._joined(""):
       self.space = ""
 
   def _joined(self, space: str) -> list[int]:
-    words = [PROBE[0], *(space + word for word in PROBE[1:])]
+    words = [SPACE_PROBE[0], *(space + word for word in SPACE_PROBE[1:])]
     return [i for word in words for i in self.tokenizer.encode(word)]
 
   def encode(self, words: Sequence[str]) -> list[np.ndarray]:
-    """Returns the ids (int32) of each word of a sentence, parted by single spaces."""
+    """Returns the ids (int32) of each word of a sentence: words with single spaces."""
     surfaces = [(self.space if i else "") + word for i, word in enumerate(words)]
     self.learn(surfaces)
     return [self._ids[surface] for surface in surfaces]
 
   def learn(self, surfaces: Sequence[str]) -> None:
-    """Encodes those that are new, in one call: do it for many sentences at once."""
-    if len(self._ids) > CACHE:
+    """Encodes new words into the cache; call it with the words of many sentences."""
+    if len(self._ids) > CACHED_WORDS:
       self._ids = {}
     new = [surface for surface in dict.fromkeys(surfaces) if surface not in self._ids]
     if new:
@@ -68,15 +68,15 @@ class WordEncoder:
         self._ids[surface] = np.asarray(row, np.int32)
 
   def surfaces(self, text: str) -> list[str]:
-    """The words of a text as they are encoded: with the space before them."""
-    found = WORD.findall(text)
+    """Returns the words of a text as they are encoded: with the space before them."""
+    found = SPACED_WORD.findall(text)
     if self.space:
       return found
     return found[:1] + [word.removeprefix(" ") for word in found[1:]]
 
   def locate(self, text: str) -> Located:
-    """Encodes a text; space after the last word has no tokens."""
-    matches = list(WORD.finditer(text))
+    """Encodes a text; spaces after the last word have no tokens."""
+    matches = list(SPACED_WORD.finditer(text))
     surfaces = self.surfaces(text)
     self.learn(surfaces)
     ids, starts, ends = [], [], []
@@ -84,22 +84,26 @@ class WordEncoder:
       row = self._ids[surface]
       word = surface.lstrip()
       begin = match.end() - len(word)
-      spans = self._lay(row.tolist(), word)
+      spans = self._locate_pieces(row.tolist(), word)
       ids.append(row)
       starts += [begin + start for start, _ in spans]
       ends += [begin + end for _, end in spans]
     joined = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     return Located(joined, np.array(starts, np.int32), np.array(ends, np.int32))
 
-  def _lay(self, ids: list[int], word: str) -> list[tuple[int, int]]:
-    """Returns the range of characters of `word` that each token stands for."""
+  def _locate_pieces(self, ids: list[int], word: str) -> list[tuple[int, int]]:
+    """Returns the range of characters of `word` that each token stands for.
+
+    In order: by the bytes of the pieces; by their lengths, where the tokenizer changes
+    letters (WordPiece's lower case); atom by atom; or the whole word for each token.
+    """
     if len(ids) == 1:
       return [(0, len(word))]
     pieces = self._piece_bytes(ids)
     whole = b"".join(pieces)
     before = whole.removesuffix(word.encode()).decode(errors="replace")
     if whole.endswith(word.encode()) and not before.strip():
-      return lay_bytes(pieces, word)
+      return byte_ranges(pieces, word)
     texts = [
       piece.decode(errors="replace").strip().removeprefix("##") for piece in pieces
     ]
@@ -112,7 +116,7 @@ class WordEncoder:
       return [(0, len(word))] * len(ids)
     spans, begin = [], 0
     for atom, row in zip(atoms, rows, strict=True):
-      spans += [(begin + a, begin + b) for a, b in self._lay(row, atom)]
+      spans += [(begin + a, begin + b) for a, b in self._locate_pieces(row, atom)]
       begin += len(atom)
     return spans
 
@@ -122,25 +126,25 @@ class WordEncoder:
     return [self._pieces[i] for i in ids]
 
 
-def lay_bytes(pieces: list[bytes], word: str) -> list[tuple[int, int]]:
-  """Ranges of tokens whose bytes are those of the word, spaces before it aside."""
+def byte_ranges(pieces: list[bytes], word: str) -> list[tuple[int, int]]:
+  """Returns the range of characters of each piece; spaces may precede the word."""
   stop = len(word.encode()) - sum(map(len, pieces))
-  # Of each byte, the character that it belongs to.
-  of_byte = [i for i, char in enumerate(word) for _ in char.encode()] + [len(word)]
+  # The character that each byte belongs to.
+  character = [i for i, char in enumerate(word) for _ in char.encode()] + [len(word)]
   spans = []
   for piece in pieces:
     start, stop = max(stop, 0), stop + len(piece)
-    last = of_byte[max(stop - 1, 0)] + 1 if stop > start else of_byte[start]
-    spans.append((of_byte[start], last))
+    last = character[max(stop - 1, 0)] + 1 if stop > start else character[start]
+    spans.append((character[start], last))
   return spans
 
 
 def split_atoms(word: str) -> list[str]:
-  """Parts a word where BERT's pre-tokenizer does: around punctuation and ideographs."""
+  """Splits a word as BERT's pre-tokenizer does: around punctuation and ideographs."""
   atoms, inside = [], False
   for char in word:
     ascii_mark = char.isascii() and char.isprintable() and not char.isalnum()
-    alone = ascii_mark or unicodedata.category(char)[0] == "P" or ATOM.match(char)
+    alone = ascii_mark or unicodedata.category(char)[0] == "P" or IDEOGRAPH.match(char)
     if inside and not alone:
       atoms[-1] += char
     else:

@@ -24,7 +24,7 @@ from flaxlm.data.batches.packed import Batches
 from flaxlm.data.batches.read_ahead import read_ahead
 from flaxlm.data.store import build
 from flaxlm.data.store.shards import Store
-from flaxlm.tokenizer import sentencepiece as tokenizer
+from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 MOST = 8 << 20  # characters a turn
@@ -39,9 +39,9 @@ def read_documents(path: str | None) -> list[str]:
 
 def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
   """MB/s of encode_batch and of the library, on one thread and on all."""
-  lines = tokenizer.sample_lines(documents, 1 << 20)
-  model = tokenizer.train_tokenizer(lines, kind, 8192)
-  ours = tokenizer.Tokenizer(model)
+  lines = sample_lines(documents, 1 << 20)
+  model = train_tokenizer(lines, kind, 8192)
+  ours = Tokenizer(model)
   theirs = sentencepiece.SentencePieceProcessor()
   theirs.LoadFromSerializedProto(model)
   megabytes = sum(len(text.encode()) for text in documents) / 1e6

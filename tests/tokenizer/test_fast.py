@@ -22,14 +22,8 @@ from flaxlm.tokenizer.files import (
   load_tokenizer,
   open_tokenizer,
 )
-from flaxlm.tokenizer.sentencepiece import (
-  SPACE_MARK,
-  Decoder,
-  Tokenizer,
-  continues_word,
-  sample_lines,
-  train_tokenizer,
-)
+from flaxlm.tokenizer.pieces import SPACE_MARK, Decoder, continues_word
+from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -308,7 +302,7 @@ def test_long_texts_are_cut_where_no_piece_lies(name, request, english, monkeypa
   for text in (english[:100_000], prose):
     whole = tok._text.encode(text, add_special_tokens=False).ids
     for limit in (100, 1000):
-      monkeypatch.setattr(fast, "PIECE", limit)
+      monkeypatch.setattr(fast, "CHUNK_CHARACTERS", limit)
       assert tok.encode_batch([text], num_threads=2)[0].tolist() == whole
 
 

@@ -5,9 +5,9 @@ import pytest
 import sentencepiece
 
 from flaxlm import errors
-from flaxlm.tokenizer import sentencepiece as tokenizer
 from flaxlm.tokenizer.files import load_tokenizer
-from flaxlm.tokenizer.sentencepiece import Decoder, Tokenizer, train_tokenizer
+from flaxlm.tokenizer.pieces import Decoder, cut
+from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
 ODD = [
   "",
@@ -41,7 +41,7 @@ def random_text(rng: random.Random) -> str:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 def test_any_text_survives(kind, english):
-  lines = tokenizer.sample_lines([english], 100_000)
+  lines = sample_lines([english], 100_000)
   tok = Tokenizer(train_tokenizer(lines, kind, 600 if kind != "char" else 400))
   assert tok.is_lossless and tok.loss == ""
   rng = random.Random(0)
@@ -56,14 +56,14 @@ def test_any_text_survives(kind, english):
 )
 def test_real_languages_survive(name, corpora, bpe):
   text = (corpora / "from_repos/corpora" / f"{name}.txt").read_text("utf-8")[:100_000]
-  own = Tokenizer(train_tokenizer(tokenizer.sample_lines([text], 10**6), "bpe", 6000))
+  own = Tokenizer(train_tokenizer(sample_lines([text], 10**6), "bpe", 6000))
   assert own.decode(own.encode(text)) == text
   assert bpe.decode(bpe.encode(text)) == text  # and with one that never saw the script
   assert len(own.encode(text)) < len(bpe.encode(text))
 
 
 def test_special_tokens_cannot_be_forged(english):
-  lines = tokenizer.sample_lines([english], 100_000) + ["<mask> <user> <pad>"] * 500
+  lines = sample_lines([english], 100_000) + ["<mask> <user> <pad>"] * 500
   symbols = ("<user>", "<user>+")
   tok = Tokenizer(train_tokenizer(lines, "bpe", 600, user_symbols=symbols))
   ids = [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id]
@@ -85,7 +85,7 @@ def test_ids_do_not_depend_on_where_a_text_is_cut(bpe, english):
   assert bpe.encode(english) == whole
   lines = bpe.encode_batch(english.splitlines(keepends=True), num_threads=2)
   assert np.concatenate(lines).tolist() == whole
-  small = bpe.encode_batch(list(tokenizer.cut(english, 100)))  # before words, too
+  small = bpe.encode_batch(list(cut(english, 100)))  # before words, too
   assert np.concatenate(small).tolist() == whole
 
 
@@ -93,14 +93,13 @@ def test_cut_keeps_the_text_and_the_limit():
   rng = random.Random(1)
   for _ in range(300):
     text = "".join(rng.choice("ab  \n") for _ in range(rng.randrange(200)))
-    parts = list(tokenizer.cut(text, 16))
+    parts = list(cut(text, 16))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 16
     assert text == "" or all(parts)
 
 
 def test_cut_prefers_single_spaces():
-  cut = tokenizer.cut
   assert list(cut("aa bb\n\ncc", 8)) == ["aa", " bb\n\ncc"]
   assert list(cut("aa  bb\n\ncc", 9)) == ["aa  bb\n\n", "cc"]
   assert list(cut("aa  bbcc", 6)) == ["aa", "  bbcc"]
@@ -123,7 +122,7 @@ def test_streamed_text_never_holds_half_a_character(bpe):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_training_is_deterministic(kind, english):
-  lines = tokenizer.sample_lines([english], 50_000)
+  lines = sample_lines([english], 50_000)
   assert train_tokenizer(lines, kind, 500) == train_tokenizer(lines, kind, 500)
   assert train_tokenizer(lines, kind, 500) != train_tokenizer(lines[1:], kind, 500)
 
@@ -131,7 +130,7 @@ def test_training_is_deterministic(kind, english):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("size", [10, 270, 50_000])
 def test_impossible_vocabulary_names_one_that_works(kind, size, english):
-  lines = tokenizer.sample_lines([english], 20_000)
+  lines = sample_lines([english], 20_000)
   with pytest.raises(errors.ConfigError) as caught:
     train_tokenizer(lines, kind, size)
   assert caught.value.key == "config.tokenizer.vocab_size"
@@ -188,12 +187,12 @@ def test_wrong_user_symbols(symbols):
 
 def test_sample_is_spread_evenly_and_bounded():
   texts = [f"{number:05}\n" * 100 for number in range(5000)]  # 3 MB
-  lines = tokenizer.sample_lines(iter(texts), 60_000)
+  lines = sample_lines(iter(texts), 60_000)
   size = sum(len(line) + 1 for line in lines)
   assert 50_000 < size < 70_000
   numbers = np.unique([int(line) for line in lines])
   assert len(numbers) > 80 and np.diff(numbers).max() < 3 * np.diff(numbers).min()
   assert numbers.min() < 100 and numbers.max() > 4900
-  assert lines == tokenizer.sample_lines(iter(texts), 60_000)
-  assert tokenizer.sample_lines(["a\0b\u2581c\n\n"], 100) == ["a", "b", "c"]
-  assert tokenizer.sample_lines([], 100) == []
+  assert lines == sample_lines(iter(texts), 60_000)
+  assert sample_lines(["a\0b\u2581c\n\n"], 100) == ["a", "b", "c"]
+  assert sample_lines([], 100) == []

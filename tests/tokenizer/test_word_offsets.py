@@ -42,11 +42,11 @@ def test_word_by_word_is_the_whole_text_for_word_piece():
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 def test_word_by_word_is_the_whole_text_for_sentence_piece(kind, english):
-  from flaxlm.tokenizer import sentencepiece as tokenizer
+  from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
-  lines = tokenizer.sample_lines([english], 50_000)
-  model = tokenizer.train_tokenizer(lines, kind, 400)
-  tok = tokenizer.Tokenizer(model)
+  lines = sample_lines([english], 50_000)
+  model = train_tokenizer(lines, kind, 400)
+  tok = Tokenizer(model)
   encoder = word_offsets.WordEncoder(tok)
   rng = random.Random(0)
   pieces = tok.pieces()

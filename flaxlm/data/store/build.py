@@ -44,12 +44,8 @@ from flaxlm.tokenizer.files import (
   load_tokenizer,
   open_tokenizer,
 )
-from flaxlm.tokenizer.sentencepiece import (
-  Tokenizer,
-  continues_word,
-  sample_lines,
-  train_tokenizer,
-)
+from flaxlm.tokenizer.pieces import continues_word
+from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
 ENCODED_TOGETHER = 1 << 21  # characters that are tokenised together
 CHECKS = 32  # texts a batch that are decoded again and compared

@@ -36,7 +36,7 @@ from flaxlm.data.text.formats import (
   open_stream,
   text_chunks,
 )
-from flaxlm.tokenizer import sentencepiece
+from flaxlm.tokenizer.pieces import CHUNK_CHARACTERS, cut
 
 # Tests, examples and installed packages: not prose, not the library, or not everywhere.
 STDLIB_SKIPS = {
@@ -122,8 +122,8 @@ def to_pieces(
         continue
       buffer += text
       problems += found
-      if end or len(buffer) > sentencepiece.PIECE:
-        *whole, buffer = sentencepiece.cut(buffer, sentencepiece.PIECE)
+      if end or len(buffer) > CHUNK_CHARACTERS:
+        *whole, buffer = cut(buffer, CHUNK_CHARACTERS)
         for text in whole:
           yield TextPiece(text, False, (file, number), split, problems)
           problems = ()
@@ -175,7 +175,7 @@ def paragraphs(lines: Parts) -> Parts:
     if not started:
       text, problems = space + text, carried + problems
       space, carried = "", ()
-      if not text.strip() and len(text) < sentencepiece.PIECE:
+      if not text.strip() and len(text) < CHUNK_CHARACTERS:
         carried = problems
         if not end:
           space = text

@@ -566,15 +566,15 @@ def test_only_the_assistant_is_learnt(chat, tmp_path):
 
 def test_chats_of_a_real_template(english, tmp_path):
   pytest.importorskip("jinja2")
-  from flaxlm.tokenizer import chat_template as chat
-  from flaxlm.tokenizer import sentencepiece as tokenizer
+  from flaxlm.tokenizer.chat_template import open_template
+  from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
-  lines = tokenizer.sample_lines([english], 50_000)
+  lines = sample_lines([english], 50_000)
   names = ("<|im_start|>", "<|im_end|>")
-  model = tokenizer.train_tokenizer(lines, "bpe", 500, user_symbols=names)
-  tok = tokenizer.Tokenizer(model)
+  model = train_tokenizer(lines, "bpe", 500, user_symbols=names)
+  tok = Tokenizer(model)
   path = json_lines(tmp_path / "x.jsonl", [talk("class A:", "a class", "if", "")])
-  template = chat.open_template("", tok)
+  template = open_template("", tok)
   train, _ = load(make_task("chat", path), 128, tok, chat_template=template)
   batch = batches(train, 128, 1)[0]
   targets = batch["targets"][0]

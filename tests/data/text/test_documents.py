@@ -12,16 +12,14 @@ import pytest
 
 from flaxlm import errors
 from flaxlm.config.base import source
-from flaxlm.data.text import documents as sources
-from flaxlm.data.text import formats
-from flaxlm.tokenizer import sentencepiece
+from flaxlm.data.text import documents, formats
 
 
-def read(position=(0, 0), tail=0.0, **fields) -> list[sources.TextPiece]:
-  return list(sources.open_source("main", source(**fields), tail).read(position))
+def read(position=(0, 0), tail=0.0, **fields) -> list[documents.TextPiece]:
+  return list(documents.open_source("main", source(**fields), tail).read(position))
 
 
-def documents(pieces: list[sources.TextPiece]) -> list[str]:
+def whole_documents(pieces: list[documents.TextPiece]) -> list[str]:
   """The texts of whole documents, empty ones included."""
   texts = [""]
   for piece in pieces:
@@ -32,19 +30,19 @@ def documents(pieces: list[sources.TextPiece]) -> list[str]:
   return texts
 
 
-def problems(pieces: list[sources.TextPiece]) -> list[str]:
+def problems(pieces: list[documents.TextPiece]) -> list[str]:
   return sorted({problem for piece in pieces for problem in piece.problems})
 
 
 def test_standard_library():
   pieces = read()
-  corpus = sources.open_source("main", source())
+  corpus = documents.open_source("main", source())
   assert 5e6 < sum(corpus.sizes) < 3e7
   assert corpus.files == sorted(corpus.files) and len(corpus.files) > 300
   assert not [f for f in corpus.files if "site-packages" in f or "/test" in f]
   with open(corpus.files[7], encoding="utf-8", newline="") as file:
-    assert documents(pieces)[7] == file.read()
-  assert corpus.fingerprint == sources.open_source("main", source()).fingerprint
+    assert whole_documents(pieces)[7] == file.read()
+  assert corpus.fingerprint == documents.open_source("main", source()).fingerprint
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -60,9 +58,9 @@ def test_compressed_files_read_the_same(suffix, tmp_path):
     content = COMPRESS[suffix](text.encode())
   path = tmp_path / f"a.txt{suffix}"
   path.write_bytes(content)
-  assert documents(read(kind="text", path=str(path))) == [text]
+  assert whole_documents(read(kind="text", path=str(path))) == [text]
   path.rename(tmp_path / "named_wrongly")  # the content decides
-  assert documents(read(kind="text", path=str(tmp_path / "named_*"))) == [text]
+  assert whole_documents(read(kind="text", path=str(tmp_path / "named_*"))) == [text]
   if suffix:
     (tmp_path / "named_wrongly").write_bytes(content[: len(content) // 2])
     with pytest.raises(errors.DataError, match="named_wrongly"):
@@ -73,14 +71,14 @@ def test_compressed_files_read_the_same(suffix, tmp_path):
 @pytest.mark.parametrize("limit", [5, 1 << 16])
 def test_lines_and_paragraphs(size, limit, tmp_path, monkeypatch):
   monkeypatch.setattr(formats, "READ", size)
-  monkeypatch.setattr(sentencepiece, "PIECE", limit)
+  monkeypatch.setattr(documents, "CHUNK_CHARACTERS", limit)
   text = "\n\none\ntwo longer é\n\n \n\nthree\n  four漢\n\n\nfive"
   (tmp_path / "a.txt").write_bytes(text.encode())
   path = str(tmp_path / "a.txt")
-  assert documents(read(kind="text", path=path)) == [text]
-  lines = documents(read(kind="text", path=path, document="line"))
+  assert whole_documents(read(kind="text", path=path)) == [text]
+  lines = whole_documents(read(kind="text", path=path, document="line"))
   assert lines == text.split("\n")
-  paragraphs = documents(read(kind="text", path=path, document="paragraph"))
+  paragraphs = whole_documents(read(kind="text", path=path, document="paragraph"))
   assert paragraphs == ["one\ntwo longer é", "three\n  four漢", "five"]
   assert max(len(p.text) for p in read(kind="text", path=path)) <= limit
 
@@ -89,7 +87,7 @@ def test_lines_and_paragraphs(size, limit, tmp_path, monkeypatch):
   "kind", ["file", "paragraph", "line", "jsonl", "csv", "parquet"]
 )
 def test_reading_starts_at_any_position(kind, tmp_path, monkeypatch):
-  monkeypatch.setattr(sentencepiece, "PIECE", 50)
+  monkeypatch.setattr(documents, "CHUNK_CHARACTERS", 50)
   rng = random.Random(0)
   for number in range(3):
     rows = ["word " * rng.randrange(30) for _ in range(12)]
@@ -120,7 +118,7 @@ def test_bad_bytes_are_repaired_and_noted(tmp_path):
   content = b"\xef\xbb\xbfgood \xff\xfe caf\xc3\xa9 \x00 \xed\xa0\x80 \xe4\xbd"
   (tmp_path / "a.txt").write_bytes(content)
   pieces = read(kind="text", path=str(tmp_path / "a.txt"))
-  (text,) = documents(pieces)
+  (text,) = whole_documents(pieces)
   assert text.startswith("good \ufffd\ufffd café \0 \ufffd") and text.endswith("\ufffd")
   assert problems(pieces) == sorted([formats.BOM, formats.NUL, formats.BAD_UTF8])
   text.encode()
@@ -130,8 +128,8 @@ def test_a_column_of_a_table(tmp_path):
   (tmp_path / "a.csv").write_text('text,label\n"one, two",3\n"a\nb",4\n')
   (tmp_path / "a.tsv").write_text('label\ttext\n3\tone "two"\n')
   path = str(tmp_path / "a.csv")
-  assert documents(read(kind="csv", path=path)) == ["one, two", "a\nb"]
-  found = documents(read(kind="tsv", path=str(tmp_path / "a.tsv")))
+  assert whole_documents(read(kind="csv", path=path)) == ["one, two", "a\nb"]
+  found = whole_documents(read(kind="tsv", path=str(tmp_path / "a.tsv")))
   assert found == ['one "two"']
   with pytest.raises(errors.DataError, match="text label"):
     read(kind="csv", path=path, field="body")
@@ -153,7 +151,7 @@ def test_json_lines(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
   path = str(tmp_path / "a.jsonl")
   pieces = read(kind="jsonl", path=path)
-  texts = [text for text in documents(pieces) if text]
+  texts = [text for text in whole_documents(pieces) if text]
   assert texts == ["first", "lone \ufffd and pair 😀", "bad \ufffd byte", "last"]
   assert [p.problems for p in pieces].count((formats.BAD_JSON,)) == 4
   assert {formats.BOM, formats.BAD_SURROGATE, formats.BAD_UTF8} < set(problems(pieces))
@@ -164,7 +162,7 @@ def test_json_lines(tmp_path):
 def test_parquet_of_others(corpora, tmp_path):
   pytest.importorskip("pyarrow")
   path = str(corpora / "from_repos/tfds/hf_parquet/c4-train*.parquet")
-  texts = documents(read(kind="parquet", path=path))
+  texts = whole_documents(read(kind="parquet", path=path))
   assert len(texts) == 200 and texts[0].startswith("Beginners BBQ Class")
   with pytest.raises(errors.DataError, match="'body'"):
     read(kind="parquet", path=path, field="body")
@@ -180,7 +178,7 @@ def test_tail_is_the_end_of_each_file(corpora, monkeypatch):
   pieces = read(tail=0.1, kind="text", path=str(path))
   halves = {s: "".join(p.text for p in pieces if p.split == s) for s in ("train", "")}
   assert halves["train"] == text[: int(len(text) * 0.9)] and not halves[""]
-  assert documents(pieces) == [
+  assert whole_documents(pieces) == [
     text[: int(len(text) * 0.9)],
     text[int(len(text) * 0.9) :],
   ]
@@ -200,10 +198,10 @@ def test_order_is_sorted_and_the_fingerprint_sees_changes(tmp_path):
   for name in ("b", "a", "c"):
     (tmp_path / name).write_text(name)
   fields = {"kind": "text", "path": str(tmp_path / "*")}
-  assert documents(read(**fields)) == ["a", "b", "c"]
-  before = sources.open_source("main", source(**fields)).fingerprint
+  assert whole_documents(read(**fields)) == ["a", "b", "c"]
+  before = documents.open_source("main", source(**fields)).fingerprint
   (tmp_path / "b").write_text("bb")
-  assert sources.open_source("main", source(**fields)).fingerprint != before
+  assert documents.open_source("main", source(**fields)).fingerprint != before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -10,16 +10,14 @@ import pytest
 
 from flaxlm import errors
 from flaxlm.config.base import source
-from flaxlm.data.text import documents
-from flaxlm.data.text import tfds as catalogue
+from flaxlm.data.text.documents import TextPiece
+from flaxlm.data.text.tfds import open_tfds_corpus
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
 
-def read(position=(0, 0), **fields) -> list[documents.TextPiece]:
-  return list(
-    catalogue.open_tfds_corpus("main", source("tfds", **fields)).read(position)
-  )
+def read(position=(0, 0), **fields) -> list[TextPiece]:
+  return list(open_tfds_corpus("main", source("tfds", **fields)).read(position))
 
 
 def python(code: str) -> str:
