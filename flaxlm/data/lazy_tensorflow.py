@@ -1,4 +1,4 @@
-"""The one place that imports TensorFlow, and only when something needs it."""
+"""Imports TensorFlow, here alone and only when something needs it."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from flaxlm.machine import quiet_stderr
 
 
 def import_tensorflow():
-  """Imports TensorFlow, kept away from accelerators: JAX owns their memory."""
+  """Returns TensorFlow, kept away from accelerators: JAX owns their memory."""
   if "tensorflow" in sys.modules:
     tf = sys.modules["tensorflow"]
   else:

@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors, files
+from flaxlm.data.store import copies
 from flaxlm.data.store.progress import BuildProgress
 from flaxlm.data.store.recipe import check_recipe, make_recipe
 from flaxlm.data.store.shards import (
@@ -33,8 +34,9 @@ from flaxlm.data.store.shards import (
   dump,
   fingerprint_of,
 )
-from flaxlm.data.text import formats, remote, tfds
+from flaxlm.data.text import formats, remote
 from flaxlm.data.text.documents import Corpus, TextPiece, open_source, split_of
+from flaxlm.data.text.tfds import open_tfds_corpus
 from flaxlm.tokenizer.files import (
   JSON,
   MODEL,
@@ -74,11 +76,11 @@ def build_store(config: ConfigDict, log: Callable[[str], None]) -> Report:
       return build_in(pathlib.Path(address).expanduser(), config, corpora, recipe, log)
     if remote.exists(f"{address}/manifest.json"):
       return reuse(address, recipe, log)
-    root = remote.building(address)
+    root = copies.building_directory(address)
     report = build_in(root, config, corpora, recipe, log)
     log(f"copying {root} to {address}")
-    remote.upload(root, address)
-    remote.keep(root, report.store.fingerprint)
+    copies.upload(root, address)
+    copies.keep_copy(root, report.store.fingerprint)
     return report._replace(store=Store(address))
   except OSError as error:
     raise cannot_write(address, error) from error
@@ -137,7 +139,7 @@ def open_corpora(config: ConfigDict) -> dict[str, Corpus]:
   opened = {}
   for name, source in sorted(config.data.sources.items()):
     if source.kind == "tfds":
-      opened[name] = tfds.open_tfds_corpus(name, source)
+      opened[name] = open_tfds_corpus(name, source)
     else:
       opened[name] = open_source(name, source, tail)
   return opened

@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from flaxlm import errors
+from flaxlm.data.store import copies
 from flaxlm.data.text import remote
 from flaxlm.files import sync, write_atomically
 
@@ -63,7 +64,7 @@ class Store:
     self.sep_id: int = tokenizer["sep_id"]
     self.special_tokens: dict[str, int] = tokenizer["special_tokens"]
     if is_remote:
-      self._cache = remote.cache() / self.fingerprint
+      self._cache = copies.copies_directory() / self.fingerprint
 
   @property
   def tokenizer(self) -> bytes:
@@ -101,7 +102,7 @@ class Store:
     if self._cache is None:
       return self._root / name
     path = self._cache / name
-    if not path.exists() and not remote.download(f"{self.path}/{name}", path, sha256):
+    if not path.exists() and not copies.download(f"{self.path}/{name}", path, sha256):
       raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
     return path
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from flaxlm import errors
 from flaxlm.data.tasks.records import choice_columns, columns
-from flaxlm.data.text.formats import Record, kind_of
+from flaxlm.data.text.tables import Record, describe_value
 from flaxlm.tokenizer.word_offsets import Located, WordEncoder
 
 SHORTEST = 8  # tokens of a row: the special ones and some of each text
@@ -35,7 +35,7 @@ class Labels:
   def number(self, value: object, record: Record, column: str) -> int:
     """The number of the class that a record names; a whole number may stand for it."""
     if not isinstance(value, str | int) or value == "":
-      given = "no label" if value in ("", None) else kind_of(value)
+      given = "no label" if value in ("", None) else describe_value(value)
       raise record.wrong(f"{column}: {given}", "the name or number of a class")
     name = str(value).lower() if isinstance(value, bool) else str(value)
     if name in self._numbers:
@@ -219,7 +219,7 @@ def encode_tags(
   for record, sentence in zip(records, sentences, strict=True):
     tags = record.value(label)
     if not isinstance(tags, list) or len(tags) != len(sentence):
-      given = f"{len(tags)} tags" if isinstance(tags, list) else kind_of(tags)
+      given = f"{len(tags)} tags" if isinstance(tags, list) else describe_value(tags)
       raise record.wrong(
         f"{label}: {given}", f"a list of {len(sentence)}, as many as in {text}"
       )
@@ -295,7 +295,7 @@ def option_number(record: Record, label: str, labels: Labels, count: int) -> int
     number = int(value) if whole or decimal else -1
   if not 0 <= number < count:
     raise record.wrong(
-      f"{label}: {kind_of(value)}", f"the number of an option, 0 to {count - 1}",
+      f"{label}: {describe_value(value)}", f"the number of an option, 0 to {count - 1}",
       "--config.task.labels=A,B,C,D if they have names",
     )  # fmt: skip
   return number
@@ -390,7 +390,7 @@ def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
   for text, start in pairs:
     if not isinstance(text, str) or not isinstance(start, int):
       raise record.wrong(
-        f"{column}: {kind_of(value)}", "answers, each with text and answer_start"
+        f"{column}: {describe_value(value)}", "answers, each with text and answer_start"
       )
   return pairs
 

@@ -26,7 +26,7 @@ from flaxlm.data.batches.order import derive_key, permute
 from flaxlm.data.tasks.encode import Encoder, Labels, Rows, pack, split_key
 from flaxlm.data.tasks.records import Records, has_validation, open_records
 from flaxlm.data.text.documents import split_of
-from flaxlm.data.text.formats import Record, wrong
+from flaxlm.data.text.tables import Record, unusable
 from flaxlm.tokenizer.word_offsets import Located
 
 RECORDS_TOGETHER = 1024  # records that are tokenised together
@@ -169,7 +169,7 @@ def load_examples(
   renumber = labels.close() if classes else None
   if classes and len(labels.names) < 2:
     given = f"labels: {' '.join(labels.names) or 'none'}"
-    raise wrong(f"config.task.path={task.path}", given, "two classes or more")
+    raise unusable(f"config.task.path={task.path}", given, "two classes or more")
   train = None
   if training:
     if not splits["train"].lengths:
@@ -218,13 +218,15 @@ def encode_splits(
 
 def nothing(records: Records, rows: Rows, held_out: bool = False) -> errors.DataError:
   if held_out:
-    return wrong(
+    return unusable(
       f"{records.path} as validation records", "none were held out",
       "at least one", "config.task.validation_path, or more of "
       "config.data.validation_fraction, or 0 for no validation",
     )  # fmt: skip
   found = "; ".join(f"{what}: {n}" for what, n in rows.problems.items() if n)
-  return wrong(records.path, f"no examples in it ({found or 'empty'})", "at least one")
+  return unusable(
+    records.path, f"no examples in it ({found or 'empty'})", "at least one"
+  )
 
 
 def to_examples(

@@ -8,25 +8,26 @@ unlike in texts for pretraining: people make labelled files, and can mend them.
 import glob
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data.text import formats
-from flaxlm.data.text import tfds as tfds_text
-from flaxlm.data.text.formats import (
+from flaxlm.data.text.formats import find_files
+from flaxlm.data.text.tables import (
   Record,
-  csv_rows,
   no_column,
+  numbered_lines,
   table_records,
-  text_lines,
-  tsv_rows,
-  wrong,
+  unusable,
 )
-from flaxlm.data.text.tfds import tfds_examples
+from flaxlm.data.text.tfds import (
+  check_split,
+  import_tfds,
+  open_builder,
+  tfds_examples,
+)
 
 FORMATS = {  # by the ending of the path; all else is TFDS's
   "csv": "csv",
@@ -91,20 +92,21 @@ def open_records(task: ConfigDict, validation: bool = False) -> Records:
   kind = find_format(task, knob)
   if kind == "tfds":
     return open_tfds_records(task, path, "validation_split" if validation else "split")
-  files = formats.find_files(f"config.task.{knob}", path)
+  files = find_files(f"config.task.{knob}", path)
   names = task.columns
 
   def read() -> Iterator[Record]:
     for file in files:
       if kind in ("csv", "tsv"):
-        rows = csv_rows(file) if kind == "csv" else tsv_rows(file)
-        yield from table_records(file, rows, names)
+        yield from table_records(file, kind, names)
       elif kind == "jsonl":
         yield from json_records(file)
       elif kind == "squad":
         yield from squad_records(file)
-      else:
+      elif kind == "conll":
         yield from conll_records(file, names, columns(task))
+      else:
+        raise ValueError(f"no reader for records of format {kind}")
 
   return Records(path, {}, read)
 
@@ -128,17 +130,17 @@ def find_format(task: ConfigDict, knob: str) -> str:
 
 
 def json_records(file: str) -> Iterator[Record]:
-  for number, line in text_lines(file):
+  for number, line in numbered_lines(file):
     if not line.strip():
       continue
     try:
       fields = json.loads(line)
     except ValueError as error:
       given = " ".join(str(error).split())
-      raise wrong(f"{file} line {number}", given, "one JSON object a line") from None
+      raise unusable(f"{file} line {number}", given, "one JSON object a line") from None
     if not isinstance(fields, dict):
       given = f"a JSON {type(fields).__name__}"
-      raise wrong(f"{file} line {number}", given, "one JSON object a line")
+      raise unusable(f"{file} line {number}", given, "one JSON object a line")
     yield Record(fields, file, "line", number)
 
 
@@ -147,7 +149,7 @@ def squad_records(file: str) -> Iterator[Record]:
   needed = "SQuAD's form: data[].paragraphs[].{context, qas[].{question, answers}}"
   number = 0
   try:
-    text = "".join(line for _, line in text_lines(file))
+    text = "".join(line for _, line in numbered_lines(file))
     for article in json.loads(text)["data"]:
       for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
@@ -156,9 +158,9 @@ def squad_records(file: str) -> Iterator[Record]:
           yield Record(fields, file, "question", number)
   except (KeyError, TypeError) as error:
     given = f"{type(error).__name__}: {error}"
-    raise wrong(f"{file} after question {number}", given, needed) from None
+    raise unusable(f"{file} after question {number}", given, needed) from None
   except json.JSONDecodeError as error:
-    raise wrong(file, f"no JSON: {error}", needed) from None
+    raise unusable(file, f"no JSON: {error}", needed) from None
 
 
 def conll_records(
@@ -169,7 +171,7 @@ def conll_records(
   Without names, the first column holds the words and the last one the tags.
   """
   rows, first = [], 0
-  for number, line in text_lines(file):
+  for number, line in numbered_lines(file):
     line = line.rstrip("\r\n")
     values = line.split("\t") if "\t" in line else line.split()
     if not values or values[0] == "-DOCSTART-":
@@ -180,7 +182,7 @@ def conll_records(
     width = len(rows[0]) if rows else len(values)
     expected = len(names) or width
     if len(values) != expected or expected < 2:
-      raise wrong(
+      raise unusable(
         f"{file} line {number}", f"{len(values)} columns: {line[:60]!r}",
         f"{expected if expected > 1 else 'two or more'}, a word and its tags a line",
       )  # fmt: skip
@@ -199,19 +201,9 @@ def sentence(rows: list, names: tuple[str, ...], usual: tuple[str, str, str]) ->
 
 def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
   """Opens a split of a TFDS data set, by its name or directory."""
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise errors.MissingInputError(
-      f"config.task.path={path} needs TensorFlow Datasets\n  given:  {error}\n"
-      "  needed: pip install tensorflow-datasets tensorflow-cpu"
-    ) from error
-  builder, split = tfds_text.find_builder(tfds, "config.task", path), task[knob]
-  if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
-    known = " ".join(builder.info.splits)
-    raise errors.ConfigError(
-      f"config.task.{knob}", repr(split), f"a split of {path}", known
-    )
+  tfds = import_tfds(f"config.task.path={path}")
+  builder, split = open_builder("config.task", path), task[knob]
+  check_split(builder, f"config.task.{knob}", split, path)
   features = builder.info.features
   wanted = [*columns(task), *(choice_columns(task) if task.kind == "choice" else ())]
   wanted = [name for name in wanted if name]

@@ -1,41 +1,39 @@
-"""Where documents come from: the standard library, text, tables, JSON lines, TFDS.
+"""Reads documents from the sources of a corpus, whatever their format.
 
-A document is a run of `Piece`s, the last of which has `end` set, so that one of any
-size passes through bounded memory. Every piece says where the next document begins,
-and reading can start there: the order is fixed (sorted paths, stored order) and so is
-the cut into pieces. What is wrong with a text is repaired and noted in `problems`.
+A document is a run of `TextPiece`s, the last of which has `end` set, so a document of
+any size passes through bounded memory. Each piece says where the next document begins,
+and reading can start there: the order is fixed (sorted paths, stored order), and so are
+the cuts between pieces. tfds.py opens TFDS data sets as the same kind of corpus.
 """
 
 import codecs
 import hashlib
 import json
-import lzma
 import os
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data.text import formats
 from flaxlm.data.text.formats import (
   BAD_JSON,
   BAD_SURROGATE,
   BAD_UTF8,
   BOM,
+  READ_ERRORS,
   Parts,
   clean,
   damaged_file,
   file_size,
   find_files,
   lines,
-  no_match,
   open_binary,
   open_stream,
   text_chunks,
 )
+from flaxlm.data.text.tables import table_records
 from flaxlm.tokenizer.pieces import CHUNK_CHARACTERS, cut
 
 # Tests, examples and installed packages: not prose, not the library, or not everywhere.
@@ -48,10 +46,10 @@ STDLIB_SKIPS = {
 class TextPiece(NamedTuple):
   """Part of a document, or all of it."""
 
-  text: str  # at most tokenizer.PIECE characters
-  end: bool  # the document's last piece
+  text: str  # at most CHUNK_CHARACTERS
+  end: bool  # whether it is the last piece of its document
   position: tuple[int, int]  # of the next document: (file, documents before it there)
-  split: str  # "train" or "validation"; "" leaves it to the hash
+  split: str  # "train" or "validation"; "" leaves it to a hash of the text
   problems: tuple[str, ...]
 
 
@@ -59,16 +57,20 @@ class Corpus(NamedTuple):
   """An opened source."""
 
   files: list[str]
-  sizes: list[int]  # bytes on disk, to estimate what remains
-  fingerprint: str  # of what would be read
-  read: Callable[[tuple[int, int]], Iterator[TextPiece]]  # from a position
+  sizes: list[int]  # bytes on disk, to estimate the time that is left
+  fingerprint: str  # sha256 of the names and sizes of what would be read
+  read: Callable[[tuple[int, int]], Iterator[TextPiece]]  # from a position on
 
 
 def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
-  """Opens the source that the config calls `name`; TFDS is catalogue.py's.
+  """Opens the source `name` of config.data.sources, of any kind but tfds.
 
   With `tail`, the last fraction `tail` of the characters of each text file is its
   validation split, as in nanoGPT.
+
+  Raises:
+    ConfigError, MissingInputError: the source cannot be opened.
+    DataError: while reading, for a file that is damaged.
   """
   key = f"config.data.sources.{name}"
   if source.validation_split:
@@ -85,35 +87,59 @@ def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
   def read(position=(0, 0)) -> Iterator[TextPiece]:
     for number in range(position[0], len(files)):
       skip = position[1] if number == position[0] else 0
-      yield from to_pieces(split_parts(files[number], source, tail), number, skip)
+      yield from to_pieces(read_splits(files[number], source, tail), number, skip)
 
   names = [os.path.relpath(f, base) if base else os.path.basename(f) for f in files]
   listing = json.dumps(list(zip(names, sizes, strict=True))).encode()
   return Corpus(files, sizes, hashlib.sha256(listing).hexdigest(), read)
 
 
-def split_parts(file: str, source: ConfigDict, tail: float) -> Iterator[tuple]:
-  """Yields (split, parts) of one file: one with split "", or its head and its tail."""
+def stdlib_files() -> tuple[list[str], str]:
+  """Returns the .py files of this Python's library, about 12 MB, and their root."""
+  root = sysconfig.get_path("stdlib")
+  found = []
+  for folder, folders, files in os.walk(root):
+    folders[:] = [f for f in folders if f not in STDLIB_SKIPS and "config-" not in f]
+    found += [os.path.join(folder, f) for f in files if f.endswith(".py")]
+  if not found:
+    raise errors.MissingInputError(
+      "kind=stdlib matches nothing", root, "a Python that has its library"
+    )
+  return sorted(found), root
+
+
+def read_splits(
+  file: str, source: ConfigDict, tail: float
+) -> Iterator[tuple[str, Parts]]:
+  """Yields (split, documents) of a file: once, with split "", or its head and tail."""
   if source.kind == "jsonl":
     yield "", json_documents(file, source.field)
   elif source.kind == "parquet":
     yield "", parquet_documents(file, source.field)
   elif source.kind in ("csv", "tsv"):
     yield "", table_documents(file, source.kind, source.field)
-  elif not tail:
+  elif source.kind in ("text", "stdlib") and not tail:
     yield "", text_documents(text_chunks(file), source.document)
-  else:
+  elif source.kind in ("text", "stdlib"):
     total = sum(len(text) for text, _ in text_chunks(file))
     middle = int(total * (1 - tail))
     for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
       chunks = slice_chunks(text_chunks(file), start, stop)
       yield split, text_documents(chunks, source.document)
+  else:
+    raise ValueError(f"no reader for a source of kind {source.kind}")
 
 
 def to_pieces(
   splits: Iterable[tuple[str, Parts]], file: int, skip: int, number: int = 0
 ) -> Iterator[TextPiece]:
-  """Cuts documents into pieces; the first is number `number`, those below `skip` go."""
+  """Cuts documents into pieces.
+
+  Args:
+    splits: (split, documents), as `read_splits` yields them.
+    file: the number of the file that they come from.
+    number: of the first document; those below number `skip` are passed over.
+  """
   for split, parts in splits:
     buffer, problems = "", ()
     for text, end, found in parts:
@@ -133,20 +159,8 @@ def to_pieces(
         buffer, problems = "", ()
 
 
-def stdlib_files() -> tuple[list[str], str]:
-  """The .py files of the running interpreter's library, about 12 MB, and their root."""
-  root = sysconfig.get_path("stdlib")
-  found = []
-  for folder, folders, files in os.walk(root):
-    folders[:] = [f for f in folders if f not in STDLIB_SKIPS and "config-" not in f]
-    found += [os.path.join(folder, f) for f in files if f.endswith(".py")]
-  if not found:
-    raise no_match("kind=stdlib", root, "a Python that has its library")
-  return sorted(found), root
-
-
 def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
-  """Yields the part of the text that lies between characters `start` and `stop`."""
+  """Yields what lies between characters `start` and `stop` of (text, problems)."""
   offset = 0
   for text, problems in chunks:
     part = text[max(start - offset, 0) : max(stop - offset, 0)]
@@ -156,20 +170,22 @@ def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
 
 
 def text_documents(chunks: Iterable, unit: str) -> Parts:
-  """Parts the text of a file into documents: the file, its paragraphs or its lines."""
+  """Splits the text of a file into documents: the file, its paragraphs or its lines."""
   if unit == "file":
     for text, problems in chunks:
       yield text, False, problems
     yield "", True, ()
   elif unit == "line":
     yield from lines(chunks)
-  else:
+  elif unit == "paragraph":
     yield from paragraphs(lines(chunks))
+  else:
+    raise ValueError(f"text files hold no documents of unit {unit}")
 
 
 def paragraphs(lines: Parts) -> Parts:
-  """Joins lines into documents that blank lines part."""
-  inside = started = False  # in a paragraph; in a line of which some was passed on
+  """Joins lines into documents that blank lines separate."""
+  inside = started = False  # in a paragraph; in a line of which a part was yielded
   space, carried = "", ()  # the beginning of a line that may turn out to be blank
   for text, end, problems in lines:
     if not started:
@@ -192,7 +208,7 @@ def paragraphs(lines: Parts) -> Parts:
 
 
 def json_documents(path: str, field: str) -> Parts:
-  """The texts in `field` of a file of one JSON object a line."""
+  """Yields the texts in `field` of a file with one JSON object per line."""
   found = False
   try:
     with open_stream(path) as stream:
@@ -216,27 +232,20 @@ def json_documents(path: str, field: str) -> Parts:
         found = True
         text, more = clean(text, BAD_SURROGATE)
         yield text, True, problems + more
-  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+  except READ_ERRORS as error:
     raise damaged_file(path, error, "a whole file of JSON lines") from error
 
 
 def parse_json(text: str) -> object:
+  """Returns what a line of JSON holds; None if it is not JSON."""
   try:
     return json.loads(text)
   except ValueError:
     return None
 
 
-def no_field(where: str, field: str, has: Iterable[str]) -> errors.DataError:
-  return errors.DataError(
-    f"there is no field {field!r} to take the text from\n  given:  {where} with fields "
-    f"{' '.join(map(str, has))}\n  needed: the field that holds the text\n"
-    "  try:    --config.data.sources.NAME.field=FIELD"
-  )
-
-
 def parquet_documents(path: str, field: str) -> Parts:
-  """The texts in column `field` of a parquet file, a row group at a time at most."""
+  """Yields the texts in column `field` of a parquet file, a row group at a time."""
   import pyarrow
   from pyarrow import parquet
 
@@ -252,17 +261,24 @@ def parquet_documents(path: str, field: str) -> Parts:
 
 
 def table_documents(path: str, kind: str, field: str) -> Parts:
-  """The texts in column `field` of a table whose first line names the columns."""
-
-  rows = formats.csv_rows(path) if kind == "csv" else formats.tsv_rows(path)
-  for record in formats.table_records(path, rows, ()):
+  """Yields the texts in column `field` of a table (csv, tsv) with a header."""
+  for record in table_records(path, kind):
     if field not in record.fields:
       raise no_field(path, field, record.fields)
     yield record_text(record.fields[field])
 
 
+def no_field(where: str, field: str, has: Iterable[str]) -> errors.DataError:
+  return errors.DataError(
+    f"there is no field {field!r} to take the text from",
+    f"{where} with fields {' '.join(map(str, has))}",
+    "the field that holds the text",
+    "--config.data.sources.NAME.field=FIELD",
+  )
+
+
 def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
-  """A whole document from the value of a record's text field."""
+  """Returns a whole document from the value of a record's text field."""
   if isinstance(value, bytes):
     text, problems = clean(value.decode(errors="surrogateescape"), BAD_UTF8)
   elif isinstance(value, str):
@@ -273,6 +289,9 @@ def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
 
 
 def split_of(text: bytes, fraction: float) -> str:
-  """The split of the document that begins with `text`: equal documents, equal split."""
+  """Returns the split of a document that begins with `text`, by its hash.
+
+  Equal documents are in the same split: none is both trained on and validated on.
+  """
   number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
   return "validation" if number < fraction * 2**64 else "train"

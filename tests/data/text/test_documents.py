@@ -70,7 +70,7 @@ def test_compressed_files_read_the_same(suffix, tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 1 << 20])
 @pytest.mark.parametrize("limit", [5, 1 << 16])
 def test_lines_and_paragraphs(size, limit, tmp_path, monkeypatch):
-  monkeypatch.setattr(formats, "READ", size)
+  monkeypatch.setattr(formats, "READ_BYTES", size)
   monkeypatch.setattr(documents, "CHUNK_CHARACTERS", limit)
   text = "\n\none\ntwo longer é\n\n \n\nthree\n  four漢\n\n\nfive"
   (tmp_path / "a.txt").write_bytes(text.encode())
@@ -174,7 +174,7 @@ def test_parquet_of_others(corpora, tmp_path):
 def test_tail_is_the_end_of_each_file(corpora, monkeypatch):
   path = corpora / "from_repos/corpora/tinyshakespeare.txt"
   text = path.read_text("utf-8")
-  monkeypatch.setattr(formats, "READ", 100_003)
+  monkeypatch.setattr(formats, "READ_BYTES", 100_003)
   pieces = read(tail=0.1, kind="text", path=str(path))
   halves = {s: "".join(p.text for p in pieces if p.split == s) for s in ("train", "")}
   assert halves["train"] == text[: int(len(text) * 0.9)] and not halves[""]
