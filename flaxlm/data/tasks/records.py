@@ -23,7 +23,7 @@ from flaxlm.data.text.tables import (
   unusable,
 )
 from flaxlm.data.text.tfds import (
-  check_split,
+  check_tfds_split,
   import_tfds,
   open_builder,
   tfds_examples,
@@ -203,7 +203,7 @@ def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
   """Opens a split of a TFDS data set, by its name or directory."""
   tfds = import_tfds(f"config.task.path={path}")
   builder, split = open_builder("config.task", path), task[knob]
-  check_split(builder, f"config.task.{knob}", split, path)
+  check_tfds_split(builder, f"config.task.{knob}", split, path)
   features = builder.info.features
   wanted = [*columns(task), *(choice_columns(task) if task.kind == "choice" else ())]
   wanted = [name for name in wanted if name]

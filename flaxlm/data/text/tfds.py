@@ -41,7 +41,7 @@ def open_tfds_corpus(name: str, source: ConfigDict) -> Corpus:
     return open_array_records(key, source, splits)
   builder = open_builder(key, source.path)
   for knob, split in zip(("split", "validation_split"), splits, strict=False):
-    check_split(builder, f"{key}.{knob}", split, source.path)
+    check_tfds_split(builder, f"{key}.{knob}", split, source.path)
   if source.field not in builder.info.features:
     raise no_field(source.path, source.field, builder.info.features)
   infos = [builder.info.splits[split] for split in splits]
@@ -159,7 +159,7 @@ def open_builder(key: str, path: str):
     ) from error
 
 
-def check_split(builder, key: str, split: str, path: str) -> None:
+def check_tfds_split(builder, key: str, split: str, path: str) -> None:
   """Raises ConfigError if the data set has no such split; `train[:10%]` is one."""
   if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
     known = " ".join(builder.info.splits)
