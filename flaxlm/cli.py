@@ -58,8 +58,7 @@ def run_command(main: Callable[[], None], cache: bool = True) -> None:
   try:
     main()
   except errors.UserError as error:
-    lines = str(error).splitlines()[:5]
-    print("\n".join([f"flaxlm: {lines[0]}", *lines[1:]]), file=sys.stderr)
+    print(errors.terminal_text(error), file=sys.stderr)
     code = error.exit_code
   except BrokenPipeError:
     code = 141  # the reader of our output has gone, as in `| head`

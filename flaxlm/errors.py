@@ -70,4 +70,9 @@ class NumericsError(UserError):
   exit_code = 86
 
 
+def terminal_text(error: UserError) -> str:
+  """Returns what a command prints of an error: its name, and at most five lines."""
+  return "flaxlm: " + "\n".join(str(error).splitlines()[:5])
+
+
 HANG_EXIT_CODE = 85  # the watchdog ends the process itself: nobody is left to catch

@@ -48,7 +48,8 @@ import os, signal, time
 import numpy as np
 from flaxlm import cli
 from flaxlm.errors import DataError
-from flaxlm.parallel import processes
+from flaxlm.parallel.agreement import agree, local_facts
+from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.one_fate import OneFate
 from flaxlm.training.guards import Watchdog
 
@@ -57,14 +58,14 @@ if os.environ["JAX_PROCESS_ID"] != os.environ.get("FAULTY"):
   fault = "none"
 
 def main():
-  processes.join_processes(False, 60)
+  join_processes(False, 60)
   from jax.experimental import multihost_utils
   with OneFate(), Watchdog(5) as watchdog:
     seed = 1 if fault == "config" else 0
-    processes.agree("the start", processes.facts() | {"config.seed": seed})
+    agree("the start", local_facts() | {"config.seed": seed})
     if fault == "absent":
       time.sleep(60)
-    processes.agree("the data", {}, seconds=2)
+    agree("the data", {}, seconds=2)
     for step in range(10_000):
       multihost_utils.process_allgather(np.ones(1))
       watchdog.beat()
@@ -82,11 +83,11 @@ cli.run_command(main)
 MESHES = """
 import importlib.util, itertools, json, sys
 import jax
-from flaxlm.parallel import processes
+from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs.program import build_program, open_feed, use_config_mesh
 
-processes.join_processes(False, 60)
+join_processes(False, 60)
 spec = importlib.util.spec_from_file_location("config", sys.argv[1])
 spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
 found = {}

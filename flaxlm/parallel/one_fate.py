@@ -1,4 +1,7 @@
-"""Ends all processes of a job together when one of them fails."""
+"""Ends all processes of a job together when one of them fails.
+
+JAX alone would leave the others waiting in a collective, for minutes or for ever.
+"""
 
 import os
 import sys
@@ -9,27 +12,27 @@ from typing import Self
 
 import jax
 
-from flaxlm.errors import Preempted, UserError
-from flaxlm.parallel.processes import PeerError, _job, _processes
+from flaxlm.errors import Preempted, UserError, terminal_text
+from flaxlm.parallel.processes import PeerError, current_job, name_processes
 
 
 class OneFate:
-  """Ends the whole job when one of its processes fails; alone, does nothing.
+  """Ends the whole job when one process fails; does nothing in a process alone.
 
-  The first process to fail leaves a note in JAX's key-value store and prints its error;
-  the others print one line that names it, and end with its exit code. A process that
+  The first process to fail leaves a note in JAX's key-value store and prints its error.
+  The others print one line that names it, and end with its exit code. A process that
   was killed leaves no note: the others see their connections break (CPU), or JAX misses
   its heartbeat and aborts them within ten seconds (TPU, GPU).
 
-  A process ends here by `os._exit`: what it would do on its way out (closing
-  checkpoints, JAX's own shutdown) waits for the others, which may be gone.
+  Processes end by `os._exit`, because a normal exit (closing checkpoints, JAX's own
+  shutdown) would wait for the others, which may be gone.
   """
 
-  # JAX aborts the survivors five seconds after a death at the earliest: all is said by
-  # then. 1.5 s for the others to come to the same end, 2 s for them to read of it.
+  # JAX aborts the survivors five seconds after a death at the earliest. Before that,
+  # the others have 1.5 s to fail by themselves, and 2 s to read the note.
   POLL_SECONDS, GRACE_SECONDS, LINGER_SECONDS = 1.0, 0.5, 2.0
   NOTE = "flaxlm/failed"  # its value: the exit code, then what happened
-  # Found in the errors of collectives and of JAX's service when a peer is gone.
+  # Parts of the errors that collectives and JAX's service raise when a peer is gone.
   BROKEN = (
     "gloo", "nccl", "coordination", "barrier", "connection closed", "unavailable:"
   )  # fmt: skip
@@ -48,9 +51,10 @@ class OneFate:
     self._done.set()
 
   def end_if_failed(self, kind, error, trace) -> None:
-    """Ends the process after an error. A stop by signal is agreed on, and none.
+    """Ends the process if `error` is a failure.
 
-    For `ExitStack.push`, above contexts whose end waits for other processes.
+    Preempted is none: all processes agree on it, and each leaves in its own time. Give
+    this to `ExitStack.push` after contexts whose exit waits for other processes.
     """
     if not jax.distributed.is_initialized() or not isinstance(error, Exception):
       return
@@ -64,66 +68,70 @@ class OneFate:
     name = "" if of_user else f"{kind.__name__}: "
     line = (str(error).splitlines() or [""])[0]
     is_first = self._leave(
-      f"{code} process {_job().process_id} failed: {name}{line[:200]}"
+      f"{code} process {current_job().process_id} failed: {name}{line[:200]}"
     )
     if not is_first and not of_user:
       self._end_with(self._read())
     if of_user:
-      lines = str(error).splitlines()[:5]
-      self._end(code, "\n".join([f"flaxlm: {lines[0]}", *lines[1:]]))
+      self._end(code, terminal_text(error))
     self._end(code, "".join(traceback.format_exception(error)).rstrip())
 
   def _watch(self) -> None:
     while not self._done.wait(self.POLL_SECONDS):
       note = self._read()
-      # The moment of grace is for an error that all processes raise alike.
+      # All processes may raise the same error: give this one time to raise its own.
       if note and not self._done.wait(self.GRACE_SECONDS):
         self._end_with(note)
 
   def _read(self) -> str:
-    """Returns the note of the process that failed first; "" if there is none."""
+    """Returns the note of the process that failed first, or ""."""
     try:
-      return _job().client.key_value_try_get(self.NOTE)
-    except jax.errors.JaxRuntimeError:  # not found; or process 0 is gone
+      return current_job().client.key_value_try_get(self.NOTE)
+    except jax.errors.JaxRuntimeError:  # not found, or process 0 is gone
       return ""
 
   def _leave(self, note: str) -> bool:
-    """Tells the others; False if another process did so before."""
+    """Leaves a note for the others; returns False if another process did so before."""
     try:
-      _job().client.key_value_set(self.NOTE, note)
+      current_job().client.key_value_set(self.NOTE, note)
     except jax.errors.JaxRuntimeError:
       return not self._read()
     return True
 
   def _find_lost(self, error: Exception) -> str:
-    """Returns the note for a broken connection: of the process that broke it.
+    """Returns a note that names the process that broke a connection.
 
-    One that failed has left its note; of the others, all that live come here too.
+    If it failed, it has left its own note. If it was killed, every survivor comes here
+    and signs in: those that do not are lost.
     """
-    count, here = _job().num_processes, "flaxlm/here/"
+    job, here = current_job(), "flaxlm/here/"
     try:
-      _job().client.key_value_set(f"{here}{_job().process_id}", "")
+      job.client.key_value_set(f"{here}{job.process_id}", "")
       for _ in range(15):
         if note := self._read():
           return note
         time.sleep(0.1)
-      entries = _job().client.key_value_dir_get(here)
-      lost = set(range(count)) - {int(key.rpartition("/")[2]) for key, _ in entries}
+      entries = job.client.key_value_dir_get(here)
+      alive = {int(key.rpartition("/")[2]) for key, _ in entries}
+      lost = set(range(job.num_processes)) - alive
     except jax.errors.JaxRuntimeError:
       lost = {0}
-    note = f"{PeerError.exit_code} connection lost: {str(error).splitlines()[0][:200]}"
+    what = f"connection lost: {str(error).splitlines()[0][:200]}"
     if lost:
-      note = f"{PeerError.exit_code} {_processes(lost)} of {count} ended without a word"
+      what = f"{name_processes(lost)} of {job.num_processes} ended without a word"
+    note = f"{PeerError.exit_code} {what}"
     return note if self._leave(note) else self._read() or note
 
   def _end_with(self, note: str) -> None:
     code, _, what = note.partition(" ")
-    self._end(int(code), f"flaxlm: {what}; process {_job().process_id} ends with it")
+    number = current_job().process_id
+    self._end(int(code), f"flaxlm: {what}; process {number} ends with it")
 
   def _end(self, code: int, text: str) -> None:
-    self._ending.acquire()  # for ever: a second thread waits here for the end
+    self._ending.acquire()  # never released: a second thread waits here for the end
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
-    if _job().process_id == 0:  # without its store JAX aborts those that still read
+    if current_job().process_id == 0:
+      # JAX aborts those that still read the store when this process takes it away.
       time.sleep(self.LINGER_SECONDS)
     os._exit(code)

@@ -21,8 +21,10 @@ from flaxlm.config.tree import flatten
 from flaxlm.data.feed import Feed
 from flaxlm.errors import DataError, Preempted
 from flaxlm.files import write_atomically
-from flaxlm.parallel import one_fate, processes
+from flaxlm.parallel.agreement import agree, local_facts
+from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
+from flaxlm.parallel.one_fate import OneFate
 from flaxlm.runs import directory, weights
 from flaxlm.runs.directory import RunFiles, RunLock
 from flaxlm.runs.held_out import scorer
@@ -55,12 +57,12 @@ def train(
   """
   files, allocator = RunFiles(workdir), machine.keep_freed_memory()
   seconds = config.mesh.start_seconds
-  processes.join_processes(config.mesh.multihost, seconds, lambda: stop.requested)
+  join_processes(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
     compiled = stack.enter_context(count_programs())
-    fate = stack.enter_context(one_fate.OneFate())
+    fate = stack.enter_context(OneFate())
     knobs = {f"config.{key}": value for key, value in flatten(config).items()}
-    processes.agree("the start", processes.facts() | knobs, seconds)
+    agree("the start", local_facts() | knobs, seconds)
     mesh = make_mesh(**axis_sizes(config.mesh))
     config.task.chat_template = weights.template_path(config)
     feed = open_feed(config, mesh, weights.tokenizer_path(config))
@@ -68,7 +70,7 @@ def train(
       config.task.labels = feed.examples.label_names
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
     asked, kernel = config.model.attention, settle_attention(config, mesh, workdir)
-    processes.agree("the data", data | {"the attention kernel": kernel}, seconds)
+    agree("the data", data | {"the attention kernel": kernel}, seconds)
     program = build_program(config, mesh)
     target, train_step = program.target, program.train_step
     stack.enter_context(use_config_mesh(config, mesh))

@@ -1,13 +1,13 @@
-"""Joining, agreeing and reporting, without processes; test_multihost.py has those."""
+"""The roll call in threads; test_multihost.py has real processes."""
 
 import socket
 import threading
 
-import jax
 import pytest
 
 from flaxlm.errors import ConfigError, Preempted
-from flaxlm.parallel import one_fate, processes
+from flaxlm.parallel import joining
+from flaxlm.parallel.processes import PeerError
 
 
 def free_port():
@@ -22,7 +22,7 @@ def call_roll(present, count, seconds, stop_requested=lambda: False, port=None):
   def answer(index):
     errors[index] = None
     try:
-      processes._answer_roll_call(address, count, index, seconds, stop_requested)
+      joining._answer_roll_call(address, count, index, seconds, stop_requested)
     except Exception as error:
       errors[index] = error
 
@@ -42,7 +42,7 @@ def test_the_missing_are_named_by_everyone_who_is_there():
   errors = call_roll([0, 1, 4], 5, 1)
   assert errors.keys() == {0, 1, 4}
   for error in errors.values():
-    assert isinstance(error, processes.PeerError) and error.exit_code == 75
+    assert isinstance(error, PeerError) and error.exit_code == 75
     lines = str(error).splitlines()
     assert lines[0] == "processes 2 and 3 of 5 did not arrive within 1 s"
     assert len(lines) <= 5 and "start_seconds" in lines[-1]
@@ -50,9 +50,9 @@ def test_the_missing_are_named_by_everyone_who_is_there():
 
 def test_a_missing_coordinator_is_named_too():
   for deadline in (0.0, 1.0):  # it never listens
-    now = processes.time.monotonic()
+    now = joining.time.monotonic()
     place = "127.0.0.1", free_port()
-    assert processes._present(place, 1, now + deadline, lambda: False) == [0]
+    assert joining._report_in(place, 1, now + deadline, lambda: False) == [0]
 
 
 def test_a_signal_ends_the_wait():
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_a_config_error():
   with socket.create_server(("", 0)) as server:
     port = server.getsockname()[1]
     with pytest.raises(ConfigError, match=f"port {port}"):
-      processes._call_roll(port, 2, 0.0, lambda: False)
+      joining._call_roll(port, 2, 0.0, lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -99,52 +99,4 @@ def test_an_environment_that_describes_no_job(
   if index is not None:
     monkeypatch.setenv("JAX_PROCESS_ID", index)
   with pytest.raises(ConfigError, match=words):
-    processes.join_processes(False)
-
-
-def gathered(*facts):
-  return [{"host": f"host{i}", "facts": one} for i, one in enumerate(facts)]
-
-
-def test_the_process_that_differs_is_named():
-  same = {"code": "a", "config.seed": 0, "config.b": [1, 2]}
-  assert processes._difference(gathered(same, same, same)) == []
-  # The usual value is that of most, even where process 0 is the odd one.
-  other = same | {"config.seed": 1, "config.b": [1, 3]}
-  error = ConfigError(*processes._difference(gathered(other, same, same)))
-  assert str(error).splitlines() == [
-    "config.seed cannot be used",
-    "  given:  1 in process 0 (on host0)",
-    "  needed: the same in all processes: 0, as in 2 of 3",
-    "  try:    the same command, files and versions on every host; "
-    "also different: config.b",
-  ]
-  assert "2 in processes 1 and 3 (on host1)" in str(
-    processes._difference(gathered({"n": 1}, {"n": 2}, {"n": 1}, {"n": 2}))
-  )
-  missing = processes._difference(gathered({"n": 1}, {"n": 1, "new": 0}))
-  assert missing[:2] == ["new", "0 in process 1 (on host1)"]
-
-
-def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
-  package = tmp_path / "flaxlm"
-  (package / "parallel").mkdir(parents=True)
-  monkeypatch.setattr(processes, "__file__", str(package / "parallel/processes.py"))
-  (package / "loop.py").write_text("a = 1\n")
-  before = processes.facts()
-  assert before["the number of devices of a process"] == 8
-  assert before["the version of jax"] == jax.__version__
-  (package / "notes.txt").write_text("not code")
-  assert processes.facts() == before
-  (package / "loop.py").write_text("a = 2\n")
-  changed = processes.facts()
-  assert [name for name in changed if changed[name] != before[name]] == [
-    "the code of flaxlm"
-  ]
-
-
-def test_alone_there_is_nobody_to_agree_or_die_with():
-  processes.agree("the start", {"config.seed": 0})
-  with pytest.raises(KeyError), one_fate.OneFate():
-    raise KeyError("it is raised as ever")
-  assert "one-fate" not in [thread.name for thread in threading.enumerate()]
+    joining.join_processes(False)
