@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
   from flaxlm.data.store import build  # after --help has been answered
 
   start = time.perf_counter()
-  report = build.build_store(settings, log)
+  report = build.build_store(settings.data, settings.tokenizer, log)
   print(store_summary(report, time.perf_counter() - start))
 
 

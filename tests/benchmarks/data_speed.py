@@ -74,7 +74,7 @@ def prepare(documents: list[str], folder: pathlib.Path) -> build.Report:
   config.tokenizer.vocab_size = 8192
   source = config.data.sources.main
   source.kind, source.path = "text", f"{folder}/texts/*.txt"
-  return build.build_store(config, lambda line: None)
+  return build.build_store(config.data, config.tokenizer, lambda line: None)
 
 
 def loader_tokens_per_second(store: Store, loader: str) -> float:

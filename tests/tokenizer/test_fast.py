@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from flaxlm import errors
-from flaxlm.data.store import build, shards
+from flaxlm.data.store import build, manifest, shards
 from flaxlm.tokenizer import fast
 from flaxlm.tokenizer.export import export_files, to_tokenizer_json
 from flaxlm.tokenizer.fast import FastTokenizer
@@ -503,7 +503,7 @@ def test_prepare_with_it(name, request, text_config, tmp_path):
   (tmp_path / "texts/a.txt").write_text("\n".join(lines))
   file = {"wordpiece": "vocab.txt", "byte_bpe": "vocab.json"}[name]
   text_config.tokenizer.path = str(folder / file)
-  report = build.build_store(text_config, lambda line: None)
+  report = build.build_store(text_config.data, text_config.tokenizer, lambda line: None)
   tok = load_tokenizer(folder / file)
   found = shards.Store(text_config.data.store)
   assert found.tokenizer == tok.model and found.tokenizer_sha256 == tok.sha256
@@ -521,9 +521,9 @@ def test_prepare_with_it(name, request, text_config, tmp_path):
   special = set(tok.special_tokens.values()) - {tok.unk_id}
   assert not np.isin(ids[inside], list(special)).any()
   assert report.changed == (report.checked if name == "wordpiece" else 0)
-  again = build.build_store(text_config, lambda line: None)
+  again = build.build_store(text_config.data, text_config.tokenizer, lambda line: None)
   assert again.reused and again.tokenizer.sha256 == tok.sha256
-  words = pathlib.Path(text_config.data.store) / shards.WORDS
+  words = pathlib.Path(text_config.data.store) / manifest.WORDS_FILE
   words.write_bytes(bytes(len(words.read_bytes())))
   with pytest.raises(errors.DataError, match="damaged"):
     _ = shards.Store(text_config.data.store).continues_word

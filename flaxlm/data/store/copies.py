@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 
+from flaxlm import files
 from flaxlm.data.text import remote
 
 
@@ -28,7 +29,7 @@ def building_directory(address: str) -> pathlib.Path:
 def download(address: str, to: pathlib.Path, sha256: str) -> bool:
   """Copies one file; deletes the copy and returns False if its sha256 is wrong."""
   to.parent.mkdir(parents=True, exist_ok=True)
-  part = to.with_name(f"{to.name}.{os.getpid()}.part")
+  part = to.with_name(f"{to.name}.{os.getpid()}.part")  # processes may share `to`
   with remote.reaching(address):
     remote.path(address).copy(part, overwrite=True)
   with open(part, "rb") as file:
@@ -36,7 +37,7 @@ def download(address: str, to: pathlib.Path, sha256: str) -> bool:
   if found != sha256:
     part.unlink()
     return False
-  part.rename(to)
+  files.rename(part, to)
   return True
 
 
@@ -58,4 +59,4 @@ def keep_copy(root: pathlib.Path, fingerprint: str) -> None:
   if target.exists():
     shutil.rmtree(root)
   else:
-    root.rename(target)
+    files.rename(root, target)

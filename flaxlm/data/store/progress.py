@@ -1,15 +1,15 @@
-"""How far a preparation is: a live bar on a terminal, a line now and then in a log."""
+"""Shows how far a preparation is: a bar in a terminal, otherwise a line at times."""
 
 import sys
 import time
 from collections.abc import Callable
 from typing import Self
 
-EVERY = 5.0  # seconds a line
+EVERY = 5.0  # seconds between lines
 
 
 class BuildProgress:
-  """Counts bytes and tokens; knows the sizes of all files, so also what remains."""
+  """Counts bytes and tokens, and estimates the time left from the sizes of files."""
 
   def __init__(self, sizes: dict[str, list[int]], log: Callable[[str], None]):
     self._sizes, self._log = sizes, log
@@ -39,11 +39,11 @@ class BuildProgress:
 
   @property
   def rate(self) -> float:
-    """MB/s of text since the start."""
+    """MB of text per second since the start."""
     return self.bytes / 1e6 / max(time.perf_counter() - self._start, 1e-9)
 
   def begin(self, name: str, file: int) -> None:
-    """Source `name` begins (or continues) at its file number `file`."""
+    """Begins (or continues) source `name` at its file number `file`."""
     names = list(self._sizes)
     before = sum(sum(self._sizes[n]) for n in names[: names.index(name)])
     self._name, self._file, self._in_file = name, file, 0
@@ -51,7 +51,7 @@ class BuildProgress:
     self._done = before + sum(self._sizes[name][:file])
 
   def update(self, file: int, num_bytes: int, num_tokens: int) -> None:
-    """Another `num_bytes` of text were tokenised; reading is at file number `file`."""
+    """Adds what was just tokenised, when reading has reached file number `file`."""
     self.bytes += num_bytes
     self.tokens += num_tokens
     sizes = self._sizes[self._name]

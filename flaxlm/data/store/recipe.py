@@ -1,6 +1,6 @@
-"""The recipe of a token store: everything that decides its bytes, kept with it.
+"""The recipe of a token store: everything that decides its bytes.
 
-A store is reused only for its own recipe; another one is refused by what differs.
+It is kept in the store, which is reused only for the same recipe.
 """
 
 import json
@@ -13,7 +13,7 @@ from flaxlm.config.tree import flatten
 from flaxlm.data.text.documents import Corpus
 from flaxlm.tokenizer.files import load_tokenizer
 
-# The knobs that decide what is in a store; weights do not.
+# The knobs of a source that decide what is in a store; its weight does not.
 SOURCE_KEYS = (
   "kind",
   "field",
@@ -25,9 +25,10 @@ SOURCE_KEYS = (
 TOKENIZER_KEYS = ("kind", "vocab_size", "byte_fallback", "user_symbols", "train_bytes")
 
 
-def make_recipe(config: ConfigDict, corpora: dict[str, Corpus]) -> dict:
-  """Everything that decides the bytes of the store, as JSON gives it back."""
-  data, tokenizer = config.data, config.tokenizer
+def make_recipe(
+  data: ConfigDict, tokenizer: ConfigDict, corpora: dict[str, Corpus]
+) -> dict:
+  """Returns the recipe of config.data and config.tokenizer, as JSON gives it back."""
   if tokenizer.path:
     recipe = {"sha256": load_tokenizer(tokenizer.path).sha256}
   else:
@@ -47,17 +48,17 @@ def make_recipe(config: ConfigDict, corpora: dict[str, Corpus]) -> dict:
 
 
 def check_recipe(root: pathlib.Path | str, old: dict, new: dict) -> None:
-  """Refuses a store that another recipe made, naming what differs."""
+  """Raises ConfigError, which names the differences, if two recipes differ."""
   old, new = flatten(old), flatten(new)
   keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
   if not keys:
     return
-  files = [f"other files in {key.removesuffix('.files')}" for key in keys]
+  other_files = [f"other files in {key.removesuffix('.files')}" for key in keys]
   changes = [
     f"{key}={old.get(key)!r} (now {new.get(key)!r})"
     for key in keys
     if not key.endswith(".files")
-  ] or files
+  ] or other_files
   raise errors.ConfigError(
     "config.data.store", f"{root}, prepared with {', '.join(changes[:3])}",
     "a store that this config prepared, or a new directory",

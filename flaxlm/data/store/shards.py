@@ -1,37 +1,34 @@
-"""The token store: tokenised text in immutable shards, and how to read and write them.
+"""Reads and writes a token store: tokenised text in immutable shards.
 
 A shard is two files. `X.ids` holds the ids of whole documents, [bos] text [eos] one
 after another, as raw little-endian integers. `X.index` holds where each document begins
 (uint64), then the crc32 of each 64 KiB block of `X.ids` (uint32). Memory-mapped files
-won over TensorStore and array_record by far (tests/benchmarks/token_store.py); the
-block checksums give them what they lack: a flipped byte is an error, not a wrong token.
-Reading needs numpy alone.
+are much faster than TensorStore and array_record (tests/benchmarks/token_store.py). The
+checksums add what they lack: a flipped byte is an error, not a wrong token. Reading
+needs numpy alone.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import zlib
 
 import numpy as np
 
-from flaxlm import errors
+from flaxlm import errors, files
 from flaxlm.data.store import copies
+from flaxlm.data.store.manifest import SPLITS, WORDS_FILE, broken, read_store_manifest
 from flaxlm.data.text import remote
-from flaxlm.files import sync, write_atomically
 
-STORE_FORMAT = 1
 CHECKSUM_BYTES = 65536  # bytes of ids that share a checksum
-SPLITS = ("train", "validation")
-WORDS = "words.u1"  # a byte an id: 1 if it continues a word
 
 
 class Store:
-  """A finished store. Raises MissingInputError or DataError if there is none."""
+  """A finished token store, in a directory or at an address (gs://, s3://)."""
 
   def __init__(self, path: str | os.PathLike):
+    """Reads the manifest; MissingInputError or DataError without a good one."""
     self.path = str(path)
     is_remote = remote.is_remote(self.path)
     root = remote.path(self.path) if is_remote else pathlib.Path(self.path)
@@ -39,10 +36,10 @@ class Store:
     file = f"{self.path}/manifest.json"
     if not (remote.exists(file) if is_remote else os.path.exists(file)):
       raise errors.MissingInputError(
-        f"config.data.store={self.path} holds no finished token store\n"
-        f"  given:  {root / 'manifest.json'} (missing)\n"
-        "  needed: a directory that flaxlm.prepare completed\n"
-        "  try:    python -m flaxlm.prepare --config=CONFIG.py  (the config you train)"
+        f"config.data.store={self.path} holds no finished token store",
+        f"{root / 'manifest.json'} (missing)",
+        "a directory that flaxlm.prepare completed",
+        "python -m flaxlm.prepare --config=CONFIG.py  (the config you train)",
       )
     self.manifest = read_store_manifest(root / "manifest.json")
     # Stores of older versions name neither the file nor the tokens of encoders.
@@ -68,7 +65,7 @@ class Store:
 
   @property
   def tokenizer(self) -> bytes:
-    """The bytes of the tokenizer that the ids belong to."""
+    """The bytes of the tokenizer that made the ids."""
     return self._read(self._tokenizer_file, self.tokenizer_sha256)
 
   @property
@@ -76,15 +73,20 @@ class Store:
     """Whether each id continues a word, bool V; None in stores of older versions."""
     if not self._words_sha256:
       return None
-    return np.frombuffer(self._read(WORDS, self._words_sha256), np.uint8).astype(bool)
+    return np.frombuffer(self._read(WORDS_FILE, self._words_sha256), np.uint8).astype(
+      bool
+    )
 
   def stream(self, source: str, split: str) -> "TokenStream":
+    """Returns the ids of a split of a source; DataError if there is no such split."""
     known = self.manifest["sources"]
     if source not in known or split not in SPLITS:
       has = " ".join(f"{name}/{s}" for name in known for s in SPLITS)
       raise errors.DataError(
-        f"the token store has no {source}/{split}\n  given:  {self.path}\n"
-        f"  needed: one of {has}\n  try:    prepare the config that you train"
+        f"the token store has no {source}/{split}",
+        self.path,
+        f"one of {has}",
+        "prepare the config that you train",
       )
     return TokenStream(self, known[source][split])
 
@@ -98,12 +100,12 @@ class Store:
     return content
 
   def _local(self, name: str, sha256: str) -> pathlib.Path:
-    """Where file `name` lies here; a remote one is copied and checked once."""
+    """Returns the local path of file `name`; a remote file is copied and checked."""
     if self._cache is None:
       return self._root / name
     path = self._cache / name
     if not path.exists() and not copies.download(f"{self.path}/{name}", path, sha256):
-      raise broken(f"{self.path}/{name}", "its sha256 is not the manifest's")
+      raise broken(f"{self.path}/{name}", "its sha256 is not the one in manifest.json")
     return path
 
 
@@ -118,26 +120,26 @@ class TokenStream:
     self._dtype = np.dtype(store.manifest["dtype"])
     self._entries = entry["shards"]
     self._ends = np.cumsum([shard["tokens"] for shard in self._entries], dtype=np.int64)
-    # Threads may open a shard, or check a block, twice: the result is the same.
+    # Two threads may open one shard, or check one block: the result is the same.
     self._shards: dict[int, Shard] = {}
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Returns ids [start, stop); blocks are verified when they are first touched."""
-    parts = [shard.read(a, b) for shard, a, b, _ in self._overlap(start, stop)]
-    if len(parts) == 1:
-      return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+    """Returns ids [start, stop); each block is checked when it is first read."""
+    ranges = [shard.read(a, b) for shard, a, b, _ in self._overlap(start, stop)]
+    if len(ranges) == 1:
+      return ranges[0]
+    return np.concatenate(ranges) if ranges else np.empty(0, self._dtype)
 
   def document_starts(self, start: int, stop: int) -> np.ndarray:
     """Returns the positions in [start, stop) at which a document begins, as int64."""
-    parts = []
+    found = []
     for shard, a, b, offset in self._overlap(start, stop):
       first, last = np.searchsorted(shard.starts, np.array([a, b], np.uint64))
-      parts.append(shard.starts[first:last].astype(np.int64) + offset)
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+      found.append(shard.starts[first:last].astype(np.int64) + offset)
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
   def _overlap(self, start: int, stop: int):
-    """Yields (shard, start in it, stop in it, its offset) for all that overlap."""
+    """Yields (shard, start in it, stop in it, its offset) of each shard in a range."""
     if not 0 <= start <= stop <= self.num_tokens:
       raise IndexError(f"[{start}, {stop}) is not within {self.num_tokens} tokens")
     number = int(np.searchsorted(self._ends, start, side="right"))
@@ -157,7 +159,7 @@ class TokenStream:
 
 
 class Shard:
-  """One memory-mapped shard whose blocks are checked on first use."""
+  """One memory-mapped shard, whose blocks are checked when they are first read."""
 
   def __init__(self, path, index_path, entry: dict, dtype: np.dtype):
     self.path = path
@@ -178,6 +180,7 @@ class Shard:
     self._verified = np.zeros(blocks, bool)
 
   def read(self, start: int, stop: int) -> np.ndarray:
+    """Returns a copy of ids [start, stop); DataError if a block is damaged."""
     size = self._ids.itemsize
     first, last = start * size // CHECKSUM_BYTES, -(-stop * size // CHECKSUM_BYTES)
     if not self._verified[first:last].all():
@@ -192,7 +195,10 @@ class Shard:
 
 
 class ShardWriter:
-  """Writes one shard under temporary names; `finish` makes it real."""
+  """Writes one shard; its files get their names in `finish`.
+
+  Call `begin`, `add` any number of times, and `end` for each document.
+  """
 
   def __init__(self, root: pathlib.Path, name: str, dtype: np.dtype):
     self._root, self._name, self._dtype = root, name, dtype
@@ -216,11 +222,9 @@ class ShardWriter:
     self._write(np.array([eos_id] if eos_id >= 0 else [], self._dtype))
 
   def close(self) -> None:
-    """Lets go of the file; without `finish` before it, the shard does not exist."""
+    """Closes the file; the shard does not exist unless `finish` was called."""
     if self._file is not None:
-      with contextlib.suppress(
-        OSError
-      ):  # the disk may be full: that was raised already
+      with contextlib.suppress(OSError):  # of a full disk, which was raised before
         self._file.close()
 
   def _write(self, ids: np.ndarray) -> None:
@@ -242,14 +246,15 @@ class ShardWriter:
     del self._buffer[:size]
 
   def finish(self) -> dict:
+    """Makes the files durable, names them, and returns their entry of the manifest."""
     self._flush(len(self._buffer))
-    sync(self._file)
+    files.sync(self._file)
     self._file.close()
     index = np.array(self._starts, "<u8").tobytes()
     index += np.array(self._crcs, "<u4").tobytes()
     path = self._root / self._name
-    os.replace(f"{path}.ids.tmp", f"{path}.ids")
-    write_atomically(pathlib.Path(f"{path}.index"), index)
+    files.rename(f"{path}.ids.tmp", f"{path}.ids")
+    files.write_atomically(f"{path}.index", index)
     return {
       "name": self._name,
       "documents": self.documents,
@@ -258,37 +263,3 @@ class ShardWriter:
       "sha256": self._sha256.hexdigest(),
       "index_sha256": hashlib.sha256(index).hexdigest(),
     }
-
-
-def broken(path: object, what: str) -> errors.DataError:
-  return errors.DataError(
-    f"a file of the token store is damaged\n  given:  {path}: {what}\n"
-    "  needed: the bytes that flaxlm.prepare wrote\n"
-    "  try:    delete the store and prepare again, or copy it again"
-  )
-
-
-def fingerprint_of(manifest: dict) -> str:
-  body = {key: value for key, value in manifest.items() if key != "fingerprint"}
-  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def read_store_manifest(path) -> dict:
-  """Returns the manifest at `path` once it is found whole and of this format."""
-  try:
-    manifest = json.loads(path.read_text())
-    version, fingerprint = manifest["format"], manifest["fingerprint"]
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    raise broken(path, f"not a manifest ({type(error).__name__}: {error})") from error
-  if version != STORE_FORMAT:
-    raise errors.DataError(
-      f"the token store has another format\n  given:  {path}: format {version}\n"
-      f"  needed: format {STORE_FORMAT}\n  try:    prepare again, into a new directory"
-    )
-  if fingerprint != fingerprint_of(manifest):
-    raise broken(path, "its contents do not match its fingerprint")
-  return manifest
-
-
-def dump(tree: dict) -> bytes:
-  return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()

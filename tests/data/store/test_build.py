@@ -19,19 +19,20 @@ from flaxlm import errors, prepare
 from flaxlm.config import base
 from flaxlm.config.check import check_config
 from flaxlm.config.load import config_to_json
-from flaxlm.data.store import build as writer
-from flaxlm.data.store import shards
+from flaxlm.data.store import manifest, shards
+from flaxlm.data.store.build import Report, build_store
+from flaxlm.data.store.units import UNKNOWN_LOST
 from flaxlm.data.text import formats, remote
 from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def build(config) -> writer.Report:
-  return writer.build_store(config, lambda line: None)
+def build(config) -> Report:
+  return build_store(config.data, config.tokenizer, lambda line: None)
 
 
-def texts_of(report: writer.Report, source: str, split: str) -> list[str]:
+def texts_of(report: Report, source: str, split: str) -> list[str]:
   """The documents of a store, decoded."""
   stream = report.store.stream(source, split)
   starts = stream.document_starts(0, stream.num_tokens).tolist()
@@ -66,7 +67,7 @@ def test_the_store_holds_every_document_once(text_config, tmp_path):
   lines = write_lines(tmp_path)
   text_config.data.shard_tokens = 5000
   report = build(text_config)
-  train, validation = (texts_of(report, "main", split) for split in shards.SPLITS)
+  train, validation = (texts_of(report, "main", split) for split in manifest.SPLITS)
   assert sorted(train + validation) == sorted(lines)
   assert 0.1 < len(validation) / len(lines) < 0.3
   assert report.checked and not report.changed and not report.reused
@@ -89,7 +90,7 @@ def test_duplicates_land_in_one_split(text_config, tmp_path):
   report = build(text_config)
   sets = {
     split: {t for name in ("main", "other") for t in texts_of(report, name, split)}
-    for split in shards.SPLITS
+    for split in manifest.SPLITS
   }
   assert sets["train"] and sets["validation"]
   assert not sets["train"] & sets["validation"]
@@ -99,7 +100,7 @@ KILLER = """
 import os, signal, sys
 from flaxlm import files
 from flaxlm.config.load import config_from_json
-from flaxlm.data.store import build, shards
+from flaxlm.data.store.build import build_store
 
 def counting(function, seen=[0]):
   def wrapped(*args, **kwargs):
@@ -110,8 +111,9 @@ def counting(function, seen=[0]):
   return wrapped
 
 os.replace = counting(os.replace)
-files.sync = shards.sync = counting(files.sync)
-build.build_store(config_from_json(open(sys.argv[1]).read()), lambda line: None)
+files.sync = counting(files.sync)
+config = config_from_json(open(sys.argv[1]).read())
+build_store(config.data, config.tokenizer, lambda line: None)
 print("finished")
 """
 
@@ -242,7 +244,7 @@ def test_a_full_disk_is_not_the_end(text_config, tmp_path, monkeypatch):
   assert caught.value.exit_code == 74
   monkeypatch.setattr(os, "fsync", real)
   lines = []
-  report = writer.build_store(text_config, lines.append)
+  report = build_store(text_config.data, text_config.tokenizer, lines.append)
   assert lines[0].startswith("continuing")
   clean = text_config.copy_and_resolve_references()
   clean.data.store = str(tmp_path / "clean")
@@ -258,7 +260,7 @@ def test_bad_text_is_counted(text_config, tmp_path, capsys):
   problems = report.store.manifest["sources"]["main"]["problems"]
   assert problems[formats.EMPTY] == 1 and problems[formats.BOM] == 1
   assert formats.NUL in problems and formats.BAD_UTF8 in problems
-  texts = [t for s in shards.SPLITS for t in texts_of(report, "main", s)]
+  texts = [t for s in manifest.SPLITS for t in texts_of(report, "main", s)]
   assert len(texts) == 3 + 9 + 50
   assert {"good line", "bad \ufffd byte", "NUL \0"} < set(texts)
   printed = prepare.store_summary(report, 1.0)
@@ -271,7 +273,7 @@ def test_characters_without_bytes_are_counted(text_config, tmp_path):
   text_config.data.validation_fraction = 0.0
   report = build(text_config)
   problems = report.store.manifest["sources"]["main"]["problems"]
-  assert problems[writer.UNKNOWN_LOST] == 2
+  assert problems[UNKNOWN_LOST] == 2
   assert "warning: not lossless" in prepare.store_summary(report, 1.0)
 
 
@@ -362,7 +364,7 @@ def test_tokenizers_of_others(corpora, text_config, tmp_path):
 
 def test_ids_take_two_bytes_or_four():
   sizes = {
-    n: writer.dtype_of(types.SimpleNamespace(vocab_size=n)) for n in (65536, 65537)
+    n: manifest.dtype_of(types.SimpleNamespace(vocab_size=n)) for n in (65536, 65537)
   }
   assert sizes == {65536: "<u2", 65537: "<u4"}
 
@@ -372,7 +374,7 @@ def test_max_documents_holds_across_units(text_config, tmp_path):
   text_config.data.sources.main.max_documents = 150
   text_config.data.shard_tokens = 2000
   report = build(text_config)
-  texts = [t for split in shards.SPLITS for t in texts_of(report, "main", split)]
+  texts = [t for split in manifest.SPLITS for t in texts_of(report, "main", split)]
   stored = (lines[0::4] + lines[1::4])[:150]
   assert sorted(texts) == sorted(stored)
 
@@ -390,9 +392,9 @@ def test_a_long_document_takes_little_memory(text_config, tmp_path):
     code = f"""
 import re
 from flaxlm.config.load import config_from_json
-from flaxlm.data.store import build
+from flaxlm.data.store.build import build_store
 config = config_from_json(open({str(tmp_path / "config.json")!r}).read())
-report = build.build_store(config, lambda line: None)
+report = build_store(config.data, config.tokenizer, lambda line: None)
 print(report.store.stream("main", "train").num_bytes)
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
@@ -405,7 +407,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
   assert 50 < peaks[1] < 250 and peaks[1] - peaks[0] < 60  # MB; the ids are 40
 
 
-def test_the_door(text_config, tmp_path, capsys):
+def test_the_command(text_config, tmp_path, capsys):
   write_lines(tmp_path)
   file = tmp_path / "mine.py"
   main = text_config.data.sources.main

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from flaxlm import errors
-from flaxlm.data.store import shards as store
+from flaxlm.data.store.manifest import SPLITS, fingerprint_of
 from flaxlm.data.store.shards import CHECKSUM_BYTES, ShardWriter, Store
 from flaxlm.data.text import remote
 
@@ -40,7 +40,7 @@ def made(tmp_path):
   tokenizer = dict(zip(names, ("0" * 64, 60_000, 0, 1, 2), strict=True))
   manifest = {"format": 1, "tokenizer": tokenizer, "dtype": "<u2", "recipe": {}}
   manifest["sources"] = {"main": {"problems": {}, **entries}}
-  manifest["fingerprint"] = store.fingerprint_of(manifest)
+  manifest["fingerprint"] = fingerprint_of(manifest)
   (tmp_path / "manifest.json").write_text(json.dumps(manifest))
   return tmp_path, split_documents
 
@@ -53,7 +53,7 @@ def flip(path: pathlib.Path, offset: int) -> None:
 
 def test_every_range_reads_back(made):
   path, documents = made
-  for split in store.SPLITS:
+  for split in SPLITS:
     whole = np.concatenate(documents[split])
     stream = Store(path).stream("main", split)
     assert stream.num_tokens == len(whole)
@@ -72,7 +72,7 @@ def test_every_range_reads_back(made):
         stream.read(start, stop)
 
 
-def test_a_store_of_before_lacks_what_encoders_need(made):
+def test_stores_of_older_versions_lack_what_encoders_need(made):
   found = Store(made[0])
   assert (found.bos_id, found.mask_id, found.cls_id, found.sep_id) == (1, -1, -1, -1)
   assert found.continues_word is None
