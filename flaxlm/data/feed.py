@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
-from flaxlm.data.batches import masking, word_frequencies
+from flaxlm.data.batches import masking, token_frequencies
 from flaxlm.data.batches.packed import Batches
 from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
 from flaxlm.data.batches.synthetic import SyntheticBatches
@@ -199,7 +199,7 @@ class Feed:
     """Of the validation text; None where not each of its tokens is predicted once."""
     if self.examples is not None:
       return None
-    return word_frequencies.bytes_per_token(self.validation)
+    return token_frequencies.bytes_per_token(self.validation)
 
   def read_train(self, first_step: int, num_steps: int) -> Iterator[dict]:
     """Yields the batches (dicts of jax.Array) of steps first_step to num_steps - 1."""

@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 
-from flaxlm.data.batches import word_frequencies
+from flaxlm.data.batches import token_frequencies
 from flaxlm.data.feed import Feed
 from flaxlm.data.tasks.scores import score_predictions
 from flaxlm.errors import DataError
@@ -51,10 +51,10 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   if feed.examples is not None:
     return result
   if "bits_per_byte" in result:
-    unigram = word_frequencies.unigram_bits_per_byte(feed.train, feed.validation)
+    unigram = token_frequencies.unigram_bits_per_byte(feed.train, feed.validation)
     return result | {"unigram_bits_per_byte": unigram}
   batches = feed.num_eval_batches
-  unigram = word_frequencies.unigram_nats(feed.train, feed.validation, batches)
+  unigram = token_frequencies.unigram_nats(feed.train, feed.validation, batches)
   return result | {"unigram_loss": unigram}
 
 

@@ -1,1 +1,1 @@
-"""Rows and their order: pure functions of the seed and the step."""
+"""Makes batches of rows: pure functions of the seed and the step."""

@@ -1,11 +1,12 @@
-"""Choosing what to predict: rows of documents become rows to train on.
+"""Chooses what to predict: turns the documents of a row into inputs and targets.
 
-A row is made by pure functions from its documents and a generator that is keyed by the
-row's number alone, so masking is dynamic (Liu et al. 2019) and yet a part of what batch
-t is. The budget of masked units is a number, not a chance for each: rows then weigh the
-same, and a loss varies less. It is rounded at random, so short rows keep the rate too.
+Pure functions make a row from its documents and a generator that is keyed by the row's
+number alone. So masks are dynamic (Liu et al. 2019), yet batch t is always the same. A
+row masks a fixed number of units, not each one with a fixed probability: rows then
+weigh the same, and the loss varies less. The number is rounded at random, so short rows
+are masked at the same rate.
 
-Rows are dicts of int32 arrays, each as long as the row is filled; `stack` pads them.
+Rows are dicts of int32 arrays without padding; `stack` adds it.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from flaxlm.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What a batch asks for: the fields of config.objective, explained there."""
+  """What to predict: the fields of config.objective, which explains them."""
 
   kind: str = "causal"
   mask_rate: float = 0.15
@@ -38,7 +39,7 @@ CAUSAL = Objective()
 
 
 class SpecialIds(NamedTuple):
-  """The ids of symbols that are not text; -1 where the tokenizer has none."""
+  """The ids of special tokens; -1 for those that the tokenizer does not have."""
 
   bos: int = -1
   eos: int = -1
@@ -51,7 +52,7 @@ class SpecialIds(NamedTuple):
 
 
 def special_ids(store) -> tuple[SpecialIds, list[int]]:
-  """Returns the special ids of a token store, and all of its ids that are not text."""
+  """Returns the special ids of a token store, and the list of ids that are not text."""
   named = store.special_tokens
 
   def fim(part: str) -> int:  # as Qwen and as StarCoder spell it
@@ -65,13 +66,13 @@ def special_ids(store) -> tuple[SpecialIds, list[int]]:
 
 
 class Vocabulary(NamedTuple):
-  """What an objective must know of the ids below V, the model's vocabulary."""
+  """What an objective knows about the ids of the model, V of them."""
 
   special: SpecialIds
   is_text: np.ndarray  # bool V: may be masked, hidden, or drawn at random
-  text_ids: np.ndarray  # int32, those of them
-  continues_word: np.ndarray | None  # bool V: not the first piece of a word
-  sentinels: np.ndarray  # int32: T5 too counts down from the last id
+  text_ids: np.ndarray  # int32: the ids for which `is_text` is true
+  continues_word: np.ndarray | None  # bool V: not the first token of a word
+  sentinels: np.ndarray  # int32: counts down from the last id, as in T5
 
 
 NEEDED = {
@@ -92,16 +93,16 @@ def make_vocabulary(
   control_ids: Sequence[int] = (),
   continues_word: np.ndarray | None = None,
 ) -> Vocabulary:
-  """Checks that the ids allow `objective`, and prepares what it needs of them.
+  """Returns what `objective` needs to know about the vocabulary.
 
   Args:
-    vocab_size: of the model.
-    text_size: of the tokenizer: text has the ids below it.
+    vocab_size: the size of the model's vocabulary.
+    text_size: the size of the tokenizer's vocabulary; text has only ids below it.
     control_ids: further ids that are not text, such as pad and unk.
-    continues_word: bool, by id of the tokenizer.
+    continues_word: bool, for each id of the tokenizer.
 
   Raises:
-    ConfigError: a symbol is missing, or sentinels would be ids of text.
+    ConfigError: a special token is missing, or there is no room for the sentinels.
   """
   needed = NEEDED.get(objective.kind, ())
   for name, symbol in needed:
@@ -128,7 +129,7 @@ def make_vocabulary(
   is_text[:text_size] = True
   is_text[[i for i in (*special, *control_ids) if i >= 0]] = False
   if not is_text.any():
-    raise ConfigError("config.model.vocab_size", vocab_size, "room for ids of text")
+    raise ConfigError("config.model.vocab_size", vocab_size, "room for text")
   if continues_word is not None:
     missing = np.zeros(vocab_size - len(continues_word), bool)
     continues_word = np.concatenate([continues_word.astype(bool), missing])
@@ -147,7 +148,7 @@ def make_vocabulary(
 
 
 def synthetic_vocabulary(objective: Objective, vocab_size: int) -> Vocabulary:
-  """The ids of random tokens: special ones first, sentinels last, all else is text."""
+  """Returns a vocabulary for random tokens: special ids, then text, then sentinels."""
   special = SpecialIds(*range(1, 1 + len(SpecialIds._fields)))
   text_size = vocab_size
   if objective.kind == "span":
@@ -159,7 +160,7 @@ def synthetic_vocabulary(objective: Objective, vocab_size: int) -> Vocabulary:
 
 
 def fills(objective: Objective, pad_id: int) -> dict[str, int]:
-  """The arrays of a batch, and what is in them where a row has nothing."""
+  """Returns the names of a batch's arrays, and the values that pad them."""
   names = {"tokens": max(pad_id, 0), "targets": -1, "segment_ids": 0, "positions": 0}
   if objective.pairs != "none":
     names |= {"token_types": 0, "pair_labels": -1}
@@ -191,10 +192,10 @@ def stride(
   seq_len: int,
   tokens_per_document: float,
 ) -> int:
-  """How many tokens of the store a row holds; what an objective adds needs the rest.
+  """Returns how many tokens of the store fill a row, with room for what is added.
 
   Raises:
-    ConfigError: rows are too short.
+    ConfigError: `seq_len` is too short for any.
   """
   for size in range(seq_len, 1, -1):
     added = _added(objective, vocabulary, size, size / tokens_per_document)
@@ -209,8 +210,8 @@ def stride(
 
 
 def _added(objective, vocabulary, size: int, documents: float) -> int:
-  """How many tokens an objective adds to `size` tokens of `documents`, about."""
-  documents += 1  # the row's edges cut one in two
+  """Estimates how many tokens an objective adds to `size` tokens of `documents`."""
+  documents += 1  # the edges of a row cut documents
   if objective.pairs != "none":
     return 3
   if objective.kind == "masked":
@@ -235,14 +236,14 @@ def make_row(
   following: int,
   generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-  """Turns the documents of a row, or the pieces of them in it, into its arrays.
+  """Returns the arrays of a row, made from documents or pieces of documents.
 
-  Where the documents are so many that what the objective adds finds no room, the last
-  ones are taken as they are; no token is ever dropped.
+  No token is ever dropped. If a row has so many documents that the added tokens find no
+  room, the last documents stay as they are.
 
   Args:
-    documents: int32 arrays; together at most `stride` tokens.
-    following: the token after the last one, in the same document; -1 if there is none.
+    documents: int32 arrays, with at most `stride` tokens together.
+    following: the next token of the last document; -1 if the document ends here.
   """
   if objective.kind == "masked":
     framed = frame_documents(documents, vocabulary.special, seq_len)
@@ -278,8 +279,10 @@ def _make_segment(
       room,
       generator,
     )
-  if objective.kind == "prefix":
+  elif objective.kind == "prefix":
     return spans.split_prefix(document, following, generator)
+  elif objective.kind != "fim":
+    raise ValueError(f"no rows of documents for the objective {objective.kind}")
   chosen = generator.random() < objective.fim_rate
   suffix_first = bool(generator.random() < objective.spm_rate)
   if not chosen or room < 3 or is_text.sum() < 2:
@@ -297,7 +300,7 @@ def _make_segment(
 
 
 def join_segments(segments: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-  """Lays segments one after another: tokens, segment_ids from 1, positions from 0."""
+  """Concatenates segments; segment_ids begin at 1, positions at 0 in each segment."""
   lengths = [len(segment) for segment in segments]
   begins = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
   return {
@@ -310,10 +313,10 @@ def join_segments(segments: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 def frame_documents(
   documents: Sequence[np.ndarray], special: SpecialIds, seq_len: int
 ) -> list[np.ndarray]:
-  """Puts each document between [CLS] and [SEP], in place of bos and eos.
+  """Puts each document between [CLS] and [SEP], which replace bos and eos.
 
-  A piece of a document is framed too: fine-tuning meets whole texts, and reads [CLS].
-  When there is no room left, the last documents go without.
+  A piece of a document gets them too, because fine-tuning reads [CLS]. If there is no
+  room left, the last documents stay as they are.
   """
   room = seq_len - sum(map(len, documents))
   framed = []
@@ -339,21 +342,20 @@ def mask_tokens(
 
   `mask_rate` of the units are chosen: tokens, whole words, or spans of whole words
   (Joshi et al. 2019). Of the chosen tokens, `mask_token_rate` become [MASK],
-  `random_token_rate` a random token of text, and the rest stay; a span draws this lot
-  once for all of its tokens, but each of its random tokens by itself.
+  `random_token_rate` become random tokens of text, and the rest stay. All tokens of a
+  span meet the same fate, but each random token is drawn by itself.
 
   Args:
     tokens, segment_ids: int32 L; padding and special tokens are never chosen.
 
   Returns:
-    (tokens, targets), int32 L; targets are the tokens that were chosen, elsewhere -1.
+    (tokens, targets), int32 L; targets are the original tokens where chosen, else -1.
   """
   is_text = vocabulary.is_text[tokens] & (segment_ids > 0)
   begins = is_text
   if objective.mask_unit != "token" and vocabulary.continues_word is not None:
     begins = word_begins(tokens, segment_ids, is_text, vocabulary.continues_word)
-  # Of each token of text, the number of its unit.
-  unit = np.cumsum(begins) - 1
+  unit = np.cumsum(begins) - 1  # the unit of each token of text
   num_units = int(begins.sum())
   budget = spans.round_randomly(objective.mask_rate * num_units, generator)
   dice = generator.random(len(tokens))
@@ -363,7 +365,7 @@ def mask_tokens(
     num_spans = spans.count_spans(num_units, budget, mean_span, budget, generator)
     picked = spans.random_spans(num_units, budget, num_spans, generator)
     span = np.cumsum(picked & ~np.append(False, picked[:-1]))
-    dice = dice[span][unit]  # one throw a span
+    dice = dice[span][unit]  # one number per span
   elif budget:
     picked[generator.permutation(num_units)[:budget]] = True
   chosen = is_text.copy()
@@ -377,10 +379,10 @@ def mask_tokens(
 
 
 def word_begins(tokens, segment_ids, is_text, continues_word) -> np.ndarray:
-  """Where words begin, bool L. A row's edge or a special token parts a word."""
-  goes_on = is_text & continues_word[tokens]
-  before = is_text[:-1] & (segment_ids[:-1] == segment_ids[1:])
-  return is_text & ~(goes_on & np.append(False, before))
+  """Returns where words begin, bool L; special tokens and segments end a word."""
+  continues = is_text & continues_word[tokens]
+  same_segment = is_text[:-1] & (segment_ids[:-1] == segment_ids[1:])
+  return is_text & ~(continues & np.append(False, same_segment))
 
 
 def make_pair_row(
@@ -390,19 +392,19 @@ def make_pair_row(
   elsewhere: Callable[[], np.ndarray | None],
   generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-  """A row [CLS] A [SEP] B [SEP], masked, that also asks whether B follows A.
+  """Returns a masked row [CLS] A [SEP] B [SEP] that also asks whether B follows A.
 
-  A and B are the two parts of `text`, cut at random. In half of the rows B is a text
-  from elsewhere of the same length (nsp: next sentence prediction, Devlin et al. 2018),
-  or A and B are exchanged (sop: sentence order, Lan et al. 2019).
+  `text` is cut at random into A and B. In half of the rows, B is then replaced by text
+  of another document (nsp: next sentence prediction, Devlin et al. 2018), or A and B
+  are swapped (sop: sentence order prediction, Lan et al. 2019).
 
   Args:
-    text: int32, tokens of one document in a row, at most seq_len - 3.
+    text: int32, the text of one document, at most seq_len - 3 tokens.
     elsewhere: returns text of another document, or None if it found none.
 
   Returns:
-    arrays as of `make_row`; token_types: 0 up to the first [SEP], then 1; pair_labels:
-    0 if B follows A, 1 if not, -1 if `text` is too short to have two parts.
+    the arrays of `make_row`; token_types: 0 up to the first [SEP], then 1; pair_labels:
+    0 if B follows A, 1 if not, -1 if `text` is too short to cut.
   """
   size = int(generator.integers(1, max(len(text), 2)))
   a, b, label = text[:size], text[size:], 0
@@ -411,8 +413,10 @@ def make_pair_row(
   elif generator.random() < 0.5:
     if objective.pairs == "sop":
       a, b, label = b, a, 1
+    elif objective.pairs != "nsp":
+      raise ValueError(f"no sentence pairs of the kind {objective.pairs}")
     elif (other := elsewhere()) is not None:
-      # From a random place: B does not begin with a document when it follows A either.
+      # From a random place: a B that follows A does not begin a document either.
       start = int(generator.integers(0, max(len(other) - len(b), 0) + 1))
       b, label = other[start : start + len(b)], 1
   ids = vocabulary.special

@@ -1,14 +1,14 @@
-"""The order of rows: pure functions of the seed and the position."""
+"""The order of rows, and all randomness in them, as functions of seed and position."""
 
 import numpy as np
 
 MIXTURE_BLOCK = 1024  # rows in which every source has exactly its share
 _PHI = 0x9E3779B97F4A7C15
-# Parts of `derive_key` that no number of a source reaches.
-_MIXTURE, _MASKING, _EVALUATION = 2**32, 2**32 + 1, 2**32 + 2
+# Arguments of `derive_key`, larger than the number of any source.
+MIXTURE_KEY, MASKING_KEY, EVALUATION_KEY = 2**32, 2**32 + 1, 2**32 + 2
 
 
-def mix(value: np.ndarray, key: int) -> np.ndarray:
+def _scramble(value: np.ndarray, key: int) -> np.ndarray:
   """Scrambles uint64s (the finaliser of SplitMix64, Steele et al. 2014)."""
   z = value.astype(np.uint64) + np.uint64(key % 2**64)
   z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -17,18 +17,18 @@ def mix(value: np.ndarray, key: int) -> np.ndarray:
 
 
 def derive_key(*parts: int) -> int:
-  """One 64-bit key from several integers, such as (seed, source, epoch)."""
+  """Returns a 64-bit key of several integers, such as (seed, source, epoch)."""
   key = np.zeros(1, np.uint64)
   for part in parts:
-    key = mix(key * np.uint64(_PHI) + np.uint64(part), _PHI)
+    key = _scramble(key * np.uint64(_PHI) + np.uint64(part), _PHI)
   return int(key[0])
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
   """Maps each index in [0, size) to its place in a permutation chosen by `key`.
 
-  A Feistel network (Luby and Rackoff 1988) permutes the smallest power of 4 that holds
-  `size`; an index that leaves [0, size) is permuted again until it comes back.
+  A Feistel network (Luby and Rackoff 1988) permutes [0, the next power of 4). An index
+  that leaves [0, size) is permuted again until it is back. No table is kept.
   """
   half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
   mask = np.uint64((1 << int(half)) - 1)
@@ -37,20 +37,20 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
   while todo.any():
     left, right = value[todo] >> half, value[todo] & mask
     for round_number in range(6):
-      left, right = right, left ^ (mix(right, key + round_number * _PHI) & mask)
+      left, right = right, left ^ (_scramble(right, key + round_number * _PHI) & mask)
     value[todo] = (left << half) | right
     todo[todo] = value[todo] >= size
   return value.astype(np.int64)
 
 
 def row_generators(numbers: np.ndarray, key: int) -> list[np.random.Generator]:
-  """A source of random numbers for each row, told by its number and `key` alone."""
-  keys = mix(numbers, key).tolist()
+  """Returns a generator for each row, which its number and `key` alone determine."""
+  keys = _scramble(numbers, key).tolist()
   return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
 
 
 def shares(weights: list[float]) -> np.ndarray:
-  """How many of MIXTURE_BLOCK rows each weight gets: exact in sum, one at least."""
+  """Returns each weight's share of MIXTURE_BLOCK rows: at least 1, in sum exact."""
   exact = np.array(weights) / sum(weights) * MIXTURE_BLOCK
   counts = np.maximum(np.floor(exact).astype(np.int64), 1)
   while counts.sum() < MIXTURE_BLOCK:

@@ -1,12 +1,12 @@
-"""Token store → batches. Batch t is a function of (seed, t) alone, however many hosts.
+"""Makes batches from a token store. Batch t is a function of (seed, t) alone.
 
-The position of a run in its data is therefore one integer, and resuming is exact and
-instant. A row is made of consecutive tokens of the store, `seq_len` of them or as many
-as leave room for what the objective adds; a permutation that needs no memory orders the
-rows of each epoch. tf.data or threads only read ahead, in order.
+That holds for any number of hosts. The position of a run in its data is therefore one
+integer, and resuming is exact and instant. A row holds consecutive tokens of the store:
+`seq_len` of them, or fewer to leave room for what the objective adds. A permutation
+that needs no memory orders the rows of each epoch.
 
-A batch holds int32 arrays BL: tokens; targets (the right token where one is predicted,
-else -1); segment_ids (documents of a row count from 1, 0 is padding); positions (from 0
+A batch holds int32 arrays BL: tokens; targets (the token to predict, or -1);
+segment_ids (the documents of a row, numbered from 1; 0 is padding); positions (from 0
 in each segment). Some objectives add prefix or token_types BL and pair_labels B1
 (flaxlm/data/batches/masking.py).
 """
@@ -18,10 +18,10 @@ import numpy as np
 from flaxlm.data.batches import masking
 from flaxlm.data.batches.masking import CAUSAL, Objective, Vocabulary
 from flaxlm.data.batches.order import (
-  _EVALUATION,
-  _MASKING,
-  _MIXTURE,
+  EVALUATION_KEY,
+  MASKING_KEY,
   MIXTURE_BLOCK,
+  MIXTURE_KEY,
   derive_key,
   permute,
   row_generators,
@@ -30,21 +30,20 @@ from flaxlm.data.batches.order import (
 from flaxlm.data.store.shards import TokenStream
 from flaxlm.errors import DataError
 
-TRIES = 8  # rows that are looked at for a text of another document
+TRIES = 8  # rows that are tried to find text of another document
 
 
 @dataclasses.dataclass
 class Batches:
-  """`batches[t]` is batch t of training; `first_row` and `num_rows` cut out one host's.
+  """`batches[t]` is batch t: its rows [first_row, first_row + num_rows), for one host.
 
-  With `in_order`, batch t holds rows t*B.. of the sources one after another, each once,
-  and the last batch is filled with padding: that is how models are evaluated. What is
-  masked in a row is then always the same, whatever the seed, step and batch size.
+  With `in_order`, for evaluation, the batches hold each row of the sources once, one
+  source after another, and the last batch ends with padding. The masks of a row are
+  then independent of seed, step and batch size.
 
-  Every token is in one row of each epoch; predicted are those that the objective asks
-  for. Only pairs pass tokens over: a row then takes one of its documents, the longer
-  the likelier, so that over the epochs all are seen. `vocabulary` (None for causal) is
-  what `masking.make_vocabulary` returns.
+  Every token is in one row of each epoch. Sentence pairs are the exception: a row takes
+  one of its documents, longer ones more often, so all are seen over many epochs.
+  `vocabulary` is what `masking.make_vocabulary` returns; None for causal.
   """
 
   streams: dict[str, TokenStream]
@@ -67,15 +66,17 @@ class Batches:
     for name, stream in self.streams.items():
       if stream.num_tokens < 2:
         raise DataError(
-          f"source '{name}' has too few tokens to make a row\n"
-          f"  given:  {stream.num_tokens}\n  needed: 2 or more in this split\n"
-          "  try:    more text, or a larger config.data.validation_fraction"
+          f"source '{name}' has too few tokens to make a row",
+          stream.num_tokens,
+          "2 or more in this split",
+          "more text, or a larger config.data.validation_fraction",
         )
       if self.objective.pairs == "nsp" and stream.num_documents < 2:
         raise DataError(
-          f"source '{name}' has no second document to draw sentences from\n"
-          f"  given:  config.objective.pairs=nsp, {stream.num_documents} document\n"
-          "  needed: 2 or more in this split\n  try:    --config.objective.pairs=sop"
+          f"source '{name}' has no second document to draw sentences from",
+          f"config.objective.pairs=nsp, {stream.num_documents} document",
+          "2 or more in this split",
+          "--config.objective.pairs=sop",
         )
     self.strides = [
       masking.stride(
@@ -86,27 +87,30 @@ class Batches:
       )
       for stream in self._streams
     ]
-    # The last token of a stream is only ever a target, of the next-token kind.
+    # Where the next token is predicted, the last token of a stream is only a target.
     last = 1 if self.objective.kind in ("causal", "prefix") else 0
     self.rows_per_source = [
       -(-(stream.num_tokens - last) // stride)
       for stream, stride in zip(self._streams, self.strides, strict=True)
     ]
     self._shares = shares(self.weights)
-    parts = (_EVALUATION,) if self.in_order else (self.seed, _MASKING)
-    self._masking_key = derive_key(*parts)
+    numbers = (EVALUATION_KEY,) if self.in_order else (self.seed, MASKING_KEY)
+    self._masking_key = derive_key(*numbers)
 
   def __len__(self) -> int:
-    """Batches that hold every row once."""
+    """Returns how many batches hold every row once."""
     return -(-sum(self.rows_per_source) // self.batch_size)
 
   def _numbers(self, step: int) -> np.ndarray:
-    """The numbers of this host's rows of batch `step`, among all that are ever read."""
+    """Returns the numbers of this host's rows of batch `step`, counted from step 0."""
     first = step * self.batch_size + self.first_row
     return np.arange(first, first + self.num_rows)
 
   def rows(self, step: int) -> list[tuple[int, int]]:
-    """The (source, row of it) that this host reads for batch `step`; -1 is padding."""
+    """Returns (source, its row) for each row of this host in batch `step`.
+
+    Source -1 is padding.
+    """
     number = self._numbers(step)
     if self.in_order:
       ends = np.cumsum(self.rows_per_source)
@@ -123,14 +127,14 @@ class Batches:
     return list(zip(source.tolist(), row.tolist(), strict=True))
 
   def _choose_sources(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which source each row comes from, and how many of its rows came before."""
+    """Returns the source of each row, and how many rows of that source came before."""
     if len(self._streams) == 1:
       return np.zeros_like(number), number
     source, count = np.empty_like(number), np.empty_like(number)
     for block in np.unique(number // MIXTURE_BLOCK):
       here = number // MIXTURE_BLOCK == block
       place = number[here] % MIXTURE_BLOCK
-      key = derive_key(self.seed, _MIXTURE, int(block))
+      key = derive_key(self.seed, MIXTURE_KEY, int(block))
       slots = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, key)
       chosen = np.searchsorted(np.cumsum(self._shares), slots, side="right")
       source[here] = chosen[place]
@@ -164,9 +168,10 @@ class Batches:
     return masking.stack(rows, self.objective, self.seq_len, self.pad_id)
 
   def _documents(self, source: int, row: int) -> tuple[list[np.ndarray], int]:
-    """What lies in a row of each document, int32; what follows in the last one, or -1.
+    """Returns the documents of a row (int32), and the token after them.
 
-    A row that is cut in the middle of a document ends, or begins, with a piece of it.
+    A document at the edge of a row may be a piece of one. The token after them is -1
+    unless it continues the last document.
     """
     stream, size = self._streams[source], self.strides[source]
     start = row * size
@@ -194,7 +199,7 @@ class Batches:
     )
 
   def _draw_text(self, source: int, row: int, generator) -> tuple[np.ndarray, int]:
-    """The text of one document in a row, and where in the stream that piece begins."""
+    """Returns the text of one document of a row, and its position in the stream."""
     documents, _ = self._documents(source, row)
     ends = np.cumsum([len(document) for document in documents])
     number = np.searchsorted(ends, generator.integers(ends[-1]), side="right")
@@ -204,9 +209,9 @@ class Batches:
     return text, start
 
   def _are_apart(self, source: int, a: int, b: int) -> bool:
-    """Whether positions `a` and `b` of a source lie in different documents."""
+    """Returns whether positions `a` and `b` of a source are in different documents."""
     a, b = min(a, b), max(a, b)
-    reach = self.seq_len  # doubled, so that few starts are listed of the many between
+    reach = self.seq_len  # the first start is near, or else it takes few doublings
     while a < b:
       stop = min(a + reach, b)
       if len(self._streams[source].document_starts(a + 1, stop + 1)):
@@ -250,8 +255,8 @@ class Batches:
   def _check_ids(self, ids: np.ndarray, source: int, start: int) -> None:
     if ids.max(initial=0) >= self.vocab_size:
       raise DataError(
-        f"token id {ids.max()} is outside the model's vocabulary\n"
-        f"  given:  source '{list(self.streams)[source]}', tokens from {start}\n"
-        f"  needed: ids below config.model.vocab_size={self.vocab_size}\n"
-        "  try:    the vocabulary size of the tokenizer that prepared the store"
+        f"token id {ids.max()} is outside the model's vocabulary",
+        f"source '{list(self.streams)[source]}', tokens from {start}",
+        f"ids below config.model.vocab_size={self.vocab_size}",
+        "the vocabulary size of the tokenizer that prepared the store",
       )

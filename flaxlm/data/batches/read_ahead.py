@@ -1,4 +1,4 @@
-"""Reads batches ahead of the training loop, in threads or through tf.data."""
+"""Makes batches ahead of the training loop, in threads or with tf.data."""
 
 import collections
 import contextlib
@@ -13,19 +13,26 @@ from flaxlm.errors import ConfigError
 def read_ahead(
   batches, steps: range, loader: str, num_threads: int, prefetch: int
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields batches[t] for t in `steps`, several prepared at once, in order.
+  """Yields batches[t] for t in `steps`, in order, several of them made at once.
 
-  A batch is any dict of int32 arrays, with "tokens" among them and the same keys each
-  time. loader "tfdata" uses tf.data; "numpy" uses threads and needs no TensorFlow. Both
-  yield the same bits.
+  Args:
+    batches: its items are dicts of int32 arrays, one of them "tokens", all with the
+      same keys.
+    loader: "tfdata", or "numpy": threads, without TensorFlow. Both yield the same bits.
+    prefetch: how many batches may wait to be used.
+
+  Raises:
+    ConfigError: the loader is unknown or needs TensorFlow, which is not installed.
   """
   if loader == "tfdata":
     return _read_with_tfdata(batches, steps, num_threads, prefetch)
-  return _read_with_threads(batches, steps, num_threads, prefetch)
+  elif loader == "numpy":
+    return _read_with_threads(batches, steps, num_threads, prefetch)
+  raise ConfigError("config.data.loader", loader, "tfdata or numpy")
 
 
 def one_ahead(items: Iterator) -> Iterator:
-  """Yields `items`; a thread of its own makes the next one while one is used."""
+  """Yields `items`; a thread makes the next one while the current one is used."""
   end = object()
   with _workers(1) as pool:
     coming = pool.submit(next, items, end)
@@ -36,7 +43,7 @@ def one_ahead(items: Iterator) -> Iterator:
 
 @contextlib.contextmanager
 def _workers(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-  """Threads that nobody waits for in the end: they read, and leave nothing behind."""
+  """Yields a pool that is not waited for at the end: its threads only read."""
   pool = ThreadPoolExecutor(num_threads, "batches")
   try:
     yield pool
@@ -69,13 +76,13 @@ def _read_with_tfdata(batches, steps, num_threads, prefetch):
     ) from error
   if not len(steps):
     return
-  first = batches[steps.start]  # says which arrays there are
+  first = batches[steps.start]  # shows the names of the arrays
   names, errors = list(first), []
 
   def read(step):
     try:
       batch = batches[int(step)]
-    except Exception as error:  # tf.data would print it and turn it into text
+    except Exception as error:  # tf.data would print it and keep only its text
       errors.append(error)
       return [np.empty((0, 0), np.int32)] * len(names)
     return [batch[name] for name in names]

@@ -1,8 +1,8 @@
-"""What a decoder is asked for besides the next token: spans, prefixes, middles.
+"""Objectives of decoders beside the next token: spans, prefixes, fill in the middle.
 
-Each function turns one document, or the piece of one that lies in a row, into a segment
-to train on. Documents never share a segment, so nothing is predicted from another text.
-All are pure: what is random comes from the generator that is passed in.
+Each function turns one document, or its piece in a row, into a segment to train on.
+Documents never share a segment, so no text is predicted from another. The functions are
+pure: all randomness comes from the generator that is passed in.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,10 @@ import numpy as np
 
 
 class Segment(NamedTuple):
-  """One document of a row, int32 arrays of one length.
+  """One document of a row, as int32 arrays of equal length.
 
-  `targets` holds the token to predict at a position, which is the one after it, or -1.
-  `prefix` is 1 where all of the segment sees the token; no such token is a target.
+  `targets` holds the token after each position if it is to be predicted, else -1.
+  `prefix` is 1 for tokens that the whole segment sees; they are never targets.
   """
 
   tokens: np.ndarray
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 def round_randomly(number: float, generator: np.random.Generator) -> int:
-  """One of the two whole numbers around `number`, which is then right in the mean."""
+  """Rounds up or down at random, so that the mean is `number`."""
   whole = int(number)
   return whole + int(generator.random() < number - whole)
 
@@ -31,7 +31,7 @@ def round_randomly(number: float, generator: np.random.Generator) -> int:
 def count_spans(
   length: int, noise: int, mean_span: float, most: int, generator: np.random.Generator
 ) -> int:
-  """How many spans hide `noise` of `length` units; they must fit, with gaps between."""
+  """Returns how many spans hide `noise` of `length` units: at most `most`, apart."""
   wanted = round_randomly(noise / mean_span, generator)
   return max(1, min(wanted, noise, length - noise + 1, most))
 
@@ -41,17 +41,17 @@ def random_spans(
 ) -> np.ndarray:
   """Returns a mask (bool, `length`) with `noise` Trues in `num_spans` runs.
 
-  All such masks are equally likely. The lengths of runs are then geometric ones (Joshi
-  et al. 2019) of which it is known what they add up to: the budget is met exactly, with
-  no span to cut short. Raffel et al. 2020 draw them so, but always hide the last token.
+  All such masks are equally likely. So the lengths of the runs are geometric (Joshi et
+  al. 2019), given that their sum is `noise`: no span is cut short. Raffel et al. 2020
+  draw lengths in the same way, but always hide the last token.
 
   Args:
-    length: units, of which 1 <= noise <= length are hidden.
+    noise: from 1 to length.
     num_spans: from 1 to min(noise, length - noise + 1).
   """
   cuts = np.sort(generator.choice(noise - 1, num_spans - 1, replace=False)) + 1
   spans = np.diff(cuts, prepend=0, append=noise)
-  # Between two spans lies one unit at least; at both ends there may be none.
+  # There is at least one unit between two spans, but there may be none at the ends.
   free = length - noise - (num_spans - 1)
   bars = np.sort(generator.choice(free + num_spans, num_spans, replace=False))
   gaps = np.diff(bars, prepend=-1, append=free + num_spans) - 1
@@ -61,12 +61,12 @@ def random_spans(
 
 
 def next_tokens(tokens: np.ndarray, following: int = -1) -> np.ndarray:
-  """The targets of next-token prediction; `following` is what comes after the last."""
+  """Returns the targets of next-token prediction; `following` is the last of them."""
   return np.append(tokens[1:], following).astype(np.int32)
 
 
 def keep_whole(tokens: np.ndarray, following: int = -1) -> Segment:
-  """A document as it is, predicted from left to right."""
+  """Returns a document as it is, to be predicted from left to right."""
   return Segment(tokens, next_tokens(tokens, following), np.zeros_like(tokens))
 
 
@@ -75,11 +75,11 @@ def split_prefix(
 ) -> Segment:
   """Splits a document at random: its head is given, its tail is predicted.
 
-  The prefix language model of Raffel et al. 2020 (section 3.2.1), which is the
-  S-denoiser of UL2 (Tay et al. 2022). The head has one token at least.
+  This is the prefix language model of Raffel et al. 2020 (section 3.2.1), and the
+  S-denoiser of UL2 (Tay et al. 2022). The head has at least one token.
 
   Args:
-    following: the token after the last one, in the same document; -1 if there is none.
+    following: the next token of the document; -1 if the document ends here.
   """
   size = int(generator.integers(1, max(len(tokens), 2)))
   targets = next_tokens(tokens, following)
@@ -96,18 +96,18 @@ def corrupt_spans(
   room: int,
   generator: np.random.Generator,
 ) -> Segment:
-  """Hides spans behind sentinels, then asks for them (Raffel et al. 2020, figure 2).
+  """Replaces spans by sentinels, to be predicted (Raffel et al. 2020, figure 2).
 
-  Input `a b c d e` with `b` and `d e` hidden: `a S0 c S1`, all of it prefix, then the
-  target `S0 b S1 d e S2`. UL2's R- and X-denoisers (Tay et al. 2022) differ in
-  `mask_rate` and `mean_span` alone. This is len(tokens) + 2 * spans + 1 long.
+  Of `a b c d e`, with `b` and `d e` hidden, the prefix is `a S0 c S1` and the target is
+  `S0 b S1 d e S2`. The R- and X-denoisers of UL2 (Tay et al. 2022) differ only in
+  `mask_rate` and `mean_span`. The segment has len(tokens) + 2 * spans + 1 tokens.
 
-  A document with less than two tokens of text, or with no room, is given whole: all
+  A document with fewer than two tokens of text, or without room, stays whole: it is all
   prefix, and nothing is predicted.
 
   Args:
-    is_text: of each token; others stay where they are.
-    sentinels: their ids, one for each span and one to end the target.
+    is_text: bool, for each token; the others are never hidden.
+    sentinels: ids, one per span and one to end the target.
     room: how many tokens may be added.
   """
   length = int(is_text.sum())
@@ -122,7 +122,7 @@ def corrupt_spans(
   hidden[is_text] = random_spans(length, noise, num_spans, generator)
   begins = hidden & ~np.append(False, hidden[:-1])
   span = np.cumsum(begins) - 1
-  # A special token inside a span splits it: then the last ones are too many.
+  # A special token inside a span splits it. Then the last spans may be too many.
   hidden &= span < most
   begins &= hidden
   num_spans = int(begins.sum())
@@ -149,14 +149,14 @@ def fill_in_middle(
 ) -> Segment:
   """Moves the middle of a document to its end (Bavarian et al. 2022, section 3).
 
-  With P, M, S for the three symbols, a document is cut at two random tokens and becomes
-  `P prefix S suffix M middle` (PSM) or `P S suffix M prefix middle` (SPM, their joint
-  variant). What is not text at its ends (bos, eos) stays there. Everything is predicted
-  from left to right, as in the paper. This is len(tokens) + 3 long.
+  A document is cut at two random tokens. With P, M, S for the three special tokens, it
+  becomes `P prefix S suffix M middle` (PSM) or `P S suffix M prefix middle` (SPM, their
+  joint variant). bos and eos stay at the ends. Everything is predicted from left to
+  right, as in the paper. The segment has len(tokens) + 3 tokens.
 
   Args:
-    is_text: of each token.
-    suffix_first: SPM.
+    is_text: bool, for each token.
+    suffix_first: SPM rather than PSM.
   """
   inside = np.flatnonzero(is_text)
   first, stop = (inside[0], inside[-1] + 1) if len(inside) else (0, 0)
@@ -164,9 +164,9 @@ def fill_in_middle(
   prefix, middle, suffix = tokens[first:a], tokens[a:b], tokens[b:stop]
   P, M, S = [prefix_id], [middle_id], [suffix_id]
   if suffix_first:
-    parts = [P, S, suffix, M, prefix, middle]
+    order = [P, S, suffix, M, prefix, middle]
   else:
-    parts = [P, prefix, S, suffix, M, middle]
-  joined = np.concatenate([tokens[:first], *parts, tokens[stop:]]).astype(np.int32)
-  # What follows in the store follows the suffix, and no longer the last token here.
+    order = [P, prefix, S, suffix, M, middle]
+  joined = np.concatenate([tokens[:first], *order, tokens[stop:]]).astype(np.int32)
+  # The next token of the document follows its suffix, so it is not a target here.
   return keep_whole(joined)

@@ -1,4 +1,4 @@
-"""Batches of random tokens, for tests, plans and benchmarks without a token store."""
+"""Makes batches of random tokens, for tests, plans and benchmarks."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from flaxlm.data.batches import masking
 from flaxlm.data.batches.masking import CAUSAL, Objective, Vocabulary
-from flaxlm.data.batches.order import _MASKING, derive_key, row_generators
+from flaxlm.data.batches.order import MASKING_KEY, derive_key, row_generators
 
 
 @dataclasses.dataclass
 class SyntheticBatches:
-  """Random tokens, a function of (seed, step): for benchmarks, with no store at all.
+  """Random tokens with the interface of `Batches`, also a function of (seed, step).
 
-  Other objectives than causal need a `vocabulary` (`masking.synthetic_vocabulary`).
+  Objectives other than causal need a `vocabulary` (`masking.synthetic_vocabulary`).
   """
 
   seq_len: int
@@ -41,13 +41,13 @@ class SyntheticBatches:
     }
 
   def _make(self, step: int) -> dict[str, np.ndarray]:
-    """Each row is one document without bos and eos."""
+    """Returns the batch of an objective; a row is one document without bos and eos."""
     objective, vocabulary = self.objective, self.vocabulary
     size = masking.stride(objective, vocabulary, self.seq_len, self.seq_len)
     first = step * self.batch_size + self.first_row
     numbers = np.arange(first, first + (self.num_rows or self.batch_size))
     rows = []
-    for generator in row_generators(numbers, derive_key(self.seed, _MASKING)):
+    for generator in row_generators(numbers, derive_key(self.seed, MASKING_KEY)):
 
       def draw(generator=generator):
         ids = vocabulary.text_ids

@@ -139,7 +139,12 @@ def check_sources(data: ConfigDict) -> None:
 
 def open_corpora(data: ConfigDict) -> dict[str, Corpus]:
   """Opens all sources, sorted by name."""
-  tail = data.validation_fraction if data.split == "tail" else 0.0
+  if data.split == "tail":
+    tail = data.validation_fraction
+  elif data.split == "hash":
+    tail = 0.0
+  else:
+    raise errors.ConfigError("config.data.split", data.split, "hash or tail")
   opened = {}
   for name, source in sorted(data.sources.items()):
     if source.kind == "tfds":

@@ -1,1 +1,1 @@
-"""Documents in: files, tables and data sets become a stream of texts."""
+"""Turns files, tables and data sets into a stream of documents."""

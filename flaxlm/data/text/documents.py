@@ -3,7 +3,7 @@
 A document is a run of `TextPiece`s, the last of which has `end` set, so a document of
 any size passes through bounded memory. Each piece says where the next document begins,
 and reading can start there: the order is fixed (sorted paths, stored order), and so are
-the cuts between pieces. tfds.py opens TFDS data sets as the same kind of corpus.
+the cuts between pieces. tfds.py opens TFDS data sets as a Corpus too.
 """
 
 import codecs
@@ -36,7 +36,7 @@ from flaxlm.data.text.formats import (
 from flaxlm.data.text.tables import table_records
 from flaxlm.tokenizer.pieces import CHUNK_CHARACTERS, cut
 
-# Tests, examples and installed packages: not prose, not the library, or not everywhere.
+# Tests, examples and installed packages: they differ between installations of Python.
 STDLIB_SKIPS = {
   "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
   "lib2to3", "turtledemo", "ensurepip", "lib-dynload",
@@ -48,29 +48,30 @@ class TextPiece(NamedTuple):
 
   text: str  # at most CHUNK_CHARACTERS
   end: bool  # whether it is the last piece of its document
-  position: tuple[int, int]  # of the next document: (file, documents before it there)
+  position: tuple[int, int]  # of the next document: (file, documents before it in it)
   split: str  # "train" or "validation"; "" leaves it to a hash of the text
   problems: tuple[str, ...]
 
 
 class Corpus(NamedTuple):
-  """An opened source."""
+  """An opened source. `read` yields its pieces from a position on."""
 
   files: list[str]
-  sizes: list[int]  # bytes on disk, to estimate the time that is left
-  fingerprint: str  # sha256 of the names and sizes of what would be read
-  read: Callable[[tuple[int, int]], Iterator[TextPiece]]  # from a position on
+  sizes: list[int]  # bytes on disk, to estimate the remaining time
+  fingerprint: str  # sha256 of the names and sizes of the files
+  read: Callable[[tuple[int, int]], Iterator[TextPiece]]
 
 
 def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
   """Opens the source `name` of config.data.sources, of any kind but tfds.
 
-  With `tail`, the last fraction `tail` of the characters of each text file is its
-  validation split, as in nanoGPT.
+  Args:
+    tail: the fraction of each text file, at its end, that is its validation split, as
+      in nanoGPT; 0 leaves the split to `split_of`.
 
   Raises:
     ConfigError, MissingInputError: the source cannot be opened.
-    DataError: while reading, for a file that is damaged.
+    DataError: while reading, if a file is damaged.
   """
   key = f"config.data.sources.{name}"
   if source.validation_split:
@@ -111,7 +112,7 @@ def stdlib_files() -> tuple[list[str], str]:
 def read_splits(
   file: str, source: ConfigDict, tail: float
 ) -> Iterator[tuple[str, Parts]]:
-  """Yields (split, documents) of a file: once, with split "", or its head and tail."""
+  """Yields (split, documents) of a file: with split "", or its head and its tail."""
   if source.kind == "jsonl":
     yield "", json_documents(file, source.field)
   elif source.kind == "parquet":
@@ -138,7 +139,8 @@ def to_pieces(
   Args:
     splits: (split, documents), as `read_splits` yields them.
     file: the number of the file that they come from.
-    number: of the first document; those below number `skip` are passed over.
+    skip: the number of the first document to yield.
+    number: the number of the first document in `splits`.
   """
   for split, parts in splits:
     buffer, problems = "", ()
@@ -160,7 +162,7 @@ def to_pieces(
 
 
 def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
-  """Yields what lies between characters `start` and `stop` of (text, problems)."""
+  """Yields characters [start, stop) of chunks of (text, problems)."""
   offset = 0
   for text, problems in chunks:
     part = text[max(start - offset, 0) : max(stop - offset, 0)]
@@ -185,7 +187,8 @@ def text_documents(chunks: Iterable, unit: str) -> Parts:
 
 def paragraphs(lines: Parts) -> Parts:
   """Joins lines into documents that blank lines separate."""
-  inside = started = False  # in a paragraph; in a line of which a part was yielded
+  inside = False  # a paragraph has begun
+  started = False  # the beginning of this line was yielded
   space, carried = "", ()  # the beginning of a line that may turn out to be blank
   for text, end, problems in lines:
     if not started:
@@ -237,7 +240,7 @@ def json_documents(path: str, field: str) -> Parts:
 
 
 def parse_json(text: str) -> object:
-  """Returns what a line of JSON holds; None if it is not JSON."""
+  """Returns the value of a line of JSON; None if it is not JSON."""
   try:
     return json.loads(text)
   except ValueError:
@@ -269,6 +272,7 @@ def table_documents(path: str, kind: str, field: str) -> Parts:
 
 
 def no_field(where: str, field: str, has: Iterable[str]) -> errors.DataError:
+  """Returns the error for a source without its text field; it lists the others."""
   return errors.DataError(
     f"there is no field {field!r} to take the text from",
     f"{where} with fields {' '.join(map(str, has))}",
@@ -289,9 +293,9 @@ def record_text(value: object) -> tuple[str, bool, tuple[str, ...]]:
 
 
 def split_of(text: bytes, fraction: float) -> str:
-  """Returns the split of a document that begins with `text`, by its hash.
+  """Returns the split of a document, chosen by a hash of its first piece.
 
-  Equal documents are in the same split: none is both trained on and validated on.
+  Equal documents get the same split, so none is both trained on and validated on.
   """
   number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
   return "validation" if number < fraction * 2**64 else "train"

@@ -1,7 +1,7 @@
-"""Opens files of text, near or far, plain or compressed, and cleans what is in them.
+"""Opens text files, local or remote, plain or compressed, and cleans their text.
 
-What is wrong with a text is repaired and noted: its problems are strings that are
-counted while a store is prepared. One bad character should not stop a corpus.
+Bad text is repaired, not refused: one bad character should not stop a corpus. Each
+repair yields a problem, a string that is counted while a store is prepared.
 """
 
 import bz2
@@ -21,8 +21,8 @@ from flaxlm import errors
 from flaxlm.data.text import remote
 from flaxlm.machine import quiet_stderr
 
-READ_BYTES = 1 << 20  # read at a time
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a damaged file
+READ_BYTES = 1 << 20  # bytes read at a time
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # from damaged files
 SURROGATES = re.compile("[\ud800-\udfff]")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
 # Problems.
@@ -36,7 +36,11 @@ Parts = Iterable[tuple[str, bool, tuple[str, ...]]]
 
 
 def find_files(key: str, pattern: str) -> list[str]:
-  """Returns the files that match the glob of a knob, sorted; at least one."""
+  """Returns the files that match a glob, sorted.
+
+  Raises:
+    MissingInputError: no file matches; it names the config key `key`.
+  """
   if remote.is_remote(pattern):
     fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
     rest = pattern[len(fixed) :].strip("/")
@@ -59,7 +63,7 @@ def find_files(key: str, pattern: str) -> list[str]:
 
 
 def file_size(path: str) -> int:
-  """Returns the bytes of a file on disk."""
+  """Returns the size of a file in bytes."""
   if remote.is_remote(path):
     with remote.reaching(path):
       return remote.path(path).stat().length
@@ -67,7 +71,7 @@ def file_size(path: str) -> int:
 
 
 def open_binary(path: str) -> IO[bytes]:
-  """Opens a file for reading, as it is on disk."""
+  """Opens a local or remote file for reading, without decompressing it."""
   if remote.is_remote(path):
     with remote.reaching(path):
       return remote.path(path).open("rb")
@@ -76,7 +80,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
-  """Opens a file for reading, decompressed; its first bytes decide, not its name."""
+  """Opens a file and decompresses it as its first bytes, not its name, say."""
   with open_binary(path) as file:
     start = file.read(6)
     file.seek(0)
@@ -94,12 +98,13 @@ def open_stream(path: str) -> Iterator[IO[bytes]]:
 
 
 def damaged_file(path: str, error: Exception, needed: str) -> errors.DataError:
+  """Returns the error for a file whose reading failed with `error`."""
   given = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
   return errors.DataError(f"{path} cannot be read to its end", given, needed)
 
 
 def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Yields (text, problems) of a UTF-8 file, a megabyte at a time."""
+  """Yields chunks of (text, problems) of a UTF-8 file, about a megabyte each."""
   decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
   first = True
   try:
@@ -123,10 +128,10 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def clean(text: str, problem: str) -> tuple[str, tuple[str, ...]]:
-  """Replaces surrogates, which UTF-8 cannot hold; returns (text, problems).
+  """Replaces surrogates, which UTF-8 cannot encode; returns (text, problems).
 
   Args:
-    problem: what a surrogate means here: BAD_UTF8 or BAD_SURROGATE.
+    problem: the problem to note for them: BAD_UTF8 or BAD_SURROGATE.
   """
   problems = (NUL,) if "\0" in text else ()
   try:

@@ -9,6 +9,7 @@ from flaxlm.machine import quiet_stderr
 
 
 def is_remote(address: str) -> bool:
+  """Returns whether this is an address rather than a local path."""
   return "://" in address
 
 
@@ -21,7 +22,7 @@ def path(address: str | os.PathLike):
 
 @contextlib.contextmanager
 def reaching(address: str) -> Iterator[None]:
-  """Turns whatever the library behind the address raises into a StorageError."""
+  """Turns any exception of the library that serves the address into a StorageError."""
   try:
     yield
   except Exception as error:
@@ -34,7 +35,8 @@ def reaching(address: str) -> Iterator[None]:
 
 
 def exists(address: str) -> bool:
+  """Returns whether there is a file at `address`; StorageError if nobody can tell."""
   # Libraries log most at the first contact, which is here. Copies are not silenced:
-  # they take long and run in threads, and stderr belongs to the whole process.
+  # they take long and run in threads, but stderr belongs to the whole process.
   with quiet_stderr(), reaching(address):
     return path(address).exists()

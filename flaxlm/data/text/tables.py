@@ -14,7 +14,7 @@ from flaxlm.data.text.formats import READ_ERRORS, clean, damaged_file, open_stre
 
 
 class Record(NamedTuple):
-  """The fields of one row or example, unchecked, and its place."""
+  """The unchecked fields of one row or example, and where it was read."""
 
   fields: dict[str, object]
   file: str
@@ -23,13 +23,15 @@ class Record(NamedTuple):
 
   @property
   def place(self) -> str:
+    """The file and the number of the record, for messages."""
     return f"{self.file} {self.unit} {self.number}"
 
   def wrong(self, given: str, needed: str, hint: str = "") -> errors.DataError:
+    """Returns the error that says what is wrong with this record."""
     return unusable(self.place, given, needed, hint)
 
   def value(self, column: str) -> object:
-    """Returns what is in a column; DataError lists the columns if it is missing."""
+    """Returns the value of a column; DataError lists the columns if it is missing."""
     if column not in self.fields:
       raise no_column(self.place, column, self.fields)
     return self.fields[column]
@@ -54,10 +56,12 @@ class Record(NamedTuple):
 
 
 def unusable(where: str, given: str, needed: str, hint: str = "") -> errors.DataError:
+  """Returns the error for a record or file that is not as its format asks."""
   return errors.DataError(f"{where} cannot be used", given, needed, hint)
 
 
 def no_column(where: str, name: str, has: Iterable[str]) -> errors.DataError:
+  """Returns the error for records without column `name`, listing those they have."""
   return unusable(
     where, f"columns {' '.join(map(str, has))}", f"a column {name}",
     "--config.task.text=, text_pair=, label= or choices= with the names here",
@@ -65,7 +69,7 @@ def no_column(where: str, name: str, has: Iterable[str]) -> errors.DataError:
 
 
 def describe_value(value: object) -> str:
-  """Returns a value as errors show it: its type and its first characters."""
+  """Returns a value as messages show it: its type and its first characters."""
   return f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
 
 
@@ -103,7 +107,7 @@ def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def tsv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
-  """Yields (line, values); a quote is a character like any other, as in GLUE."""
+  """Yields (line, values); quotes have no special meaning, as in GLUE."""
   for number, line in numbered_lines(file):
     line = line.rstrip("\r\n")
     if line:

@@ -104,23 +104,23 @@ def make_corpus(
   """Returns a corpus with one "file" per split; of two, the second is for validation.
 
   Args:
-    listing: what the fingerprint is made of.
-    read: of (split, number of the first example).
+    listing: the contents of the fingerprint.
+    read: returns the examples of (split, number of the first one).
   """
   names = ("train", "validation") if len(splits) > 1 else ("",)
 
   def read_from(position=(0, 0)) -> Iterator[TextPiece]:
     for number in range(position[0], len(splits)):
       skip = position[1] if number == position[0] else 0
-      parts = [(names[number], read(splits[number], skip))]
-      yield from to_pieces(parts, number, skip, skip)
+      split = (names[number], read(splits[number], skip))
+      yield from to_pieces([split], number, skip, skip)
 
   fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
   return Corpus([f"{path} {split}" for split in splits], sizes, fingerprint, read_from)
 
 
 def import_tfds(key: str):
-  """Imports TensorFlow Datasets for the knob `key`."""
+  """Imports TensorFlow Datasets; MissingInputError names `key`, which needs it."""
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -133,7 +133,7 @@ def import_tfds(key: str):
 
 
 def open_builder(key: str, path: str):
-  """Returns the prepared TFDS builder at `path`: a directory, NAME, or MODULE:NAME."""
+  """Returns the TFDS builder at `path` (directory, NAME, MODULE:NAME), prepared."""
   tfds = import_tfds(f"{key}.path={path}")
   directory = os.path.expanduser(path)
   try:
@@ -160,14 +160,14 @@ def open_builder(key: str, path: str):
 
 
 def check_tfds_split(builder, key: str, split: str, path: str) -> None:
-  """Raises ConfigError if the data set has no such split; `train[:10%]` is one."""
+  """Raises ConfigError if the data set has no such split; slices of one are splits."""
   if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
     known = " ".join(builder.info.splits)
     raise errors.ConfigError(key, repr(split), f"a split of {path}", known)
 
 
 def field_values(builder, split: str, field: str, skip: int) -> Iterator:
-  """Yields one field of the examples from number `skip` on, in the stored order."""
+  """Yields a field of each example from number `skip` on, in the stored order."""
   if is_random_access(builder):
     source = builder.as_data_source(split=split)
     for number in range(skip, len(source)):
@@ -190,14 +190,18 @@ def tfds_examples(builder, split: str, names: list[str]) -> Iterator[dict]:
 
 
 def is_random_access(builder) -> bool:
-  """Whether the files are array_record, which needs no TensorFlow."""
+  """Returns whether the files are array_records, which need no TensorFlow."""
   return builder.info.file_format.value == "array_record"
 
 
 def read_tfrecords(
   builder, split: str, names: list[str], change: Callable = lambda dataset: dataset
 ) -> Iterable[dict]:
-  """Yields examples of a tf.data data set, one file after another, after `change`."""
+  """Yields the examples of a split, one file after another.
+
+  Args:
+    change: is applied to the tf.data.Dataset first.
+  """
   import tensorflow_datasets as tfds
 
   tf = import_tensorflow()

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from flaxlm.data.batches import masking, word_frequencies
+from flaxlm.data.batches import masking, token_frequencies
 from flaxlm.data.batches.masking import Objective, SpecialIds
 from flaxlm.data.batches.order import MIXTURE_BLOCK, permute, shares
 from flaxlm.data.batches.packed import Batches
@@ -401,17 +401,17 @@ def test_unigrams_are_counted_on_what_is_predicted(name):
     ids = train.streams["a"].ids
     seen = ids[ids != BOS]
   expected = entropy_of(seen, targets(validation, len(validation)), 130)
-  assert word_frequencies.unigram_nats(train, validation) == pytest.approx(expected)
-  assert word_frequencies.unigram_nats(train, part) == pytest.approx(expected)
+  assert token_frequencies.unigram_nats(train, validation) == pytest.approx(expected)
+  assert token_frequencies.unigram_nats(train, part) == pytest.approx(expected)
   first = entropy_of(seen, targets(validation, 1), 130)
-  assert word_frequencies.unigram_nats(train, validation, 1) == pytest.approx(first)
+  assert token_frequencies.unigram_nats(train, validation, 1) == pytest.approx(first)
   if name == "causal":
     bits = expected / math.log(2) / (4 * 27 / 26)
-    assert word_frequencies.unigram_bits_per_byte(train, validation) == pytest.approx(
+    assert token_frequencies.unigram_bits_per_byte(train, validation) == pytest.approx(
       bits
     )
   else:
-    assert word_frequencies.bytes_per_token(validation) is None
+    assert token_frequencies.bytes_per_token(validation) is None
 
 
 def test_tensorflow_sees_no_accelerator():

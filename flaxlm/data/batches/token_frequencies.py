@@ -1,4 +1,4 @@
-"""What knowing only word frequencies reaches: the yardstick beside every loss."""
+"""The loss of a model that knows only token frequencies, to compare every loss with."""
 
 import dataclasses
 import math
@@ -9,20 +9,20 @@ from flaxlm.data.batches.packed import Batches
 from flaxlm.data.store.shards import TokenStream
 
 TOKENS_AT_ONCE = 1 << 20  # tokens read at once
-SAMPLE = 20_000_000  # training tokens that the frequencies are counted on, at most
-TARGETS = 2_000_000  # the same, where batches must be made to see what is predicted
+SAMPLE = 20_000_000  # training tokens to count, at most
+TARGETS = 2_000_000  # targets to count, at most, where batches must be made to see them
 
 
 def predicted_tokens(streams: dict[str, TokenStream]) -> int:
-  """Every token but the first of each document."""
+  """Returns how many tokens are predicted: all but the first of each document."""
   return sum(s.num_tokens - s.num_documents for s in streams.values())
 
 
 def bytes_per_token(batches: Batches) -> float | None:
-  """Bytes of text per predicted token of a split.
+  """Returns the bytes of text per predicted token of a split.
 
-  None where the objective does not predict each token once: a sum of such losses does
-  not encode the text, so bits per byte have no meaning.
+  None unless the objective predicts each token once: otherwise the sum of the losses
+  does not encode the text, and bits per byte have no meaning.
   """
   if batches.objective.kind != "causal":
     return None
@@ -31,7 +31,7 @@ def bytes_per_token(batches: Batches) -> float | None:
 
 
 def count_tokens(batches: Batches, limit: int) -> np.ndarray:
-  """How often each id is a target, in up to `limit` tokens of each stream."""
+  """Returns how often each id is a target, in up to `limit` tokens of each stream."""
   counts = np.zeros(batches.vocab_size, np.int64)
   for stream in batches.streams.values():
     for start in range(0, min(stream.num_tokens, limit), TOKENS_AT_ONCE):
@@ -44,7 +44,7 @@ def count_tokens(batches: Batches, limit: int) -> np.ndarray:
 
 
 def count_targets(batches: Batches, steps: range, limit: int = 2**62) -> np.ndarray:
-  """How often batches ask for each id, over all hosts; stops after `limit` of them."""
+  """Returns how often each id is a target in batches of all hosts, up to `limit`."""
   whole = dataclasses.replace(batches, first_row=0, num_rows=0)
   counts = np.zeros(batches.vocab_size, np.int64)
   for step in steps:
@@ -56,13 +56,14 @@ def count_targets(batches: Batches, steps: range, limit: int = 2**62) -> np.ndar
 
 
 def unigram_nats(train: Batches, validation: Batches, num_batches: int = 0) -> float:
-  """Cross entropy, in nats per prediction, of add-one frequencies of training targets.
+  """Returns the cross entropy, in nats per target, of a model of token frequencies.
 
-  What it predicts are the targets of the validation batches themselves, so it stands
-  beside the loss of any objective. Every host counts all of the rows.
+  The frequencies are those of the training targets, plus one. The model predicts the
+  targets of the validation batches, so it compares with the loss of any objective.
+  Every host counts all rows.
 
   Args:
-    num_batches: of `validation`, as many as are evaluated; 0 = all.
+    num_batches: the batches of `validation` that are evaluated; 0 = all.
   """
   if train.objective.kind == "causal":
     counts = count_tokens(train, SAMPLE) + 1
@@ -74,5 +75,5 @@ def unigram_nats(train: Batches, validation: Batches, num_batches: int = 0) -> f
 
 
 def unigram_bits_per_byte(train: Batches, validation: Batches) -> float:
-  """The same in bits per byte of text, for the causal objective."""
+  """Returns the same in bits per byte of text, for the causal objective."""
   return unigram_nats(train, validation) / math.log(2) / bytes_per_token(validation)
