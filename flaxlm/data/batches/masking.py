@@ -129,7 +129,7 @@ def make_vocabulary(
   is_text[:text_size] = True
   is_text[[i for i in (*special, *control_ids) if i >= 0]] = False
   if not is_text.any():
-    raise ConfigError("config.model.vocab_size", vocab_size, "room for text")
+    raise ConfigError("config.model.vocab_size", vocab_size, "room for ids of text")
   if continues_word is not None:
     missing = np.zeros(vocab_size - len(continues_word), bool)
     continues_word = np.concatenate([continues_word.astype(bool), missing])

@@ -1,1 +1,1 @@
-"""Labelled examples, for fine-tuning, and the scores of what is predicted."""
+"""Reads and encodes labelled examples for fine-tuning, and scores predictions."""

@@ -1,8 +1,8 @@
-"""Labelled records → rows of tokens and labels, one function a kind of task.
+"""Encodes labelled records as rows of tokens and labels, one function per task kind.
 
-Texts are laid out as in BERT: [CLS] text [SEP], [CLS] text [SEP] pair [SEP], the pair
-with token type 1. A causal model, or a tokenizer without these, has bos for [CLS] and
-eos for [SEP]: what it has seen at the ends of documents.
+Texts are laid out as in BERT: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP], where
+the pair has token type 1. Causal models, and tokenizers without these tokens, use bos
+for [CLS] and eos for [SEP], which they saw at the ends of documents.
 """
 
 import bisect
@@ -19,21 +19,28 @@ from flaxlm.data.tasks.records import choice_columns, columns
 from flaxlm.data.text.tables import Record, describe_value
 from flaxlm.tokenizer.word_offsets import Located, WordEncoder
 
-SHORTEST = 8  # tokens of a row: the special ones and some of each text
+SHORTEST = 8  # tokens per row: special tokens, and a few of each text
 CUT = "longer than a row, cut"
 NO_TARGET = "nothing to predict in the row, dropped"
 MISPLACED = "answer not where its offset says, not learnt"
 
 
 class Labels:
-  """The classes of a task, numbered in a given order, or sorted once all are seen."""
+  """The classes of a task, numbered in the given order, or sorted when all are known.
+
+  `open` means that new names may still be added.
+  """
 
   def __init__(self, names: Sequence[str] = ()):
     self.names, self.open = tuple(names), not names
     self._numbers = {name: number for number, name in enumerate(self.names)}
 
   def number(self, value: object, record: Record, column: str) -> int:
-    """The number of the class that a record names; a whole number may stand for it."""
+    """Returns the number of the class that a record names, or gives as a number.
+
+    Raises:
+      DataError: there is no such class, or no label.
+    """
     if not isinstance(value, str | int) or value == "":
       given = "no label" if value in ("", None) else describe_value(value)
       raise record.wrong(f"{column}: {given}", "the name or number of a class")
@@ -52,10 +59,11 @@ class Labels:
     )  # fmt: skip
 
   def are_numbers(self) -> bool:
-    return all(map(is_number, self._numbers))
+    """Returns whether the names of all classes are whole numbers."""
+    return all(map(_is_number, self._numbers))
 
   def close(self) -> np.ndarray:
-    """Settles the order; returns the new number of each number given out so far."""
+    """Fixes the order; returns the final number of each number given out so far."""
     found = list(self._numbers)
     if self.open:
       order = sorted(found, key=int if self.are_numbers() else str)
@@ -63,12 +71,12 @@ class Labels:
     return np.array([self._numbers[name] for name in found], np.int32)
 
 
-def is_number(name: str) -> bool:
+def _is_number(name: str) -> bool:
   return name.removeprefix("-").isdecimal()
 
 
 class Rows:
-  """Rows being made; every array is flat, so that a million rows stay small."""
+  """The rows of a split while they are made, in flat arrays to save memory."""
 
   def __init__(self, vocab_size: int):
     self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
@@ -76,13 +84,13 @@ class Rows:
     self.token_labels, self.labels = bytearray(), bytearray()  # int32
     self.lengths: list[int] = []
     self.problems: collections.Counter[str] = collections.Counter()
-    # Of questions: what their rows show of which context, and what counts as right.
+    # Of questions: the window of a context in each row, and the right answers.
     self.windows: list[tuple[int, int, int, int]] = []
     self.contexts: list[tuple[str, Located]] = []
     self.answers: list[list[str]] = []
 
   def add(self, ids, types, labels=(), token_labels=None, begins=None) -> None:
-    """Adds a row. `begins`: the columns at which its segments begin, if not 0 alone."""
+    """Adds a row; `begins` are the first columns of its segments, if it has several."""
     self.tokens += np.asarray(ids).astype(self.dtype).tobytes()
     self.types += np.asarray(types, np.uint8).tobytes()
     self.labels += np.asarray(labels, np.int32).tobytes()
@@ -97,10 +105,10 @@ class Rows:
 
 @dataclasses.dataclass
 class Encoder:
-  """What it takes to turn the records of a task into rows.
+  """Turns the records of a task into rows.
 
   Raises:
-    ConfigError: no token parts two texts; rows are too short for anything.
+    ConfigError: no token can end a text, or rows are too short.
   """
 
   task: ConfigDict
@@ -140,34 +148,36 @@ class Encoder:
       encode_questions(self, records, rows)
     elif kind == "choice":
       encode_choices(self, records, labels, rows)
-    else:
+    elif kind == "chat":
       encode_chats(self, records, rows)
+    else:
+      raise ValueError(f"no rows for a task of kind {kind}")
 
   def encode_all(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The ids of each different text."""
+    """Returns the ids of each distinct text."""
     texts = list(dict.fromkeys(texts))
     ids = self.tokenizer.encode_batch(texts, self.num_threads)
     return dict(zip(texts, ids, strict=True))
 
   def lay_out(self, first, second=None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (ids, token types) of one text, or two, between the special tokens."""
-    parts = [self.start, first, self.stop]
+    """Returns (ids, token types) of one text, or of two, with the special tokens."""
+    pieces = [self.start, first, self.stop]
     if second is not None:
-      parts += [second, self.stop]
-    ids = np.concatenate([np.asarray(part, np.int32) for part in parts])
+      pieces += [second, self.stop]
+    ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
     types = np.zeros(len(ids), np.uint8)
     if second is not None:
       types[len(ids) - len(second) - 1 :] = 1
     return ids, types
 
   def lay_out_pair(self, first, second, limit: int):
-    """The same for two texts that are cut to `limit` tokens, the longer one first."""
+    """Lays out two texts in at most `limit` tokens; the longer one is cut first."""
     a, b = fit_pair(len(first), len(second), limit - len(self.start) - 2)
     return self.lay_out(first[:a], second[:b])
 
 
 def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
-  """Lengths that fit into `room`: the longer text loses its last token, repeatedly."""
+  """Returns two lengths that fit into `room`; the longer text is cut first."""
   if first + second <= room:
     return first, second
   short = min(first, second, room // 2)
@@ -176,7 +186,7 @@ def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def split_key(record: Record, encoder: Encoder) -> str:
-  """What decides on the split of a record: those with the same text stay together."""
+  """Returns the text whose hash decides the split: equal texts stay together."""
   text, pair, _ = encoder.columns
   if encoder.kind == "classify":
     return record.text(text) + ("\n" + record.text(pair) if pair else "")
@@ -188,7 +198,7 @@ def split_key(record: Record, encoder: Encoder) -> str:
 def encode_classes(
   encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
 ) -> None:
-  """One text, or a pair, and its class."""
+  """Adds rows of one text, or two, with a class each."""
   text, pair, label = encoder.columns
   firsts = [record.text(text) for record in records]
   seconds = [record.text(pair) for record in records] if pair else []
@@ -210,7 +220,7 @@ def encode_classes(
 def encode_tags(
   encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
 ) -> None:
-  """Words with a tag each, which the first token of the word carries."""
+  """Adds rows of tagged words; the label is at the first token of each word."""
   text, _, label = encoder.columns
   sentences = [record.texts(text) for record in records]
   space, unknown = encoder.words.space, max(encoder.tokenizer.unk_id, 0)
@@ -223,14 +233,14 @@ def encode_tags(
       raise record.wrong(
         f"{label}: {given}", f"a list of {len(sentence)}, as many as in {text}"
       )
-    parts = encoder.words.encode(sentence)
-    # A word of which nothing is left (control characters) has a tag all the same.
-    parts = [part if len(part) else np.array([unknown], np.int32) for part in parts]
-    heads = np.cumsum([0, *map(len, parts)])
+    words = encoder.words.encode(sentence)
+    # A word without tokens (of control characters) still needs a place for its tag.
+    words = [ids if len(ids) else np.array([unknown], np.int32) for ids in words]
+    heads = np.cumsum([0, *map(len, words)])
     own = np.full(heads[-1], -1, np.int32)
     own[heads[:-1]] = [labels.number(tag, record, label) for tag in tags]
     room = encoder.seq_len - len(encoder.start) - 1
-    ids, types = encoder.lay_out(np.concatenate(parts)[:room])
+    ids, types = encoder.lay_out(np.concatenate(words)[:room])
     marks = np.full(len(ids), -1, np.int32)
     marks[len(encoder.start) : -1] = own[:room]
     rows.problems[CUT] += len(own) > room
@@ -240,7 +250,7 @@ def encode_tags(
 def encode_choices(
   encoder: Encoder, records: list[Record], labels: Labels, rows: Rows
 ) -> None:
-  """A query with each of its options: the segments of one row."""
+  """Adds rows whose segments are a query with each of its options."""
   label = encoder.columns[2]
   pairs = [read_options(record, encoder) for record in records]
   ids = encoder.encode_all(
@@ -259,12 +269,12 @@ def encode_choices(
     rows.problems[CUT] += limit < max(lengths)
     laid = [encoder.lay_out_pair(ids[a], ids[b], limit) for a, b in options]
     begins = np.cumsum([0, *(len(segment) for segment, _ in laid[:-1])])
-    all_ids, all_types = (np.concatenate(part) for part in zip(*laid, strict=True))
+    all_ids, all_types = map(np.concatenate, zip(*laid, strict=True))
     rows.add(all_ids, all_types, [number], begins=begins)
 
 
 def read_options(record: Record, encoder: Encoder) -> list[tuple[str, str]]:
-  """The (query, option) pairs of a record: either may be one text for all of them."""
+  """Returns the (query, option) pairs of a record; either may be shared by all."""
   query, names = encoder.columns[0], choice_columns(encoder.task)
   texts = record.value(query)
   texts = record.texts(query) if isinstance(texts, list) else [record.text(query)]
@@ -285,7 +295,7 @@ def read_options(record: Record, encoder: Encoder) -> list[tuple[str, str]]:
 
 
 def option_number(record: Record, label: str, labels: Labels, count: int) -> int:
-  """The number of the right option, from 0; `labels` may name them: A B C D."""
+  """Returns the number of the right option, from 0; `labels` may name options."""
   value = record.value(label)
   if labels.names:
     number = labels.number(value, record, label)
@@ -302,7 +312,7 @@ def option_number(record: Record, label: str, labels: Labels, count: int) -> int
 
 
 def fit_all(lengths: Sequence[int], room: int) -> int:
-  """The largest limit that all lengths can be cut to so that they fit into `room`."""
+  """Returns the largest limit for each length so that all fit into `room`."""
   limit, rest = max(lengths), room
   if sum(lengths) <= room:
     return limit
@@ -315,7 +325,7 @@ def fit_all(lengths: Sequence[int], room: int) -> int:
 
 
 def encode_questions(encoder: Encoder, records: list[Record], rows: Rows) -> None:
-  """Questions and the spans of a context that answer them; windows of long contexts."""
+  """Adds rows of a question and its context; a long context becomes several rows."""
   question, context, _ = encoder.columns
   ids = encoder.encode_all([record.text(question) for record in records])
   texts = {record.text(context): -1 for record in records}
@@ -343,7 +353,7 @@ def encode_questions(encoder: Encoder, records: list[Record], rows: Rows) -> Non
 
 
 def windows(count: int, room: int, stride: int) -> range:
-  """Where windows of `room` tokens begin that show all of `count`, `stride` apart."""
+  """Returns where the windows begin, `stride` apart, that cover `count` tokens."""
   stride = min(stride, room)
   return range(0, max(count - room, 0) + stride, stride)
 
@@ -351,7 +361,7 @@ def windows(count: int, room: int, stride: int) -> range:
 def place_span(
   span: tuple[int, int], first: int, count: int, column: int
 ) -> tuple[int, int]:
-  """The columns of a span of context tokens in a window; 0 0 if it is not in it."""
+  """Returns the first and last column of a span in a window; (0, 0) if not in it."""
   if span is None or span == (-1, -1):
     return span or (0, 0)
   if first <= span[0] and span[1] < first + count:
@@ -362,9 +372,9 @@ def place_span(
 def find_span(
   text: str, located: Located, answers: list[tuple[str, int]]
 ) -> tuple[int, int] | None:
-  """The (first, last) token of the first answer; None if the context has no answer.
+  """Returns the (first, last) token of the first answer; None if there is no answer.
 
-  (-1, -1) if the answer is not at its offset: neither "here" nor "nowhere" is learnt.
+  (-1, -1) if the answer is not at its offset: such a row teaches nothing.
   """
   if not answers:
     return None
@@ -378,7 +388,7 @@ def find_span(
 
 
 def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
-  """(text, offset in characters) of each right answer; none if there is no answer."""
+  """Returns (text, offset in characters) of each right answer; [] if there is none."""
   value = record.value(column)
   try:
     if isinstance(value, dict):
@@ -386,7 +396,7 @@ def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
     else:
       pairs = [(answer["text"], answer["answer_start"]) for answer in value]
   except (KeyError, TypeError, ValueError):
-    pairs = [(None, None)]
+    pairs = [(None, None)]  # refused below
   for text, start in pairs:
     if not isinstance(text, str) or not isinstance(start, int):
       raise record.wrong(
@@ -396,7 +406,7 @@ def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
 
 
 def encode_chats(encoder: Encoder, records: list[Record], rows: Rows) -> None:
-  """Conversations; the next token is a target where encode_chat says so."""
+  """Adds rows of conversations; targets are the tokens that encode_chat marks."""
   from flaxlm.tokenizer.chat_template import encode_chat
 
   column = encoder.columns[0]
@@ -419,13 +429,13 @@ def encode_chats(encoder: Encoder, records: list[Record], rows: Rows) -> None:
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-  """Which rows share a row of `size`: the longest first, each where it fits best.
+  """Returns groups of rows that fit into `size`: longest first, each in the best fit.
 
-  Best-fit decreasing fills rows nearly whole (Ding et al. 2024, arXiv 2404.10830).
+  This best-fit decreasing fills rows almost fully (Ding et al. 2024, arXiv 2404.10830).
   """
   packed: list[list[int]] = []
   with_room: dict[int, list[int]] = {}  # room left -> packed rows that have it
-  rooms: list[int] = []  # its keys, sorted
+  rooms: list[int] = []  # the keys of `with_room`, sorted
   for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
     at = bisect.bisect_left(rooms, lengths[row])
     if at < len(rooms):
