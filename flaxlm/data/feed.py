@@ -1,7 +1,7 @@
-"""From the data of a config to batches on the devices, read ahead of the training step.
+"""Opens the data of a config and puts its batches on the devices, ahead of the step.
 
-The data are rows of a token store, labelled examples (config.task) or random tokens.
-Each process makes only the rows of a batch that its own devices hold.
+The data is a token store, labelled examples (config.task) or random tokens. Each
+process makes only the rows that its own devices hold.
 """
 
 import os
@@ -32,16 +32,16 @@ class Feed:
   """The training and validation batches of a run.
 
   `train[t]` and `validation[t]` are this process's rows of batch t, in numpy.
-  `validation` is None if no data is held out; `train` is None where labelled examples
-  are only evaluated. The groups of the config are read and never changed.
+  `validation` is None if no data is held out; `train` is None if labelled examples are
+  only evaluated. The groups of the config are read and never changed.
   """
 
-  # What a run keeps with its checkpoints: nothing of random tokens.
-  fingerprint: str = "synthetic"  # of the data: a run goes on with the same data alone
+  # What a run keeps with its checkpoints. The defaults are those of random tokens.
+  fingerprint: str = "synthetic"  # of the data: a run continues only with the same data
   tokenizer: bytes = b""
   tokenizer_sha256: str = ""
   store: Store | None = None
-  examples: Examples | None = None  # of the training split, or else of validation
+  examples: Examples | None = None  # of the training split, or else the validation one
   chat_template: ChatTemplate | None = None
 
   def __init__(
@@ -62,10 +62,10 @@ class Feed:
     """Opens the data that the groups of a config name.
 
     Args:
-      eval_batches: batches of an evaluation; 0 = all that there are.
-      tokenizer_path: the model's tokenizer, for labelled examples. A token store holds
+      eval_batches: batches per evaluation; 0 = all.
+      tokenizer_path: the model's tokenizer, for labelled examples. A token store has
         its own.
-      training: False opens labelled examples for validation alone.
+      training: False opens labelled examples for validation only.
 
     Raises:
       ConfigError: the batch does not divide over the mesh, or the vocabulary is too
@@ -126,7 +126,7 @@ class Feed:
   def _make_batches(
     self, split: str, vocabulary: masking.Vocabulary | None
   ) -> Batches | None:
-    """The rows of a split: validation is read in order; None if it has no text."""
+    """Returns the batches of a split; validation is read in order, None if empty."""
     streams = {name: self.store.stream(name, split) for name in self.data.sources}
     in_order = split == "validation"
     if in_order:
@@ -142,7 +142,7 @@ class Feed:
   def _open_examples(self, tokenizer_path: str | os.PathLike, training: bool) -> None:
     if not tokenizer_path:
       raise ConfigError(
-        "config.tokenizer.path", "''", "the tokenizer of the model that is fine-tuned",
+        "config.tokenizer.path", "''", "the tokenizer of the model to fine-tune",
         "config.init_from=RUN, which brings its own",
       )  # fmt: skip
     data, task, model = self.data, self.task, self.model
@@ -178,7 +178,7 @@ class Feed:
       )  # fmt: skip
 
   def describe(self, num_steps: int) -> tuple[str, float | None]:
-    """Returns what is trained on, in words, and the epochs that `num_steps` make."""
+    """Returns a description of the training data, and how many epochs the steps are."""
     rows = num_steps * self.data.batch_size
     if self.examples is not None:
       count = len(self.examples)
@@ -196,7 +196,7 @@ class Feed:
     return text, rows / sum(self.train.rows_per_source)
 
   def bytes_per_token(self) -> float | None:
-    """Of the validation text; None where not each of its tokens is predicted once."""
+    """Returns that of the validation text; None unless each token is predicted once."""
     if self.examples is not None:
       return None
     return token_frequencies.bytes_per_token(self.validation)
@@ -211,7 +211,7 @@ class Feed:
 
   def _read(self, batches, steps: range) -> Iterator[dict]:
     data = self.data
-    # tf.data helps where batches are read from files; the others are in memory.
+    # tf.data helps to read files; all other batches are made in memory.
     loader = data.loader if self.store else "numpy"
 
     def place(rows: dict) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Imports TensorFlow, here alone and only when something needs it."""
+"""Imports TensorFlow, here only, and only when something needs it."""
 
 import os
 import sys

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from flaxlm import errors
 from flaxlm.data.tasks.records import choice_columns, columns
 from flaxlm.data.text.tables import Record, describe_value
+from flaxlm.tokenizer.chat_template import ChatTemplate, encode_chat
+from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.word_offsets import Located, WordEncoder
 
 SHORTEST = 8  # tokens per row: special tokens, and a few of each text
@@ -112,11 +114,11 @@ class Encoder:
   """
 
   task: ConfigDict
-  tokenizer: object  # a Tokenizer
+  tokenizer: AnyTokenizer
   seq_len: int
   causal: bool
   num_threads: int = 1
-  chat_template: object = None  # as encode_chat takes it
+  chat_template: ChatTemplate | None = None
 
   def __post_init__(self):
     tok, self.kind, self.columns = self.tokenizer, self.task.kind, columns(self.task)
@@ -407,8 +409,6 @@ def read_answers(record: Record, column: str) -> list[tuple[str, int]]:
 
 def encode_chats(encoder: Encoder, records: list[Record], rows: Rows) -> None:
   """Adds rows of conversations; targets are the tokens that encode_chat marks."""
-  from flaxlm.tokenizer.chat_template import encode_chat
-
   column = encoder.columns[0]
   for record in records:
     messages = record.value(column)

@@ -1,6 +1,6 @@
-"""Labelled examples → batches, to fine-tune and to score.
+"""Makes batches of labelled examples, for fine-tuning and scoring.
 
-A batch holds int32 arrays: tokens, segment_ids and positions BL as in batches.py, and
+A batch holds int32 arrays: tokens, segment_ids and positions BL as in packed.py, and
   classify  token_types BL, labels B1: the class, -1 in padding rows
   tag       token_types BL, labels BL: the class of a word at its first token, else -1
   qa        token_types BL, labels B2: first and last column of the answer; 0 0 if it
@@ -9,8 +9,8 @@ A batch holds int32 arrays: tokens, segment_ids and positions BL as in batches.p
             column starts[:, c]; -1 where a row has fewer options
   chat      targets BL: the next token where it is the assistant's, else -1
 
-Everything is tokenised once and kept in memory, three to nine bytes a token. As in
-batches.py, batch t is a function of (seed, t) alone.
+All records are tokenised once and kept in memory, 3 to 9 bytes per token. As in
+packed.py, batch t is a function of (seed, t) alone.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from flaxlm.data.tasks.encode import Encoder, Labels, Rows, pack, split_key
 from flaxlm.data.tasks.records import Records, has_validation, open_records
 from flaxlm.data.text.documents import split_of
 from flaxlm.data.text.tables import Record, unusable
+from flaxlm.tokenizer.chat_template import ChatTemplate
+from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.word_offsets import Located
 
 RECORDS_TOGETHER = 1024  # records that are tokenised together
@@ -34,7 +36,7 @@ RECORDS_TOGETHER = 1024  # records that are tokenised together
 
 @dataclasses.dataclass
 class Examples:
-  """The rows of a split, without their padding: row r is flat[offsets[r]:offsets[r+1]].
+  """The rows of a split, without padding: row r is flat[offsets[r] : offsets[r + 1]].
 
   Flat arrays that a kind does not need are empty.
   """
@@ -47,23 +49,23 @@ class Examples:
   begins: np.ndarray  # flat, uint8: 1 where a segment begins (choice, chat)
   token_labels: np.ndarray  # flat, int32 (tag: classes; chat: targets)
   labels: np.ndarray  # int32, rows x R (classify, choice, qa)
-  problems: dict[str, int]  # what was odd, and how often
-  # Of questions: each row's question, context, first token shown and its column.
-  windows: np.ndarray
+  problems: dict[str, int]  # how often each problem occurred
+  # qa. Of each row: its question, context, first token of the context and its column.
+  windows: np.ndarray  # int32, rows x 4
   contexts: list[tuple[str, Located]]
-  answers: list[list[str]]
+  answers: list[list[str]]  # the right answers to each question
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
   @property
   def num_choices(self) -> int:
-    """The most options that a row has."""
+    """The largest number of options of a row."""
     return int(np.add.reduceat(self.begins, self.offsets[:-1], dtype=np.int64).max())
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """sha256 of all that a model learns from."""
+    """The sha256 of everything that a model learns from."""
     whole = hashlib.sha256(repr((self.kind, self.label_names)).encode())
     for array in (self.offsets, self.tokens, self.token_types, self.begins,
                   self.token_labels, self.labels):  # fmt: skip
@@ -73,10 +75,10 @@ class Examples:
 
   @property
   def references(self) -> np.ndarray | list:
-    """What training/scores.py compares predictions with: the true answer of each.
+    """The true answers, which scores.py compares predictions with.
 
-    classify, choice: int32 N. tag: an int32 array a sentence. qa: a list of right
-    texts a question, empty if there is no answer.
+    classify, choice: int32 N. tag: an int32 array per sentence. qa: a list of right
+    texts per question, empty if there is no answer.
     """
     if self.kind == "qa":
       return self.answers
@@ -86,11 +88,11 @@ class Examples:
     return self.labels[:, 0]
 
   def scored(self, predicted_NR: np.ndarray, scores_N2: np.ndarray | None = None):
-    """Returns (predictions, references) in the form that `references` has.
+    """Returns (predictions, references), both in the form of `references`.
 
     Args:
-      predicted_NR: of the first N rows in order, padding rows after the last allowed;
-        like `labels` in batches.
+      predicted_NR: predicted `labels` of the first N rows, in order; rows of padding
+        may follow.
       scores_N2: qa: scores of the span and of "no answer here", as best_spans gives.
     """
     count = min(len(predicted_NR), len(self))
@@ -105,7 +107,7 @@ class Examples:
     return predicted_NR[:count, 0], self.references[:count]
 
   def _read_answers(self, spans_N2: np.ndarray, scores_N2: np.ndarray):
-    """The text of the best span over the windows of each question."""
+    """Returns the text of each question's best span in all its windows, and answers."""
     count, windows = len(spans_N2), self.windows[: len(spans_N2)]
     # The last question may have windows that were not scored.
     questions = self.windows[count][0] if count < len(self) else len(self.answers)
@@ -129,41 +131,41 @@ class Examples:
 
 def load_examples(
   task: ConfigDict,
-  tokenizer,
+  tokenizer: AnyTokenizer,
   seq_len: int,
   *,
   causal: bool,
   validation_fraction: float,
   num_threads: int = 1,
-  chat_template: object = None,
+  chat_template: ChatTemplate | None = None,
   training: bool = True,
 ) -> tuple[Examples | None, Examples | None]:
   """Reads, checks and tokenises config.task's records; returns (train, validation).
 
-  Without validation records of their own, `validation_fraction` of the records is held
-  out by a hash of their text; validation is None if that is 0.
+  If there are no separate validation records, `validation_fraction` of all records is
+  held out by a hash of their text; validation is None if the fraction is 0.
 
   Args:
-    causal: lay rows out with bos and eos rather than [CLS] and [SEP].
-    chat_template: what encode_chat takes.
-    training: False reads validation records alone, if task.labels names the classes
-      or there are none to name; train is then None.
+    causal: put bos and eos around texts, rather than [CLS] and [SEP].
+    training: False reads only validation records, and train is None. The other records
+      are read too if the names of the classes are not known.
+
   Raises:
-    ConfigError, MissingInputError, DataError: with the file and line where known.
+    ConfigError, MissingInputError, DataError: with file and line where they are known.
   """
   encoder = Encoder(task, tokenizer, seq_len, causal, num_threads, chat_template)
-  own, classes = has_validation(task), task.kind in ("classify", "tag")
-  other = open_records(task, validation=True) if own else None
-  labels = Labels(task.labels or find_label_names(other, encoder))
-  seen_names = not classes or not labels.open
-  main = open_records(task) if training or not own or not seen_names else None
+  separate, classes = has_validation(task), task.kind in ("classify", "tag")
+  held_out = open_records(task, validation=True) if separate else None
+  labels = Labels(task.labels or find_label_names(held_out, encoder))
+  known = not classes or not labels.open
+  main = open_records(task) if training or not separate or not known else None
   if labels.open:
     labels = Labels(find_label_names(main, encoder))
   splits = {name: Rows(tokenizer.vocab_size) for name in ("train", "validation")}
   if main:
-    fraction = 0.0 if own else validation_fraction
+    fraction = 0.0 if separate else validation_fraction
     records = split_records(main, encoder, fraction)
-    if not training and seen_names:
+    if not training and known:
       records = (pair for pair in records if pair[0] == "validation")
     encode_splits(encoder, records, labels, splits)
   renumber = labels.close() if classes else None
@@ -173,27 +175,27 @@ def load_examples(
   train = None
   if training:
     if not splits["train"].lengths:
-      raise nothing(main, splits["train"])
+      raise no_examples(main, splits["train"])
     train = to_examples(splits["train"], task, seq_len, labels, renumber)
-  if other:
-    encode_splits(encoder, (("validation", r) for r in other.read()), labels, splits)
-    renumber = None  # these were numbered in the settled order
+  if held_out:
+    encode_splits(encoder, (("validation", r) for r in held_out.read()), labels, splits)
+    renumber = None  # the labels were closed before: these have their final numbers
   elif not validation_fraction:
     return train, None
   if not splits["validation"].lengths:
-    raise nothing(other or main, splits["validation"], held_out=not own)
+    raise no_examples(held_out or main, splits["validation"], by_hash=not separate)
   return train, to_examples(splits["validation"], task, seq_len, labels, renumber)
 
 
 def find_label_names(records: Records | None, encoder: Encoder) -> tuple[str, ...]:
-  """The names of the classes where the data set tells them, as TFDS does."""
+  """Returns the names of the classes if the data set has them, as in TFDS."""
   return records.class_names.get(encoder.columns[2], ()) if records else ()
 
 
 def split_records(
   records: Records, encoder: Encoder, fraction: float
 ) -> Iterator[tuple[str, Record]]:
-  """Yields (split, record): "validation" for `fraction` of them."""
+  """Yields (split, record); `fraction` of the records are for validation."""
   for record in records.read():
     split = "train"
     if fraction:
@@ -204,7 +206,7 @@ def split_records(
 def encode_splits(
   encoder: Encoder, records, labels: Labels, splits: dict[str, Rows]
 ) -> None:
-  """Encodes records into the rows of their split, CHUNK at a time."""
+  """Adds the rows of (split, record) pairs to their splits, many records at a time."""
   waiting: dict[str, list[Record]] = {name: [] for name in splits}
   for split, record in records:
     waiting[split].append(record)
@@ -216,8 +218,11 @@ def encode_splits(
       encoder.encode(rest, labels, splits[split])
 
 
-def nothing(records: Records, rows: Rows, held_out: bool = False) -> errors.DataError:
-  if held_out:
+def no_examples(
+  records: Records, rows: Rows, by_hash: bool = False
+) -> errors.DataError:
+  """Returns the error for a split without rows; `by_hash`: it should be held out."""
+  if by_hash:
     return unusable(
       f"{records.path} as validation records", "none were held out",
       "at least one", "config.task.validation_path, or more of "
@@ -230,9 +235,13 @@ def nothing(records: Records, rows: Rows, held_out: bool = False) -> errors.Data
 
 
 def to_examples(
-  rows: Rows, task: ConfigDict, seq_len: int, labels: Labels, renumber
+  rows: Rows,
+  task: ConfigDict,
+  seq_len: int,
+  labels: Labels,
+  renumber: np.ndarray | None,
 ) -> Examples:
-  """The rows as arrays; `renumber`: the settled number of each label as it was read."""
+  """Returns the rows as arrays; `renumber` is what `labels.close` returned."""
   kind, count = task.kind, len(rows.lengths)
   offsets = np.concatenate([[0], np.cumsum(rows.lengths, dtype=np.int64)])
   flat = {
@@ -268,7 +277,7 @@ def to_examples(
 
 
 def reorder(flat: np.ndarray, offsets: np.ndarray, order: list[int]) -> np.ndarray:
-  """The rows of a flat array one after another in another order."""
+  """Returns a flat array with its rows in another order."""
   if not len(flat):
     return flat
   return np.concatenate([flat[offsets[row] : offsets[row + 1]] for row in order])
@@ -276,10 +285,10 @@ def reorder(flat: np.ndarray, offsets: np.ndarray, order: list[int]) -> np.ndarr
 
 @dataclasses.dataclass
 class ExampleBatches:
-  """`batches[t]` is batch t of training; `first_row` and `num_rows` cut out one host's.
+  """`batches[t]` is batch t: its rows [first_row, first_row + num_rows), for one host.
 
-  Every example comes once an epoch. With `in_order`, batch t holds rows t*B.., each
-  once, and the last batch is filled with padding: that is how models are scored.
+  Every example is in one row of each epoch. With `in_order`, for scoring, the batches
+  hold each row once, in order, and the last batch ends with padding.
   """
 
   examples: Examples
@@ -306,11 +315,11 @@ class ExampleBatches:
     self._num_choices = self.examples.num_choices if kind == "choice" else 0
 
   def __len__(self) -> int:
-    """Batches that hold every row once."""
+    """Returns how many batches hold every row once."""
     return -(-len(self.examples) // self.batch_size)
 
   def rows(self, step: int) -> np.ndarray:
-    """The rows of the examples that this host reads for batch `step`; -1 is padding."""
+    """Returns the examples' rows in this host's part of a batch; -1 is padding."""
     first, size = step * self.batch_size + self.first_row, len(self.examples)
     number = np.arange(first, first + self.num_rows)
     if self.in_order:
@@ -344,7 +353,7 @@ class ExampleBatches:
     return arrays
 
   def _fill(self, arrays: dict[str, np.ndarray], i: int, row: int) -> None:
-    """Writes a row of the examples into row i of a batch."""
+    """Writes row `row` of the examples into row i of a batch."""
     own = self.examples
     at = slice(own.offsets[row], own.offsets[row + 1])
     length = at.stop - at.start

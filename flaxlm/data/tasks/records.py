@@ -1,8 +1,7 @@
-"""Labelled records to fine-tune on: csv, tsv, jsonl, SQuAD's json, CoNLL and TFDS.
+"""Reads labelled records for fine-tuning: csv, tsv, jsonl, SQuAD, CoNLL and TFDS.
 
-A record is a dict of named fields, as the file has them, with the place it was read
-from: what is wrong with one is said with its file and line. Nothing is repaired here,
-unlike in texts for pretraining: people make labelled files, and can mend them.
+A record keeps the fields of its file, and its place there for messages (tables.py in
+text/). Unlike text for pretraining, records are never repaired: a bad one is an error.
 """
 
 import glob
@@ -29,7 +28,7 @@ from flaxlm.data.text.tfds import (
   tfds_examples,
 )
 
-FORMATS = {  # by the ending of the path; all else is TFDS's
+FORMATS = {  # by the ending of the path; everything else is a TFDS name
   "csv": "csv",
   "tsv": "tsv",
   "jsonl": "jsonl",
@@ -37,7 +36,7 @@ FORMATS = {  # by the ending of the path; all else is TFDS's
   "conll": "conll",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Where the columns of a kind are if the config does not say: text, text_pair, label.
+# The default columns of each kind: text, text_pair, label.
 COLUMNS = {
   "classify": ("text", "", "label"),
   "tag": ("tokens", "", "tags"),
@@ -51,25 +50,24 @@ class Records(NamedTuple):
   """An opened set of records."""
 
   path: str
-  class_names: dict[
-    str, tuple[str, ...]
-  ]  # of TFDS's columns, in the order of their ids
+  # Of the columns of a TFDS data set, in the order of their ids.
+  class_names: dict[str, tuple[str, ...]]
   read: Callable[[], Iterator[Record]]
 
 
 def columns(task: ConfigDict) -> tuple[str, str, str]:
-  """The names of the text, text_pair and label columns: the config's, or the usual."""
+  """Returns the names of the text, text_pair and label columns, or their defaults."""
   given = (task.text, task.text_pair, task.label)
   return tuple(a or b for a, b in zip(given, COLUMNS[task.kind], strict=True))
 
 
 def choice_columns(task: ConfigDict) -> tuple[str, ...]:
-  """The column that lists the options of a choice, or a column for each of them."""
+  """Returns the column that lists the options of a choice, or one column per option."""
   return tuple(task.choices) or ("choices",)
 
 
 def has_validation(task: ConfigDict) -> bool:
-  """Whether validation records are named, or must be held out of the others."""
+  """Returns whether the config names validation records, so none need be held out."""
   if task.validation_path:
     return True
   return find_format(task, "path") == "tfds" and bool(task.validation_split)
@@ -80,7 +78,7 @@ def open_records(task: ConfigDict, validation: bool = False) -> Records:
 
   Raises:
     ConfigError, MissingInputError: there is no such file, data set or split.
-    DataError: while reading, for the first record that is not as its format asks.
+    DataError: while reading, for the first malformed record.
   """
   knob = "validation_path" if validation and task.validation_path else "path"
   path = task[knob]
@@ -112,7 +110,7 @@ def open_records(task: ConfigDict, validation: bool = False) -> Records:
 
 
 def find_format(task: ConfigDict, knob: str) -> str:
-  """The format of the records at a path: the config's, or by the ending."""
+  """Returns the format of the config, or else the one that the path's ending names."""
   if task.format != "auto":
     return task.format
   name = os.path.basename(task[knob]).lower()
@@ -130,6 +128,7 @@ def find_format(task: ConfigDict, knob: str) -> str:
 
 
 def json_records(file: str) -> Iterator[Record]:
+  """Yields one record per line, skipping empty lines."""
   for number, line in numbered_lines(file):
     if not line.strip():
       continue
@@ -137,15 +136,17 @@ def json_records(file: str) -> Iterator[Record]:
       fields = json.loads(line)
     except ValueError as error:
       given = " ".join(str(error).split())
-      raise unusable(f"{file} line {number}", given, "one JSON object a line") from None
+      raise unusable(
+        f"{file} line {number}", given, "one JSON object per line"
+      ) from None
     if not isinstance(fields, dict):
       given = f"a JSON {type(fields).__name__}"
-      raise unusable(f"{file} line {number}", given, "one JSON object a line")
+      raise unusable(f"{file} line {number}", given, "one JSON object per line")
     yield Record(fields, file, "line", number)
 
 
 def squad_records(file: str) -> Iterator[Record]:
-  """One record a question, with the fields that TFDS's squad has."""
+  """Yields one record per question, with the fields of TFDS's squad."""
   needed = "SQuAD's form: data[].paragraphs[].{context, qas[].{question, answers}}"
   number = 0
   try:
@@ -166,9 +167,10 @@ def squad_records(file: str) -> Iterator[Record]:
 def conll_records(
   file: str, names: tuple[str, ...], usual: tuple[str, str, str]
 ) -> Iterator[Record]:
-  """One record a sentence: lists of the columns, which tabs or spaces part.
+  """Yields one record per sentence: the lists of its columns.
 
-  Without names, the first column holds the words and the last one the tags.
+  Tabs or spaces separate columns, and empty lines separate sentences. Without `names`,
+  the first column holds the words and the last one the tags.
   """
   rows, first = [], 0
   for number, line in numbered_lines(file):
@@ -176,7 +178,7 @@ def conll_records(
     values = line.split("\t") if "\t" in line else line.split()
     if not values or values[0] == "-DOCSTART-":
       if rows:
-        yield Record(sentence(rows, names, usual), file, "line", first)
+        yield Record(_sentence(rows, names, usual), file, "line", first)
       rows = []
       continue
     width = len(rows[0]) if rows else len(values)
@@ -184,15 +186,16 @@ def conll_records(
     if len(values) != expected or expected < 2:
       raise unusable(
         f"{file} line {number}", f"{len(values)} columns: {line[:60]!r}",
-        f"{expected if expected > 1 else 'two or more'}, a word and its tags a line",
+        f"{expected if expected > 1 else 'two or more'}, a word and its tags per line",
       )  # fmt: skip
     first = first if rows else number
     rows.append(values)
   if rows:
-    yield Record(sentence(rows, names, usual), file, "line", first)
+    yield Record(_sentence(rows, names, usual), file, "line", first)
 
 
-def sentence(rows: list, names: tuple[str, ...], usual: tuple[str, str, str]) -> dict:
+def _sentence(rows: list, names: tuple[str, ...], usual: tuple[str, str, str]) -> dict:
+  """Returns the fields of a CoNLL sentence from its rows."""
   by_column = [list(column) for column in zip(*rows, strict=True)]
   if names:
     return dict(zip(names, by_column, strict=True))
@@ -220,7 +223,7 @@ def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
 
 
 def class_names(tfds, feature) -> tuple[str, ...]:
-  """The names of a ClassLabel, or of a sequence of them; of all else none."""
+  """Returns the names of a ClassLabel or a sequence of them; () for other features."""
   if isinstance(feature, tfds.features.ClassLabel):
     return tuple(feature.names or ())
   if isinstance(feature, tfds.features.Sequence):
@@ -229,7 +232,7 @@ def class_names(tfds, feature) -> tuple[str, ...]:
 
 
 def plain(value, names: tuple[str, ...]) -> object:
-  """What TFDS yields as Python's own types; classes by their name, -1 as None."""
+  """Converts TFDS values to Python types: class names for numbers, None for -1."""
   if isinstance(value, dict):
     return {key: plain(item, names) for key, item in value.items()}
   if isinstance(value, bytes):

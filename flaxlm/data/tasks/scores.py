@@ -1,7 +1,7 @@
 """Metrics of fine-tuned models, computed on the host from predictions and references.
 
-All are fractions from 0 to 1 (Matthews: from -1), as in GLUE and SQuAD but for their
-factor of 100. Where a ratio is 0 / 0 it is 0.
+All are fractions from 0 to 1 (Matthews: from -1): those of GLUE and SQuAD, divided by
+100. 0 / 0 counts as 0.
 """
 
 import collections
@@ -22,15 +22,15 @@ def score_predictions(
   references: Sequence,
   label_names: Sequence[str] = (),
 ) -> dict[str, float]:
-  """Returns the metrics of a kind of task, by name.
+  """Returns the metrics of a task, by name.
 
   Args:
     kind: classify (accuracy, macro_f1, matthews; f1 of class 1 if there are two) |
       tag (accuracy; precision, recall, f1 of entities if the names are BIO tags, else
       macro_f1) | choice (accuracy) | qa (exact_match, f1).
-    predictions: classify, choice: N classes. tag: an array of classes a sentence.
+    predictions: classify, choice: N classes. tag: an array of classes per sentence.
       qa: N texts, "" for no answer.
-    references: the same; qa: a list of right texts for each, empty for no answer.
+    references: the same, but for qa a list of right texts each, empty for no answer.
   """
   if len(predictions) != len(references):
     raise ValueError(f"{len(predictions)} predictions, {len(references)} references")
@@ -38,6 +38,8 @@ def score_predictions(
     return score_answers(predictions, references)
   if kind == "tag":
     return score_tags(predictions, references, label_names)
+  if kind not in ("classify", "choice"):
+    raise ValueError(f"no metrics for a task of kind {kind}")
   predicted_N, true_N = np.asarray(predictions), np.asarray(references)
   if kind == "choice":
     return {"accuracy": accuracy(predicted_N, true_N)}
@@ -53,30 +55,31 @@ def score_predictions(
 
 
 def accuracy(predicted_N: np.ndarray, true_N: np.ndarray) -> float:
+  """Returns the fraction of right predictions."""
   return float(np.mean(predicted_N == true_N)) if len(true_N) else 0.0
 
 
 def confusion(predicted_N: np.ndarray, true_N: np.ndarray, classes: int) -> np.ndarray:
-  """Counts by (true class, predicted class), int64 CC."""
+  """Returns the counts of (true class, predicted class), int64 CC."""
   pairs_N = true_N.astype(np.int64) * classes + predicted_N
   return np.bincount(pairs_N, minlength=classes**2).reshape(classes, classes)
 
 
 def f1_of_classes(counts_CC: np.ndarray) -> np.ndarray:
-  """The F1 of each class against the rest, C."""
+  """Returns the F1 of each class against the rest, C."""
   hits_C = np.diagonal(counts_CC)
   total_C = counts_CC.sum(0) + counts_CC.sum(1)
   return 2 * hits_C / np.maximum(total_C, 1)
 
 
 def macro_f1(counts_CC: np.ndarray) -> float:
-  """The mean F1 of the classes that occur, predicted or true."""
+  """Returns the mean F1 of the classes that were predicted or true at least once."""
   occurs_C = counts_CC.sum(0) + counts_CC.sum(1) > 0
   return float(f1_of_classes(counts_CC)[occurs_C].mean()) if occurs_C.any() else 0.0
 
 
 def matthews(counts_CC: np.ndarray) -> float:
-  """The correlation of predicted and true classes (Gorodkin 2004; phi for two)."""
+  """Returns the Matthews correlation of the classes (Gorodkin 2004; phi for two)."""
   counts_CC = counts_CC.astype(float)
   total, hits = counts_CC.sum(), np.trace(counts_CC)
   predicted_C, true_C = counts_CC.sum(0), counts_CC.sum(1)
@@ -86,7 +89,7 @@ def matthews(counts_CC: np.ndarray) -> float:
 
 
 def score_tags(predictions, references, label_names: Sequence[str]) -> dict[str, float]:
-  """Accuracy of the words, and F1 of entities or of classes."""
+  """Returns the accuracy of words, and scores of entities or of classes."""
   predicted_N = np.concatenate([*map(np.asarray, predictions), np.zeros(0, int)])
   true_N = np.concatenate([*map(np.asarray, references), np.zeros(0, int)])
   predicted_N, true_N = predicted_N.astype(int), true_N.astype(int)
@@ -108,9 +111,9 @@ def score_tags(predictions, references, label_names: Sequence[str]) -> dict[str,
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-  """The (type, first, last) of what BIO or BIOES tags mark.
+  """Returns the (type, first, last) of each entity in BIO or BIOES tags.
 
-  As in conlleval, I without a beginning, or of another type, begins an entity too.
+  As in conlleval, an I after O, or after another type, begins an entity too.
   """
   spans, kind, first, ended = set(), "", 0, True
   for i, tag in enumerate([*tags, "O"]):
@@ -128,10 +131,10 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 def score_answers(
   predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-  """Exact match and F1 of words, of the right answer that fits best (SQuAD)."""
+  """Returns exact match and word F1 with the right answer that fits best (SQuAD)."""
   exact = overlap = 0.0
   for predicted, answers in zip(predictions, references, strict=True):
-    # As in SQuAD 2: an answer of nothing but articles is no answer to compare with.
+    # As in SQuAD 2, an answer of articles alone is not compared with.
     answers = [text for text in answers if normalize(text)] or [""]
     exact += max(normalize(predicted) == normalize(text) for text in answers)
     overlap += max(word_f1(predicted, text) for text in answers)
@@ -140,12 +143,12 @@ def score_answers(
 
 
 def normalize(text: str) -> str:
-  """Lower case, without punctuation, articles and surplus space (SQuAD)."""
+  """Lower-cases a text and drops punctuation, articles and extra spaces (SQuAD)."""
   return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def word_f1(predicted: str, true: str) -> float:
-  """F1 of the bags of normalised words; of empty ones, whether both are empty."""
+  """Returns the F1 of two bags of normalised words; 1 if both are empty."""
   ours, theirs = normalize(predicted).split(), normalize(true).split()
   if not ours or not theirs:
     return float(ours == theirs)

@@ -2,16 +2,13 @@
 
 import json
 import random
-import sys
-import types
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from flaxlm import errors
-from flaxlm.data.tasks import encode as rows
-from flaxlm.data.tasks import examples, records
+from flaxlm.data.tasks import encode, examples, records
 from flaxlm.data.tasks.examples import ExampleBatches, load_examples
 
 PAD, UNK, CLS, SEP, BOS, EOS = range(6)
@@ -258,7 +255,7 @@ def test_classify_rows(tmp_path):
   assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
   assert batch["labels"].tolist() == [[1], [0], [-1]]
   assert not batch["token_types"].any()
-  assert train.problems == {rows.CUT: 1}
+  assert train.problems == {encode.CUT: 1}
   assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
 
 
@@ -293,14 +290,14 @@ def test_pairs_have_types_and_lose_the_longer_text(tmp_path):
     [0, 0, 0, 0, 0, 1, 1, 1, 0],
     [0, 0, 0, 0, 0, 0, 1, 1, 1],
   ]
-  assert train.problems == {rows.CUT: 1}
+  assert train.problems == {encode.CUT: 1}
 
 
 def test_the_longer_text_is_cut():
   for first in range(12):
     for second in range(12):
       for room in range(4, 26):
-        a, b = rows.fit_pair(first, second, room)
+        a, b = encode.fit_pair(first, second, room)
         assert (a, b) == (first, second) or a + b == room
         assert a <= first and b <= second
         if a < first:  # nothing of a text is lost while it is the shorter one
@@ -349,7 +346,7 @@ def test_options_are_segments_of_a_row(tmp_path):
   assert " ".join(tok.show(batch["tokens"][1])) == (
     "[CLS] a b c d e f [SEP] x [SEP] [CLS] a b c [SEP] y y y y [SEP]"
   )
-  assert train.problems == {rows.CUT: 1}
+  assert train.problems == {encode.CUT: 1}
   # The options of one record are contexts, those of another are columns.
   json_lines(path, [{"context": ["a", "b"], "end": "c", "answer": "B"}])
   changes = {"text": "context", "choices": ("end",), "label": "answer"}
@@ -376,7 +373,7 @@ def test_all_lengths_fit_into_a_row():
   for _ in range(300):
     lengths = [rng.randrange(1, 40) for _ in range(rng.randrange(1, 7))]
     room = rng.randrange(10, 120)
-    limit = rows.fit_all(lengths, room)
+    limit = encode.fit_all(lengths, room)
     used = sum(min(length, limit) for length in lengths)
     assert used <= room
     more = sum(min(length, limit + 1) for length in lengths)
@@ -420,7 +417,7 @@ def test_windows_show_all_of_a_context(tmp_path):
   )
   assert tok.show(batch["tokens"][3, 11:13]) == ["k36", "l37"]
   assert batch["labels"][9].tolist() == [-1, -1]  # its offset is wrong
-  assert train.problems == {rows.MISPLACED: 1}
+  assert train.problems == {encode.MISPLACED: 1}
   predictions, references = train.scored(*gold_spans(train))
   assert references == [["k36 l37"], [], ["cde"], ["cde"]]
   assert predictions[:3] == ["k36 l37", "", "cde"]
@@ -516,9 +513,7 @@ def chat(monkeypatch):
       is_predicted += [False] + [own] * len(text)
     return ids, is_predicted
 
-  module = types.ModuleType("flaxlm.tokenizer.chat_template")
-  module.encode_chat = encode_chat
-  monkeypatch.setitem(sys.modules, "flaxlm.tokenizer.chat_template", module)
+  monkeypatch.setattr(encode, "encode_chat", encode_chat)
 
 
 def talk(*texts):
@@ -541,7 +536,7 @@ def test_only_the_assistant_is_learnt(chat, tmp_path):
   for pack in (True, False):
     task = make_task("chat", path, pack=pack)
     train, _ = load(task, tok=tok, chat_template="the template")
-    assert train.problems == {rows.NO_TARGET: 2}
+    assert train.problems == {encode.NO_TARGET: 2}
     assert len(train) == 2 - pack
     batch = batches(train, 32, 2, in_order=True)[0]
     assert set(batch) == {"tokens", "segment_ids", "positions", "targets"}
@@ -588,7 +583,7 @@ def test_chats_of_a_real_template(english, tmp_path):
 def test_packing_loses_nothing_and_fills_rows():
   rng = np.random.default_rng(0)
   lengths = rng.integers(1, 65, 2000).tolist()
-  packed = rows.pack(lengths, 64)
+  packed = encode.pack(lengths, 64)
   assert sorted(row for group in packed for row in group) == list(range(2000))
   used = [sum(lengths[row] for row in group) for group in packed]
   assert max(used) <= 64 and len(packed) <= sum(lengths) / 64 * 1.02
