@@ -13,7 +13,7 @@ from flaxlm.kernels.attention.ring import ring_attention
 from flaxlm.kernels.attention.splash import splash_attention
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.rope import rotary_angles
-from flaxlm.parallel.sharding import constrain, layout, shard_map
+from flaxlm.parallel.sharding import constrain, current_layout, shard_map
 
 
 class View(NamedTuple):
@@ -59,7 +59,7 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, win
   of some heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al.
   2023, arXiv 2309.14509).
   """
-  now = layout()
+  now = current_layout()
   split = now is not None and now.ways("length") > 1
   backend = form_of(config, view, q_BLNH.shape[1], split)
   rows, heads = ("batch", None), "all_heads" if split else "heads"
@@ -104,7 +104,7 @@ def form_of(config: TransformerConfig, view: View, L: int, split: bool) -> str:
   Raises:
     ValueError: the config names one that cannot compute this.
   """
-  now, backend = layout(), config.attention
+  now, backend = current_layout(), config.attention
   if backend == "ring" and split:
     return backend
   # Of the mesh, which may be that of a machine that is not here.

@@ -11,7 +11,7 @@ from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.layers import Norm, add_bias, bias, project, residual_scale, weight
 from flaxlm.models.rope import rotate
-from flaxlm.parallel.sharding import constrain, join_rows, part_rows
+from flaxlm.parallel.sharding import constrain, join_rows, split_rows
 
 
 class Attention(nnx.Module):
@@ -39,7 +39,7 @@ class Attention(nnx.Module):
 
     def heads(weight, bias):
       y_TNH = add_bias(project(x_TD, weight, quantize=self.config.quantize), bias)
-      y_BLNH = part_rows(y_TNH, view.segment_ids_BL.shape[0])
+      y_BLNH = split_rows(y_TNH, view.segment_ids_BL.shape[0])
       return constrain(y_BLNH, "batch", "length", "heads", None)
 
     q_BLNH = heads(self.query, self.query_bias)

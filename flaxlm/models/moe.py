@@ -15,7 +15,7 @@ from flax import nnx
 
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.layers import ACTIVATIONS, Mlp, bias, project, residual_scale, weight
-from flaxlm.parallel.sharding import constrain, gather, layout, shard_map
+from flaxlm.parallel.sharding import constrain, current_layout, gather, shard_map
 
 
 class Routing(NamedTuple):
@@ -125,7 +125,7 @@ class MoeMlp(nnx.Module):
   def dropless(self, x_TD, chosen_TK, weight_TK) -> jax.Array:
     """Each device sorts its own tokens; those of other devices' experts travel."""
     weight_TK, weights = weight_TK.astype(x_TD.dtype), self.weights(x_TD.dtype)
-    now = layout()
+    now = current_layout()
     if now is None or now.mesh.size == 1:
       return self.local(x_TD, chosen_TK, weight_TK, weights)
     gathered, summed = now.axes("embed"), now.axes("mlp")

@@ -26,11 +26,11 @@ from flaxlm.parallel.pipeline import pipeline
 from flaxlm.parallel.sharding import (
   Layout,
   constrain,
+  current_layout,
   gather,
   join_rows,
-  layout,
-  part_rows,
   reshard,
+  split_rows,
 )
 
 TOKENS, STREAM = ("tokens", None), ("stream", None)
@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
       cache = dataclasses.replace(cache, length=cache.length + L)
     if self.final_norm is not None:
       x_TD = self.final_norm(x_TD)
-    return Output(part_rows(reshard(x_TD, STREAM, TOKENS), B), cache, routing)
+    return Output(split_rows(reshard(x_TD, STREAM, TOKENS), B), cache, routing)
 
   def embed_tokens(self, tokens_BL, positions_BL, token_types_BL) -> jax.Array:
     config = self.config
@@ -211,7 +211,7 @@ class Transformer(nnx.Module):
       return self.append(blocks, layers, x_TD, view, cache)
     windows_S = np.array([self.config.windows[i] for i in layers], np.int32)
     stack = blocks, jnp.arange(layers.start, layers.stop), windows_S
-    now = layout()
+    now = current_layout()
     if now is None or now.ways("layer") == 1 or blocks is self.first_blocks:
       x_TD, routing = self.scan(stack, x_TD, view, dropout_key)
     else:
@@ -260,10 +260,10 @@ class Transformer(nnx.Module):
       return self.scan(stack, x_TD, view, key)
 
     x_MTD, routing = pipeline(
-      apply, stack, jax.vmap(join_rows)(cut(part_rows(x_TD, B))),
+      apply, stack, jax.vmap(join_rows)(cut(split_rows(x_TD, B))),
       jax.tree.map(cut, view), stages=now.ways("layer"), repeats=now.stage_repeats,
     )  # fmt: skip
-    x_MBLD = jax.vmap(lambda x: part_rows(x, B // M))(x_MTD)
+    x_MBLD = jax.vmap(lambda x: split_rows(x, B // M))(x_MTD)
     x_BLD = jnp.swapaxes(x_MBLD, 0, 1).reshape(B, *x_MBLD.shape[2:])
     if routing is not None:  # its loss is a mean over tokens
       routing = routing._replace(loss=routing.loss / M)

@@ -1,6 +1,9 @@
-"""Which device holds what: the mesh, the rule table, the hosts."""
+"""Which device holds what, and how processes work together.
 
-# The axes of the mesh, from the slowest network to the fastest; see mesh.py.
+Only JAX and NumPy are imported here, so that models and kernels can use this room.
+"""
+
+# Axes of the mesh, from the slowest network to the fastest; mesh.py explains them.
 AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
-# What splits the rows of a batch; "context" splits the tokens of a row.
+# Axes that split the rows of a batch; "context" splits the tokens of a row.
 BATCH_AXES = ("slice", "data", "fsdp", "expert")

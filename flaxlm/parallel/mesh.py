@@ -1,12 +1,12 @@
 """The devices as a grid with named axes, from the slowest network to the fastest.
 
-slice    groups that a slow network joins (TPU slices, GPU nodes): replicas
+slice    replicas in groups that a slow network joins (TPU slices, GPU nodes)
 stage    a pipeline over the layers
 data     replicas
 fsdp     weights are split, and gathered layer by layer
 expert   experts are split; tokens travel to theirs
 context  each sequence is split
-tensor   heads, hidden units and words are split
+tensor   heads, hidden units and the vocabulary are split
 """
 
 import math
@@ -21,7 +21,7 @@ from flaxlm.parallel import AXES
 
 
 def axis_sizes(mesh_config) -> dict[str, int]:
-  """The size of each axis as `config.mesh` has it; data may be -1: what remains."""
+  """Returns the size of each axis in `config.mesh`; data=-1 takes what remains."""
   return {axis: mesh_config[axis] for axis in AXES}
 
 
@@ -36,14 +36,14 @@ def make_mesh(
   context: int = 1,
   tensor: int = 1,
 ) -> jax.sharding.Mesh:
-  """Returns a mesh over `devices`, by default all of all hosts.
+  """Returns a mesh over `devices`; by default all devices of all hosts.
 
   Neighbours on the last axes are neighbours on the network. Axes are `Auto`: the
   compiler propagates shardings from weights and constraints.
 
   Raises:
     ConfigError: the product of the axes is not the number of devices, or `slice` is
-      not the number of groups that the hardware has.
+      not the number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(
@@ -55,10 +55,10 @@ def make_mesh(
   groups = {getattr(device, "slice_index", 0) for device in devices}
   if len(groups) > 1 and slice != len(groups):
     raise ConfigError(
-      "config.mesh.slice", slice, f"{len(groups)}, the slices that are here",
+      "config.mesh.slice", slice, f"{len(groups)}, the number of slices",
       f"{len(groups)}",
     )  # fmt: skip
-  if devices[0].platform != "tpu":  # in the order of processes, so of machines
+  if devices[0].platform != "tpu":  # ordered by process, and so by machine
     grid = np.array(devices).reshape(shape)
   elif len(groups) > 1:
     across = (slice,) + (1,) * (len(shape) - 1)
@@ -71,15 +71,17 @@ def make_mesh(
 
 
 def one_device() -> jax.sharding.Mesh:
-  """A mesh of the first device alone."""
+  """Returns a mesh of the first device alone."""
   return make_mesh(jax.devices()[:1])
 
 
 def fill_axes(sizes: dict[str, int], count: int, kind: str) -> dict[str, int]:
-  """Returns the sizes with data=-1 replaced by what remains of `count` devices.
+  """Returns the sizes, with data=-1 replaced by what remains of `count` devices.
 
+  Args:
+    kind: of the devices, for the message.
   Raises:
-    ConfigError: they do not use every device once.
+    ConfigError: the sizes do not use every device once.
   """
   rest = math.prod(size for axis, size in sizes.items() if axis != "data")
   data = max(count // rest, 1) if sizes["data"] == -1 else sizes["data"]
@@ -90,7 +92,7 @@ def fill_axes(sizes: dict[str, int], count: int, kind: str) -> dict[str, int]:
       "config.mesh",
       " x ".join(f"{axis}={n}" for axis, n in shown.items() if n > 1 or axis == "data")
       + f" = {data * rest} devices",
-      f"the {count} devices that are here ({kind})",
-      "data=-1, and a product of the others of " + " ".join(map(str, fits[:8])),
+      f"the {count} devices of this job ({kind})",
+      "data=-1, and others whose product is one of " + " ".join(map(str, fits[:8])),
     )
   return {**sizes, "data": data}

@@ -1,4 +1,4 @@
-"""Places rows of a batch on the devices of all processes."""
+"""Which rows of a batch each host reads, and how they become one global array."""
 
 import math
 
@@ -7,18 +7,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from flaxlm.errors import ConfigError
-from flaxlm.parallel.sharding import spec
+from flaxlm.parallel.sharding import partition_spec
 
 
 def batch_sharding(rules: dict, mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns where the arrays of a batch live: (rows, columns) by config.mesh.rules."""
-  return NamedSharding(mesh, spec(("batch", "length"), rules))
+  """Returns the sharding of a batch's arrays, whose dimensions are rows and tokens."""
+  return NamedSharding(mesh, partition_spec(("batch", "length"), rules))
 
 
 def check_batch_size(
   batch_size: int, accumulation_steps: int, mesh_knobs, mesh: jax.sharding.Mesh
 ) -> None:
-  """Raises ConfigError if the rows of a batch do not divide evenly over config.mesh."""
+  """Raises ConfigError if the mesh does not divide the rows of a batch evenly."""
   divisor = accumulation_steps
   divisor *= math.prod(mesh.shape[axis] for axis in mesh_knobs.rules.batch)
   if mesh.shape["stage"] > 1:
@@ -28,7 +28,7 @@ def check_batch_size(
       "config.data.batch_size",
       batch_size,
       f"a multiple of {divisor} = devices that split rows x accumulation_steps x "
-      "microbatches of a pipeline",
+      "microbatches of the pipeline",
       f"{-(-batch_size // divisor) * divisor}",
     )
 
@@ -36,7 +36,7 @@ def check_batch_size(
 def local_rows(
   sharding: jax.sharding.NamedSharding, batch_size: int
 ) -> tuple[int, int]:
-  """The range [first, last) of a batch's rows that this host's devices hold."""
+  """Returns the range [first, last) of a batch's rows on this host's devices."""
   indices = sharding.addressable_devices_indices_map((batch_size,)).values()
   slices = [index[0].indices(batch_size) for index in indices]
   return min(s[0] for s in slices), max(s[1] for s in slices)
@@ -45,7 +45,12 @@ def local_rows(
 def to_global(
   rows: dict[str, np.ndarray], first_row: int, batch_size: int, sharding
 ) -> dict[str, jax.Array]:
-  """Assembles arrays of the whole batch from each host's rows, from `first_row` on."""
+  """Returns global arrays of a batch, made of the rows that each host has.
+
+  Args:
+    rows: arrays of this host's rows.
+    first_row: the place in the batch of the first of them.
+  """
 
   def place(local: np.ndarray) -> jax.Array:
     shape = (batch_size, *local.shape[1:])

@@ -14,7 +14,7 @@ from flaxlm.kernels.cross_entropy import Split, linear_cross_entropy
 from flaxlm.models.heads import best_spans, label_scores, pool
 from flaxlm.models.moe import Routing
 from flaxlm.models.transformer import Output
-from flaxlm.parallel.sharding import join_rows, layout, part_rows
+from flaxlm.parallel.sharding import current_layout, join_rows, split_rows
 
 
 class Losses(NamedTuple):
@@ -65,7 +65,7 @@ def losses(
       z_loss=z_loss,
       split=split_of_loss(),
     )
-    nats = part_rows(nats_T, targets_BL.shape[0]) * predicted
+    nats = split_rows(nats_T, targets_BL.shape[0]) * predicted
   else:
     scores_BRC, labels_BR = label_scores(model, out.features, batch), batch["labels"]
     predicted = (labels_BR >= 0).astype(jnp.float32)
@@ -80,7 +80,7 @@ def losses(
 
 def split_of_loss() -> Split:
   """Each device has its own tokens; their words are split by the axes that remain."""
-  now = layout()
+  now = current_layout()
   if now is None:
     return Split()
   tokens = now.axes("batch", "length")

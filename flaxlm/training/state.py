@@ -15,7 +15,7 @@ from flax import nnx
 
 from flaxlm.models.moe import rebalance
 from flaxlm.models.transformer import Transformer, TransformerConfig
-from flaxlm.parallel.sharding import constrain, layout, sharding_of
+from flaxlm.parallel.sharding import constrain, current_layout, sharding_of
 from flaxlm.training.losses import count_predicted, summed_loss
 
 
@@ -196,7 +196,7 @@ def after(tree, condition: jax.Array) -> jax.Array:
   The moments are then changed after the weights that are made of their old values, and
   so in place; XLA:CPU copied all of them before, in every step.
   """
-  now = layout()
+  now = current_layout()
   devices = jax.devices()[:1] if now is None else [*now.mesh.devices.flat]
   if len(devices) > 1 or devices[0].platform != "cpu":
     return condition

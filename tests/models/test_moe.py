@@ -15,7 +15,7 @@ from flaxlm.models.layers import ACTIVATIONS
 from flaxlm.models.moe import MoeMlp, rebalance, route
 from flaxlm.parallel import placement
 from flaxlm.parallel.mesh import make_mesh
-from flaxlm.parallel.sharding import spec, use_mesh
+from flaxlm.parallel.sharding import partition_spec, use_mesh
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import (
   init_state,
@@ -194,7 +194,7 @@ def run(config, mesh, steps, skew=1.0):
     state = jax.jit(init, out_shardings=shardings_of(target))(jax.random.key(0))
     step = make_train_step(tx, rate, bias_rate=bias_rate, **config.step)
     step = jax.jit(step, out_shardings=(shardings_of(target), None))
-    sharding = jax.sharding.NamedSharding(mesh, spec(("batch",), rules))
+    sharding = jax.sharding.NamedSharding(mesh, partition_spec(("batch",), rules))
     losses = []
     for i in range(steps):
       rows = placement.to_global(batches[i % 2], 0, config.data.batch_size, sharding)

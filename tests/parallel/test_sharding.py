@@ -16,7 +16,7 @@ from flaxlm.parallel import AXES, placement
 from flaxlm.parallel.mesh import make_mesh
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.parallel.placement import batch_sharding
-from flaxlm.parallel.sharding import bytes_per_device, sharding_of, spec
+from flaxlm.parallel.sharding import bytes_per_device, partition_spec, sharding_of
 from flaxlm.runs import program as programs
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.losses import count_predicted, summed_loss
@@ -316,10 +316,14 @@ def test_rules_that_do_not_fit_name_the_weight():
 
 def test_an_axis_splits_an_array_once():
   rules = {"embed": ("fsdp",), "mlp": ("fsdp", "tensor"), "norm": ()}
-  assert spec(("embed", "mlp"), rules) == P("fsdp", "tensor")
-  assert spec(("mlp", "norm", None), rules) == P(("fsdp", "tensor"), None, None)
+  assert partition_spec(("embed", "mlp"), rules) == P("fsdp", "tensor")
+  assert partition_spec(("mlp", "norm", None), rules) == P(
+    ("fsdp", "tensor"), None, None
+  )
   rules = {"batch": ("data",), "length": ("context",), "stream": ("tensor",)}
-  assert spec(("stream", None), rules) == P(("data", "context", "tensor"), None)
+  assert partition_spec(("stream", None), rules) == P(
+    ("data", "context", "tensor"), None
+  )
 
 
 def test_a_ring_never_holds_all_scores_nor_masks(config):
