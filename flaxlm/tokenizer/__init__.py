@@ -1,1 +1,1 @@
-"""Text to token ids and back, the same ids as the library a tokenizer comes from."""
+"""Turns text into token ids and back, with the ids of the tokenizer's own library."""

@@ -38,7 +38,7 @@ class Turn(NamedTuple):
 
 
 class ChatTemplate:
-  """A compiled template; `now` is the date that it may write."""
+  """A compiled chat template; `now` is the date that it writes, if it writes one."""
 
   def __init__(self, source: str, now: datetime.datetime = TEMPLATE_DATE):
     self.source = source
@@ -202,7 +202,7 @@ def encode_chat(
     for turn in turns:
       if turn.start <= start and stop <= turn.end:
         mark[:] = True
-      elif turn.start <= start < turn.end:  # the piece goes on after the turn
+      elif turn.start <= start < turn.end:  # the piece continues after the turn
         count = len(find_special_names(text[start : turn.end], specials))
         places = [i for i, token in enumerate(ids) if token in special_ids]
         mark[: places[count - 1] + 1] = True
@@ -244,6 +244,7 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 
 
 def malformed(given: str, needed: str) -> errors.DataError:
+  """Returns the error for a conversation that cannot be encoded."""
   return errors.DataError("a conversation is malformed", given, needed)
 
 
@@ -276,6 +277,7 @@ def find_turns(
 
 
 def common_prefix(a: str, b: str) -> int:
+  """Returns how many characters two texts have in common at their beginning."""
   if a.startswith(b):  # nearly always
     return len(b)
   pairs = enumerate(zip(a, b, strict=False))
@@ -308,7 +310,7 @@ def encode_pieces(
   bounds = sorted({0, len(text)} | cuts)
   pieces = []
   for start, stop in itertools.pairwise(bounds):
-    ids = encode_part(tokenizer, text[start:stop], goes_on=start > 0)
+    ids = encode_part(tokenizer, text[start:stop], is_first=start == 0)
     pieces.append((start, stop, np.array(ids, np.int32)))
   if forged:
     special_ids = [tokenizer.special_tokens[name] for name in names]
@@ -318,16 +320,16 @@ def encode_pieces(
   return pieces
 
 
-def encode_part(tokenizer: AnyTokenizer, text: str, goes_on: bool) -> list[int]:
+def encode_part(tokenizer: AnyTokenizer, text: str, is_first: bool) -> list[int]:
   """Encodes a piece of a rendered conversation, special tokens included.
 
-  Some tokenizers put a space before every text (Llama 2, Mistral), which is wrong where
-  a text goes on (`goes_on`). Their space then replaces the one that is there, or is
-  removed again together with a newline that is put before it.
+  Some tokenizers put a space before every text (Llama 2, Mistral), which is wrong for
+  all pieces but the first. That space then replaces the one that the piece begins with,
+  or is removed together with a newline that is put before the piece.
   """
   names = special_names(tokenizer)
   starts_special = any(text.startswith(name) for name in names)
-  if not goes_on or not tokenizer.adds_prefix or starts_special:
+  if is_first or not tokenizer.adds_prefix or starts_special:
     return tokenizer.encode(text, specials=True)
   if text.startswith(" "):
     return tokenizer.encode(text[1:], specials=True)
@@ -351,21 +353,21 @@ def find_forged(
   rendered again. Its own text around those words shows where the contents are.
   """
   names = special_names(tokenizer)
-  words, masked = {}, []
+  contents, masked = {}, []  # by the random word that replaces them
   for message in messages:
     if find_special_names(message["content"], names):
       word = secrets.token_hex(16)
-      words[word] = message["content"]
+      contents[word] = message["content"]
       masked.append(message | {"content": word})
     else:
       masked.append(message)
-  if not words:
+  if not contents:
     return []
   rendered = template.render(masked, tokenizer, prompt)
   pattern = ""
-  for part in re.split(f"({'|'.join(words)})", rendered):
-    if part in words:  # templates may strip spaces around a content
-      content = words[part]
+  for part in re.split(f"({'|'.join(contents)})", rendered):
+    if part in contents:  # templates may strip spaces around a content
+      content = contents[part]
       forms = {content, content.strip(), content.lstrip(), content.rstrip()}
       forms = sorted(forms, key=len, reverse=True)
       pattern += f"({'|'.join(map(re.escape, forms))})"

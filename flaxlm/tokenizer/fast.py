@@ -42,7 +42,7 @@ BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class FastTokenizer:
-  """One tokenizer.json, given as its bytes; has the interface of Tokenizer."""
+  """One tokenizer.json, given as its bytes, with the interface of `Tokenizer`."""
 
   def __init__(self, model: bytes):
     library = import_tokenizers()
@@ -73,7 +73,7 @@ class FastTokenizer:
     self.sep_id: int = ids.get("sep", -1)
     self.chat_template: str = tree["model"].get(CHAT_TEMPLATE, "")
     self.unk_id: int = unknown_id(tree["model"], pieces)
-    if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2: it is not really unknown
+    if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2 uses <|endoftext|> for all
       self.unk_id = -1
     if self.unk_id >= 0:
       self._pieces[self.unk_id] = b"\xef\xbf\xbd"
@@ -127,7 +127,7 @@ class FastTokenizer:
     else:
       found = self._text.encode_batch_fast(flat, add_special_tokens=False)
     ids = iter([np.array(encoding.ids, np.int32) for encoding in found])
-    rows = [list(itertools.islice(ids, len(parts))) for parts in chunks]
+    rows = [list(itertools.islice(ids, len(pieces))) for pieces in chunks]
     return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -148,6 +148,7 @@ class FastTokenizer:
 
 
 def import_tokenizers():
+  """Imports the `tokenizers` library; ConfigError if it is not installed."""
   try:
     import tokenizers
   except ImportError as error:
@@ -159,6 +160,7 @@ def import_tokenizers():
 
 
 def unreadable(why: str) -> errors.DataError:
+  """Returns the error for a tokenizer.json that cannot be used."""
   return errors.DataError(
     "a tokenizer.json cannot be used",
     " ".join(why.split())[:200],

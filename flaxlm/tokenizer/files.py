@@ -1,4 +1,4 @@
-"""Loads the tokenizer files of others, and makes one file of them.
+"""Loads tokenizers of SentencePiece and Hugging Face, and keeps each as one file.
 
 A store or a run keeps its tokenizer as the bytes of one file: a SentencePiece
 `tokenizer.model`, or a `tokenizer.json` to which we add what the files beside it say
@@ -43,6 +43,7 @@ def open_tokenizer(content: bytes) -> AnyTokenizer:
 
 
 def is_json(content: bytes) -> bool:
+  """Returns whether the bytes of a tokenizer are a tokenizer.json."""
   return content[:1] == b"{"
 
 
@@ -108,6 +109,7 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
 
 
 def missing_tokenizer(path: object, file: pathlib.Path) -> errors.UserError:
+  """Returns the error for config.tokenizer.path, where `file` does not exist."""
   return errors.MissingInputError(
     f"config.tokenizer.path={path} does not exist",
     file.absolute(),
@@ -149,6 +151,7 @@ def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
 
 
 def read_json(file: pathlib.Path) -> dict:
+  """Returns the object in a JSON file; DataError if it holds anything else."""
   try:
     tree = json.loads(file.read_bytes())
   except ValueError as error:
@@ -272,7 +275,11 @@ def write_tokenizer_json(
 
 
 def assemble(vocab: dict[str, int], beside: FilesBeside, parts: dict) -> bytes:
-  """Returns the tokenizer.json of a file that holds little more than a vocabulary."""
+  """Returns a tokenizer.json made of a vocabulary, the files beside it and `parts`.
+
+  Args:
+    parts: the entries of tokenizer.json that say how text is split and joined.
+  """
   tokens = {token["content"]: token for token in beside.tokens.values()}
   tokens |= {t["content"]: t for t in beside.specials() if t["content"] not in tokens}
   for known in (*USUAL_NAMES.values(), ("[UNK]", "<unk>")):

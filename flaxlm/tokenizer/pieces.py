@@ -1,4 +1,4 @@
-"""What all tokenizers share: cutting long texts, decoding, and finding words in pieces.
+"""What all tokenizers share: cutting long texts, decoding, and the pieces of words.
 
 Long texts are encoded in chunks of bounded length, cut wherever possible at places
 where the ids stay those of the whole text.

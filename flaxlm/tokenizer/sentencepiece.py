@@ -1,9 +1,9 @@
 """Trains and runs SentencePiece models.
 
-A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. That
-takes no normalisation, no dummy prefix, byte fallback, and one thing that SentencePiece
-does not do: its space mark U+2581, found in text, is spelt in bytes. Newline and tab
-are pieces of their own, so a text cut after a newline has the ids of the whole.
+A tokenizer trained here is lossless: decode(encode(x)) == x for every valid text. It
+does not normalise text, adds no dummy prefix, and falls back to bytes. SentencePiece's
+space mark U+2581 is also encoded as bytes where a text contains it. Newline and tab are
+pieces of their own, so a text that is cut after a newline keeps the ids of the whole.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ class Tokenizer:
     self.is_lossless = not self.loss
 
   def control_id(self, *names: str) -> int:
-    """The id of the first of these control symbols that the model has, or -1."""
+    """Returns the id of the first of these control symbols that exists, or -1."""
     found = [self.special_tokens[name] for name in names if name in self.special_tokens]
     return found[0] if found else -1
 

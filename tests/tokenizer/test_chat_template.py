@@ -1,4 +1,4 @@
-"""Conversations: the ids of transformers, loss on the assistant alone, no forgeries."""
+"""Conversations: the ids of transformers, loss only on the assistant, no forgery."""
 
 import datetime
 import io
@@ -128,7 +128,7 @@ def prefixed(english) -> Tokenizer:
 
 
 def learnt(tokenizer, ids, is_predicted) -> list[str]:
-  """The stretches of a conversation that are predicted, special tokens by name."""
+  """The predicted stretches of a conversation, with special tokens by name."""
   names = {i: name for name, i in tokenizer.special_tokens.items()}
   parts, pieces = [], tokenizer.pieces()
   for i, (token, predicted) in enumerate(zip(ids.tolist(), is_predicted, strict=True)):

@@ -1,4 +1,4 @@
-"""Tokenizers of others: the same ids as the originals, and nothing forged or lost."""
+"""Hugging Face tokenizers: the ids of the originals, and nothing forged or lost."""
 
 import json
 import pathlib
@@ -415,7 +415,7 @@ def test_export_of_sentencepiece_gives_the_same_ids(
   different = 0
   for text in [*TEXTS, *english.splitlines(keepends=True)[:3000]]:
     if not byte_fallback and SPACE_MARK in text:
-      continue  # ours is <unk> by itself, here it is one with its neighbours
+      continue  # one <unk> for it alone, or for its neighbours too
     expected, ids = ours.encode(text), made.encode(text)
     different += ids != expected
     assert ids == expected or (kind == "unigram" and sorted(ids) == sorted(expected))
@@ -425,7 +425,7 @@ def test_export_of_sentencepiece_gives_the_same_ids(
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_export_keeps_a_dummy_prefix(kind, sentences):
-  """What Llama 2 and Mistral have, and how conversions lose leading spaces."""
+  """A dummy prefix, as in Llama 2 and Mistral, without losing leading spaces."""
   options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
   model = reference_model(sentences, model_type=kind, byte_fallback=True, **options)
   original = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -58,7 +58,7 @@ def test_real_languages_survive(name, corpora, bpe):
   text = (corpora / "from_repos/corpora" / f"{name}.txt").read_text("utf-8")[:100_000]
   own = Tokenizer(train_tokenizer(sample_lines([text], 10**6), "bpe", 6000))
   assert own.decode(own.encode(text)) == text
-  assert bpe.decode(bpe.encode(text)) == text  # and with one that never saw the script
+  assert bpe.decode(bpe.encode(text)) == text  # not trained on this script
   assert len(own.encode(text)) < len(bpe.encode(text))
 
 
@@ -113,7 +113,7 @@ def test_streamed_text_never_holds_half_a_character(bpe):
   parts = [decode([i]) for i in ids] + [decode([], final=True)]
   assert "".join(parts) == text
   assert "\ufffd" not in "".join(parts)
-  assert "" in parts  # it did wait for the rest of a character
+  assert "" in parts  # it waited for the rest of a character
   half = bpe.encode("漢")[:-1]
   assert bpe.decode(half).startswith("\ufffd")  # never complete: shown, not raised
   with pytest.raises(ValueError, match="not in 0"):

@@ -1,4 +1,4 @@
-"""Texts encoded word by word: the ids of the whole, and where each token comes from."""
+"""Texts encoded word by word: the ids of the whole text, and each token's position."""
 
 import random
 
@@ -9,7 +9,7 @@ from flaxlm.tokenizer import word_offsets
 
 
 def word_piece():
-  """A BERT's tokenizer.json with few pieces."""
+  """A tokenizer.json like BERT's, with few pieces."""
   tokenizers = pytest.importorskip("tokenizers")
   from flaxlm.tokenizer.fast import FastTokenizer
 
@@ -58,7 +58,7 @@ def test_word_by_word_is_the_whole_text_for_sentence_piece(kind, english):
     text = "".join(parts).rstrip()
     located = encoder.locate(text)
     assert tok.decode(located.ids) == text
-    if kind != "unigram":  # which parts equally good ways differently in longer texts
+    if kind != "unigram":  # which breaks ties differently in longer texts
       assert located.ids.tolist() == tok.encode(text)
     for token, a, b in zip(*located, strict=True):
       piece = pieces[token].decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Objectives: what is hidden can be put back, and what is asked for is not shown."""
+"""Objectives: hidden tokens can be put back, and targets are never visible."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from flaxlm.data.batches import masking, spans
 from flaxlm.data.batches.masking import Objective, SpecialIds
 from flaxlm.errors import ConfigError
 
-V, TEXT = 200, 150  # ids of the model, and of them those of the tokenizer
+V, TEXT = 200, 150  # ids of the model, and of the tokenizer
 BOS, EOS, MASK, CLS, SEP, PRE, MID, SUF = range(1, 9)
 SPECIAL = SpecialIds(BOS, EOS, MASK, CLS, SEP, PRE, MID, SUF)
 CONTINUES = np.random.default_rng(0).random(TEXT) < 0.4
@@ -78,7 +78,7 @@ def put_back(tokens):
 
 
 def assert_nothing_leaks(row):
-  """Each target is the next token, of the same document, and seen by no one before."""
+  """Each target is the next token of its document, and no position sees its own."""
   tokens, targets, segments = (row[k] for k in ("tokens", "targets", "segment_ids"))
   asked = np.flatnonzero(targets[:-1] >= 0)
   np.testing.assert_array_equal(tokens[asked + 1], targets[asked])
@@ -141,7 +141,7 @@ def test_masked_rates_are_those_of_the_config(unit):
   chosen, masked, other = np.mean(np.array(seen)[:, :, :90], axis=(0, 2))
   assert chosen == pytest.approx(0.2, abs=0.004)
   assert masked / chosen == pytest.approx(0.7, abs=0.02)
-  # One random token in 140 is the right one by chance.
+  # By chance, one random token in 140 is the right one.
   assert other / chosen == pytest.approx(0.2 * 139 / 140, abs=0.02)
   by_position = np.mean(np.array(seen)[:, 0, 5:85], axis=0)
   assert np.abs(by_position - 0.2).max() < 0.06  # five standard deviations
@@ -350,10 +350,10 @@ def test_fim_and_spm_rates_are_those_of_the_config():
   ]
   moved = [row for row in rows if PRE in row["tokens"]]
   assert len(moved) / 1500 == pytest.approx(0.6, abs=0.05)
-  # A prefix is empty in PSM too, once in 91 times about twice.
+  # PSM may have an empty prefix too, about twice in 91 documents.
   spm = np.mean([row["tokens"][1] == SUF for row in moved])
   assert spm == pytest.approx(0.25 + 0.75 * 2 / 91, abs=0.05)
-  # A document that stays as it is goes on in the next row; one that is moved does not.
+  # A document that stays as it is continues in the next row; a moved one does not.
   assert {int(row["targets"][-1]) for row in moved} == {-1}
   assert {int(r["targets"][-1]) for r in rows if PRE not in r["tokens"]} == {7}
 
@@ -394,14 +394,14 @@ def test_rows_of_many_documents_fit_and_lose_nothing(kind, seq_len):
 
 
 def test_the_room_for_symbols_is_used():
-  # Documents as long as the row: what is added is known, up to a token or two.
+  # Documents are as long as the row, so the added tokens are known within one or two.
   for kind, least in [("masked", 510), ("prefix", 512), ("span", 458), ("fim", 503)]:
     objective = Objective(kind, num_sentinels=40)
     size = masking.stride(objective, vocabulary(objective), 512, 10_000.0)
     assert least <= size <= least + 6, kind
   objective = Objective("masked", pairs="sop")
   assert masking.stride(objective, vocabulary(objective), 512, 5.0) == 509
-  # A tokenizer without bos: one token more for each document.
+  # Without bos, each document needs one more token.
   objective = Objective("masked")
   vocab = vocabulary(objective, special=SPECIAL._replace(bos=-1))
   assert masking.stride(objective, vocab, 512, 9.0) == pytest.approx(459, abs=2)

@@ -1,4 +1,4 @@
-"""Batches: every token once an epoch, documents apart, however many the hosts."""
+"""Batches: every token once per epoch, separate documents, any number of hosts."""
 
 import math
 import threading
@@ -30,7 +30,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 class Stream:
-  """What a TokenStream offers, over arrays in memory."""
+  """The interface of a TokenStream, over arrays in memory."""
 
   def __init__(self, lengths, seed=0, low=3, high=100):
     rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def make(streams=None, weights=None, **changes):
 
 
 def make_objective(name, lengths=None, vocab_size=130, **changes):
-  """Batches of 32 long rows, whose ids from 10 to 100 are text."""
+  """Batches of rows with 32 tokens, where ids from 10 to 100 are text."""
   if lengths is None:
     lengths = np.random.default_rng(1).integers(0, 90, 150)
   objective = OBJECTIVES[name]
@@ -75,7 +75,7 @@ def make_objective(name, lengths=None, vocab_size=130, **changes):
 
 
 def numbered(lengths, first=10):
-  """A stream in which every token of text has an id of its own: its position."""
+  """A stream in which the id of every token of text is unique: its position."""
   stream = Stream(lengths)
   is_text = stream.ids >= 3
   stream.ids = np.where(is_text, np.arange(len(is_text)) + first, stream.ids)
@@ -92,7 +92,7 @@ def rows_of(batches, number):
 
 
 def restored(batch):
-  """The tokens of a batch before some were hidden behind others in their place."""
+  """The tokens of a batch before some of them were replaced."""
   return np.where(batch["targets"] >= 0, batch["targets"], batch["tokens"])
 
 
@@ -111,7 +111,7 @@ def test_permute_is_a_permutation_that_depends_on_its_key(size):
   np.testing.assert_array_equal(permute(index[::-1], size, 7), order[::-1])
   if size > 3:
     assert not np.array_equal(order, permute(index, size, 8))
-  if size >= 1000:  # neighbours are torn apart, and nobody stays at home
+  if size >= 1000:  # neighbours are separated, and few stay in place
     assert np.corrcoef(index, order)[0, 1] == pytest.approx(0, abs=0.1)
     assert np.mean(index == order) < 0.01
 
@@ -128,7 +128,7 @@ def test_every_token_is_read_once_an_epoch():
       length = batches[i // 8]["segment_ids"][i % 8].astype(bool).sum()
       seen[row * 16 : row * 16 + length] += 1
       orders.append(row)
-    # The last token of all is only ever a target.
+    # The very last token is only a target.
     assert (seen[:-1] == 1).all()
     assert orders != sorted(orders)
 
@@ -366,7 +366,7 @@ def test_synthetic_batches_are_a_function_of_seed_and_step(name):
   assert_equal(batches[7], SyntheticBatches(16, 8, 3, 50, **settings)[7])
   for other in (batches[8], SyntheticBatches(16, 8, 4, 50, **settings)[7]):
     assert not np.array_equal(batches[7]["tokens"], other["tokens"])
-  # A model sees the same arrays as from a store.
+  # The arrays are those of a store.
   stored = make_objective(name, seq_len=16)[0]
   shapes = {key: array.shape for key, array in stored.items()}
   assert {key: array.shape for key, array in batches[7].items()} == shapes
@@ -379,7 +379,7 @@ def test_synthetic_batches_are_a_function_of_seed_and_step(name):
 
 
 def entropy_of(train, validation, vocab_size):
-  """Nats a target of `validation` under add-one frequencies of those of `train`."""
+  """Nats per target of `validation` under add-one frequencies of `train`."""
   counts = np.bincount(train, minlength=vocab_size) + 1
   return -np.mean(np.log(counts / counts.sum())[validation])
 

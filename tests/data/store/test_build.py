@@ -1,4 +1,4 @@
-"""From text to a finished store, interrupted or not, by the command and its rooms."""
+"""From text to a finished store, interrupted or not, in Python and by the command."""
 
 import errno
 import hashlib

@@ -17,7 +17,7 @@ from flaxlm.data.text import remote
 
 @pytest.fixture
 def made(tmp_path):
-  """A store of three shards, and its documents as (list of id arrays) a split."""
+  """A store of three shards, and its documents as a list of id arrays per split."""
   rng = np.random.default_rng(0)
   split_documents, entries = {}, {}
   (tmp_path / "main").mkdir()

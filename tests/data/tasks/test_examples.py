@@ -1,4 +1,4 @@
-"""Labelled examples: how rows are laid out, and what comes back of predictions."""
+"""Labelled examples: how rows are laid out, and how predictions are read."""
 
 import json
 import random
@@ -15,7 +15,7 @@ PAD, UNK, CLS, SEP, BOS, EOS = range(6)
 
 
 class Threes:
-  """Lower-case words in pieces of three letters: lossy, and known by heart."""
+  """A toy tokenizer: lower-case words in pieces of three letters. It is lossy."""
 
   pad_id, unk_id, cls_id, sep_id, bos_id, eos_id = PAD, UNK, CLS, SEP, BOS, EOS
   vocab_size = 5000
@@ -318,7 +318,7 @@ def test_tags_sit_on_the_first_token_of_a_word(tmp_path):
   assert tok.show(batch["tokens"][0])[:5] == ["[CLS]", "abc", "##def", "x", "ghi"]
   assert batch["labels"].tolist() == [
     [-1, 0, -1, 2, 1, -1, -1, -1],
-    [-1, 2, 0, 2, -1, -1, -1, -1],  # the word of which nothing is left has its tag
+    [-1, 2, 0, 2, -1, -1, -1, -1],  # the word without tokens keeps its tag
     [-1] * 8,
   ]
   assert batch["tokens"][1, 2] == UNK
@@ -389,7 +389,7 @@ def question(context, answer, start, text="who is it"):
 
 
 def gold_spans(loaded):
-  """What a model predicts that has learnt the labels by heart."""
+  """The predictions of a model that knows the labels."""
   here = (loaded.labels > 0).any(axis=1)
   scores = np.stack([np.where(here, 1.0, -1.0), np.where(here, 0.0, 2.0)], axis=1)
   return loaded.labels, scores
@@ -411,7 +411,7 @@ def test_windows_show_all_of_a_context(tmp_path):
   assert [w[2] for w in train.windows[:4]] == [0, 10, 20, 30]
   batch = batches(train, 26, 10, in_order=True)[0]
   assert tok.show(batch["tokens"][0])[:6] == ["[CLS]", "who", "is", "it", "[SEP]", "a0"]
-  # 20 tokens of the context a window: 36 and 37 are in the last two.
+  # Each window has 20 tokens of context: 36 and 37 are in the last two.
   assert (
     batch["labels"][:8].tolist() == [[0, 0]] * 2 + [[21, 22], [11, 12]] + [[0, 0]] * 4
   )
@@ -421,7 +421,7 @@ def test_windows_show_all_of_a_context(tmp_path):
   predictions, references = train.scored(*gold_spans(train))
   assert references == [["k36 l37"], [], ["cde"], ["cde"]]
   assert predictions[:3] == ["k36 l37", "", "cde"]
-  # Of a question whose windows were not all scored nothing is said.
+  # A question is left out if some of its windows were not scored.
   spans, scores = gold_spans(train)
   assert len(train.scored(spans[:7], scores[:7])[0]) == 1
   assert train.scored(spans[:8], scores[:8])[0] == ["k36 l37", ""]
@@ -479,13 +479,13 @@ def test_squad_files(tmp_path):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_answers_of_xquad_come_back(language, corpora, bpe):
-  """Through windows and tokens to text, with a tokenizer that has seen neither."""
+  """Answers in text become token spans in windows, and text again."""
   path = corpora / f"from_repos/labelled/xquad/xquad.{language}.json"
   loaded, _ = load(make_task("qa", path, doc_stride=200), seq_len=640, tok=bpe)
   spans, scores = gold_spans(loaded)
   assert len(loaded.answers) == 1190 and loaded.problems == {}
   predictions, references = loaded.scored(spans, scores)
-  # Not where a piece, such as ".\n", reaches beyond the answer or joins its parts.
+  # They differ where a piece, such as ".\n", reaches beyond the answer.
   same = [a == b[0] for a, b in zip(predictions, references, strict=True)]
   inside = [b[0] in a for a, b in zip(predictions, references, strict=True)]
   assert np.mean(same) > 0.99 and np.mean(inside) > 0.999

@@ -1,4 +1,4 @@
-"""Labelled records: what each format says, and what is said of a file that is wrong."""
+"""Labelled records: what each format holds, and the errors of bad files."""
 
 import bz2
 import gzip
@@ -70,7 +70,7 @@ def test_conll_sentences(tmp_path):
   assert found[0].fields["pos"] == ["NNP", "VBZ"]
 
 
-# Of no time: workers must name their tests alike.
+# Without a time stamp: all workers must give a test the same name.
 CUT = gzip.compress(b"text,label\n" * 99, mtime=0)[:30]
 
 

@@ -31,7 +31,7 @@ def test_two_classes_by_hand():
   assert score_predictions("classify", 1 - true, true, TWO)[
     "matthews"
   ] == pytest.approx(-1)
-  # Always the same answer knows nothing, and its F1 of the other class is 0.
+  # A constant answer knows nothing, and its F1 of the other class is 0.
   found = score_predictions("classify", np.zeros_like(true), true, TWO)
   assert (found["matthews"], found["f1"]) == (0, 0)
   assert found["macro_f1"] == pytest.approx((2 * 6 / 16) / 2)
@@ -113,7 +113,7 @@ def test_tags_by_hand():
     "tag", [[1], [2]], [[1], [1]], names
   )  # I begins one as well as B
   assert found["f1"] == 1 and found["accuracy"] == 0.5
-  # Parts of speech are no entities.
+  # Part-of-speech tags are not entities.
   found = score_predictions("tag", [[0, 1, 1]], [[0, 1, 0]], ("NOUN", "VERB"))
   assert found == pytest.approx({"accuracy": 2 / 3, "macro_f1": 2 / 3})
 
