@@ -1,4 +1,4 @@
-"""The chips that we know: rates, memory, links, power, prices; the package's one table.
+"""The one table of chips: rates, memory, links, power and prices.
 
 A row is one `jax.Device`: a v4 or v5p chip is one (megacore), a TPU7x chip is two.
 Links count bytes in one direction: half of what data sheets call bidirectional.
@@ -13,50 +13,51 @@ from flaxlm.errors import ConfigError
 
 
 class Chip(NamedTuple):
-  """One `jax.Device`; rates are the data sheet's, per second."""
+  """One `jax.Device`; rates are per second, from the data sheet."""
 
   name: str
   bf16_flops: float  # dense
-  f32_flops: float  # a float32 matmul as JAX runs it: one bf16 pass (TPU), TF32
+  f32_flops: float  # of a float32 matmul by JAX's default: bf16 on TPUs, TF32 on GPUs
   memory_bytes: float
   memory_bandwidth: float  # bytes
   link: str  # inside a slice or node: ici | nvlink | memory
-  link_bandwidth: float  # bytes a direction, all links of the chip together
+  link_bandwidth: float  # bytes per direction, all links of the chip together
   network: str  # between slices or nodes: dcn | ib | memory
-  network_bandwidth: float  # bytes a direction, this device's share of its host's
+  network_bandwidth: float  # bytes per direction, this device's share of its host's
   devices_per_host: int
   devices_per_chip: int
   watts: float  # at full load, host not included
-  price: float  # USD an hour
-  price_note: str  # what kind of price, where and when
+  price: float  # USD per hour
+  price_note: str  # which price, where and when
 
 
 class Calibration(NamedTuple):
-  """What planning/calibrate.py measured of a machine."""
+  """What planning/calibrate.py measured on a machine."""
 
-  seconds: dict[tuple, float]  # (kind, *dims, dtype) of planning/work.py:Op -> seconds
-  dispatch_seconds: float  # of a call of a compiled function
+  seconds: dict[tuple, float]  # by (kind, *dims, dtype) of planning/operations.py:Op
+  dispatch_seconds: float  # of one call of a compiled function
 
 
 class Hardware(NamedTuple):
-  """What a user rents."""
+  """The devices that a user rents."""
 
   chip: Chip
-  num_chips: int  # jax devices, in all slices
-  num_slices: int  # TPU slices; nodes of GPUs
+  num_chips: int  # JAX devices in all slices
+  num_slices: int  # TPU slices, or nodes of GPUs
   topology: str  # of one slice, "8x16x16"; "" where there is no torus
   calibration: Calibration | None = None
 
 
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read 2026-07. DCN is given a
-#   chip for v5p, v6e and 7x; v5e has 2 x 100 Gb/s a host of 8; v4's is not published:
-#   v5p's. Watts: v4 takes 192 at most (Jouppi et al. 2023, arXiv 2304.01433). Google
-#   publishes no others: ours are guesses from v4 and from its claims of FLOP per watt.
-# NVIDIA: data sheets of A100 80GB SXM, H100 SXM, H200 SXM, DGX B200 (2025); tensor-core
-#   rates there are with sparsity, half of which is dense. One 200 (A100) or 400 Gb/s
-#   network card a GPU. Watts are the board's limit.
-# Prices are a starting point, and age: `--price` overrides. GPU capacity blocks were
-#   read on AWS's page of 2025-01; the others are as remembered of 2025, not checked.
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read 2026-07. DCN is published
+#   per chip for v5p, v6e and 7x; v5e has 2 x 100 Gb/s per host of 8 chips; v4's is not
+#   published, so v5p's is used. Watts: a v4 takes 192 at most (Jouppi et al. 2023,
+#   arXiv 2304.01433). Google publishes no others: the rest are guesses from v4 and from
+#   its claims of FLOPs per watt.
+# NVIDIA: data sheets of A100 80GB SXM, H100 SXM, H200 SXM, DGX B200 (2025). Their
+#   tensor-core rates are with sparsity; dense rates are half. Each GPU has one network
+#   card of 200 Gb/s (A100) or 400 Gb/s. Watts are the limit of the board.
+# Prices are a starting point and go out of date: `--price` overrides them. GPU capacity
+#   blocks are from AWS's page of 2025-01. The others were not checked against a page.
 GB, GiB = 1e9, 2**30
 GCP = "Google Cloud, on demand, US, 2025"
 CHIPS = {
@@ -116,8 +117,8 @@ DEVICE_KINDS = {
   "NVIDIA H200": "h200",
   "NVIDIA B200": "b200",
 }
-# Dense bfloat16 FLOP/s of those for which `plan` has no row. Hopper, Ada: half of the
-# data sheet's; GeForce: GA102 and Ada white papers, with FP32 accumulation.
+# Dense bfloat16 FLOP/s of devices for which `plan` has no row. Hopper and Ada: half of
+# the data sheet's; GeForce: white papers of GA102 and Ada, with FP32 accumulation.
 OTHER_PEAKS = {
   "NVIDIA A100-SXM4-40GB": 312e12,
   "NVIDIA A100-PCIE-40GB": 312e12,
@@ -135,27 +136,26 @@ OTHER_PEAKS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 FLOP/s of a device; None when unknown: never guessed."""
+  """Returns the dense bfloat16 FLOP/s of a device, or None: never a guess."""
   chip = chip_of(device)
   return chip.bf16_flops if chip else OTHER_PEAKS.get(device.device_kind)
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-  """The row of a device that is here; None when the table has none."""
+  """Returns the row of a device, or None if the table has none."""
   return CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
 
 
 def parse_hardware(text: str, here: Hardware | None = None) -> Hardware:
-  """Reads what `--hardware` says.
+  """Parses the value of `--hardware`.
 
   `v5p:8x16x16` is a torus of chips, `4xv6e:16x16` is four such slices, `h100x64` is 64
   GPUs in nodes of 8, and `this` (or `cpu`) is the machine that was calibrated.
 
   Args:
-    here: that machine, of planning/calibrate.py.
-
+    here: the calibrated machine, from planning/calibrate.py.
   Raises:
-    ConfigError: anything else.
+    ConfigError: the text is none of these.
   """
   if text in ("this", "cpu"):
     if here is None:
@@ -184,7 +184,7 @@ def parse_hardware(text: str, here: Hardware | None = None) -> Hardware:
   raise ConfigError(
     "--hardware",
     text,
-    "a TPU and its chips (v5e:16x16, v5p:8x16x16, 4xv6e:16x16 for four slices), or "
-    "GPUs and their number (h100x8)",
+    "a TPU and its topology (v5e:16x16, v5p:8x16x16, 4xv6e:16x16 for four slices), or "
+    "a GPU and how many (h100x8)",
     "one of " + " ".join(CHIPS) + ", or `this` after --calibrate",
   )
