@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def source(kind="stdlib", path="", **changes) -> ConfigDict:
   """One corpus. Several of them, by name, make a mixture."""
   fields = ConfigDict()
-  fields.kind = kind  # stdlib | text | jsonl | csv | tsv | parquet | tfds
+  fields.kind = kind  # format of the documents, one of those in flaxlm/data/README.md
   fields.path = path  # glob of files; tfds: a name or a prepared directory
   fields.field = "text"  # the column that holds the text (all but stdlib, text)
   fields.document = "file"  # text files hold: file | paragraph | line documents
