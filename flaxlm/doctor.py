@@ -67,8 +67,7 @@ def check_attention() -> dict[str, dict]:
     f"\n{'attention':10} {'masks':>9}  largest error, of the tolerance; "
     "TFLOP/s forward + backward, causal FLOPs, by tokens a row"
   )
-  names = [name for name in choice.BACKENDS if name != "xla"]
-  for backend in (*choice.FORMS, *names):  # which xla is, by shape
+  for backend in choice.KERNELS:
     row = measured[backend] = conformance.examine(backend, device.platform)
     if not row["checked"]:
       print(f"{backend:10} {'-':>9}  cannot run: it needs {row['needs']}", flush=True)

@@ -8,7 +8,7 @@ import difflib
 import math
 
 from flaxlm.errors import ConfigError
-from flaxlm.kernels.attention.choice import BACKENDS
+from flaxlm.kernels.attention.choice import ATTENTION_CHOICES
 
 # The head that a model needs for an objective, and for a task.
 HEAD_OF_OBJECTIVE = {
@@ -39,7 +39,7 @@ CHOICES = {
   "model.rope.scaling": ("none", "linear", "llama3", "yarn"),
   "model.moe.router": ("softmax", "sigmoid"),
   "model.moe.balance": ("loss", "bias", "none"),
-  "model.attention": ("auto", *BACKENDS),
+  "model.attention": ATTENTION_CHOICES,
   "model.dtype": ("float32", "bfloat16"),
   "model.quantize": ("none", "fp8", "int8"),
   "model.remat": ("none", "full", "dots"),

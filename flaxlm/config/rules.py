@@ -9,7 +9,7 @@ import math
 from ml_collections import ConfigDict
 
 from flaxlm.config.choices import HEAD_OF_OBJECTIVE, HEAD_OF_TASK
-from flaxlm.kernels.attention.choice import Case, why_not
+from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL, Case, why_not
 from flaxlm.parallel import AXES, BATCH_AXES
 
 
@@ -92,7 +92,7 @@ def _mesh_rules(config: ConfigDict):
   yield from _context_rules(config)
   # What a kernel needs of the devices is checked once there are devices.
   why = why_not(model.attention, attention_case(config))
-  yield model.attention == "auto" or why is None, "model.attention", f"{why}", "auto"
+  yield why is None, "model.attention", f"{why}", "auto"
 
 
 def attention_case(config: ConfigDict, platform: str = "") -> Case:
@@ -121,7 +121,7 @@ def _context_rules(config: ConfigDict):
     f"1 with config.model.head={model.head} and pairs: these read whole rows",
     "1",
   )
-  ring, ways = model.attention == "ring", mesh.context * mesh.tensor
+  ring, ways = model.attention == CONTEXT_PARALLEL, mesh.context * mesh.tensor
   needed = "auto where config.mesh.context=1"
   yield not ring or not whole, "model.attention", needed, "auto"
   unit = 2 * mesh.context if ring else mesh.context
@@ -134,9 +134,9 @@ def _context_rules(config: ConfigDict):
   yield (
     whole or ring or model.num_kv_heads % ways == 0,
     "model.attention",
-    f"ring, unless config.model.num_kv_heads={model.num_kv_heads} divides by {ways} = "
-    "mesh.context x mesh.tensor",
-    "ring",
+    f"{CONTEXT_PARALLEL}, unless config.model.num_kv_heads={model.num_kv_heads} "
+    f"divides by {ways} = mesh.context x mesh.tensor",
+    CONTEXT_PARALLEL,
   )
 
 

@@ -17,6 +17,7 @@ from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.data.store.shards import Store
 from flaxlm.data.tasks.examples import ExampleBatches, Examples, load_examples
 from flaxlm.errors import ConfigError
+from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL
 from flaxlm.kernels.attention.ring import zigzag
 from flaxlm.parallel.placement import (
   batch_sharding,
@@ -86,7 +87,7 @@ class Feed:
       "num_rows": stop - self.first_row,
     }
     self.column_order = None
-    if model.attention == "ring" and mesh.shape["context"] > 1:
+    if model.attention == CONTEXT_PARALLEL and mesh.shape["context"] > 1:
       self.column_order = zigzag(data.seq_len, mesh.shape["context"])
     if task.kind != "none":
       self._open_examples(tokenizer_path, training)

@@ -1,17 +1,58 @@
-"""Multi-head attention as a module, and the cache that decoding keeps of it."""
+"""Multi-head attention as a module: projections, positions, and the kernel to call."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.attention.attention import attention
-from flaxlm.models.attend import View, attend, mask_and_scale, value_of
+from flaxlm.kernels.attention.attention import attention, settle_backend
+from flaxlm.kernels.attention.choice import (
+  BACKENDS,
+  CONTEXT_PARALLEL,
+  Case,
+  backend_with_cache,
+)
 from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.layers import Norm, add_bias, bias, project, residual_scale, weight
-from flaxlm.models.rope import rotate
-from flaxlm.parallel.sharding import constrain, join_rows, split_rows
+from flaxlm.models.rope import rotary_angles, rotate
+from flaxlm.parallel.sharding import (
+  constrain,
+  current_layout,
+  join_rows,
+  shard_map,
+  split_rows,
+)
+
+
+class View(NamedTuple):
+  """What decides which tokens see each other, and how far apart they are."""
+
+  segment_ids_BL: jax.Array
+  prefix_BL: jax.Array | None  # 1: all of its segment see this token (prefix LM)
+  angles: tuple | None  # rotary, of global layers
+  local_angles: tuple | None  # rotary, of local layers, where these differ
+
+  @classmethod
+  def of(cls, config: TransformerConfig, positions_BL, segment_ids_BL, prefix_BL):
+    angles = local_angles = None
+    if config.positions == "rope":
+      angles = rotary_angles(positions_BL, config.rope, config.head_dim)
+      if config.rope.local_theta and config.sliding_window:
+        local_angles = rotary_angles(positions_BL, config.rope, config.head_dim, True)
+    return cls(segment_ids_BL, prefix_BL, angles, local_angles)
+
+  def angles_of(self, window):
+    """The rotary angles of a layer that sees `window` tokens, a number or an array."""
+    if self.local_angles is None:
+      return self.angles
+    return jax.tree.map(
+      lambda own, other: jnp.where(window > 0, own, other),
+      self.local_angles,
+      self.angles,
+    )
 
 
 class Attention(nnx.Module):
@@ -64,14 +105,14 @@ class Attention(nnx.Module):
       if view.prefix_BL is not None:  # tokens of the cache come before: seen anyway
         none_BM = jnp.zeros_like(cache.segment_ids_BM)
         k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, view.prefix_BL, (0, offset))
-      in_cache = "reference" if self.config.attention == "reference" else "xla"
       outs = [
         attention(
           q_BLNH[rows], k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL[rows],
           k_segment_ids_BM=cache.segment_ids_BM[rows],
           k_prefix_BM=None if k_prefix_BM is None else k_prefix_BM[rows],
           q_offset=offset, sinks_N=value_of(self.sinks), window=window,
-          backend=in_cache, **mask_and_scale(self.config),
+          backend=backend_with_cache(self.config.attention),
+          **mask_and_scale(self.config),
         )
         for rows, k_BMKH, v_BMKH in groups
       ]  # fmt: skip
@@ -88,3 +129,72 @@ def head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:
   if config.qk_norm == "head":
     return Norm((config.head_dim,), config, ("norm",), rms=True)
   return Norm((num_heads, config.head_dim), config, ("heads", None), rms=True)
+
+
+def mask_and_scale(config: TransformerConfig) -> dict:
+  """Returns the arguments of `attention` that the model's config decides."""
+  return {
+    "causal": config.causal,
+    "sliding_window": config.sliding_window,
+    "scale": config.attention_scale,
+    "softcap": config.attention_softcap,
+  }
+
+
+def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, window):
+  """Attention within the rows of a batch, by the backend and the mesh of the config.
+
+  Where the mesh splits rows and the backend does not, each device gets whole rows of
+  some heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al.
+  2023, arXiv 2309.14509).
+  """
+  now = current_layout()
+  split = now is not None and now.ways("length") > 1
+  backend = settled_backend(config, view, q_BLNH.shape[1], split)
+  row = BACKENDS[backend]
+  exchanged = split and not row.splits_rows
+  rows = ("batch", "length") if row.splits_rows else ("batch", None)
+  heads = "all_heads" if exchanged else "heads"
+  dims = (*rows, heads, None)
+  ids_BL = view.segment_ids_BL
+  if exchanged:
+    q_BLNH, k_BMKH, v_BMKH = (constrain(x, *dims) for x in (q_BLNH, k_BMKH, v_BMKH))
+    ids_BL = constrain(ids_BL, *rows)
+
+  def local(q, k, v, ids, prefix, sinks, traced):
+    (axis_name,) = now.axes("length") if row.splits_rows else ("",)
+    return attention(
+      q, k, v, q_segment_ids_BL=ids, k_segment_ids_BM=ids, k_prefix_BM=prefix,
+      sinks_N=sinks, window=window if traced is None else traced, backend=backend,
+      axis_name=axis_name, **mask_and_scale(config),
+    )  # fmt: skip
+
+  # The layers of a scan have windows that are not known when it is traced.
+  traced = None if isinstance(window, int) else window
+  arrays = (q_BLNH, k_BMKH, v_BMKH, ids_BL, view.prefix_BL, sinks_N, traced)
+  if now is None or not row.per_device:
+    out_BLNH = local(*arrays)
+    return constrain(out_BLNH, *dims) if exchanged else out_BLNH
+  return shard_map(local, [dims, dims, dims, rows, rows, (heads,), ()], dims)(*arrays)
+
+
+def settled_backend(config: TransformerConfig, view: View, L: int, split: bool) -> str:
+  """Returns the kernel for whole rows, by config, device and shape.
+
+  Raises:
+    UserError: the config names a backend that cannot compute this.
+  """
+  now, backend = current_layout(), config.attention
+  if backend == CONTEXT_PARALLEL and not split:  # as in decoding
+    backend = "auto"
+  # Of the mesh, which may be that of a machine that is not here.
+  device = jax.devices()[0] if now is None else now.mesh.devices.flat[0]
+  case = Case(
+    device.platform, config.dtype, L, L, config.head_dim, config.attention_softcap,
+    view.prefix_BL is not None, config.attention_sinks,
+  )  # fmt: skip
+  return settle_backend(backend, case, device.device_kind)
+
+
+def value_of(weight: nnx.Param | None) -> jax.Array | None:
+  return None if weight is None else weight[...]

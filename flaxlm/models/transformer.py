@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxlm.models.attend import View
-from flaxlm.models.attention import Attention
+from flaxlm.models.attention import Attention, View
 from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.heads import Head, make_head

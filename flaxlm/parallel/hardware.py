@@ -30,6 +30,11 @@ class Chip(NamedTuple):
   price: float  # USD per hour
   price_note: str  # which price, where and when
 
+  @property
+  def platform(self) -> str:
+    """What JAX calls it: its link tells."""
+    return {"ici": "tpu", "nvlink": "gpu", "memory": "cpu"}[self.link]
+
 
 class Calibration(NamedTuple):
   """What planning/calibrate.py measured on a machine."""

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL
 from flaxlm.parallel.hardware import Hardware
 from flaxlm.planning.operations import itemsize, layer_parameters, share
 
@@ -169,7 +170,7 @@ def activation_messages(config, sizes: dict[str, int]) -> list[tuple]:
   rows.append(("all-reduce", 2 * part.passes * stream, 2 * part.passes, ("tensor",)))
   heads = model.head_dim * width * part.tokens / sizes["tensor"]
   keys = 2 * model.num_kv_heads * heads
-  if model.attention == "ring":
+  if model.attention == CONTEXT_PARALLEL:
     hops = (sizes["context"] - 1) * calls * (3 + again)  # keys, and their gradients
     rows.append(("permute", hops * keys, hops, ("context",)))
   else:  # whole rows of some heads: there and back, forward and backward

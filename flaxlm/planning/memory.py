@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxlm.config.rules import attention_case
-from flaxlm.kernels.attention.choice import why_not
+from flaxlm.kernels.attention.choice import FUSED, kernel_of, why_not
 from flaxlm.kernels.cross_entropy import chunk_tokens
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
@@ -93,12 +93,14 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   length, part = config.data.seq_len, share(config, sizes)
   traced = min(length, 2048)  # without scores, all grows with the length
   case = attention_case(config)._replace(L=traced, M=traced)
-  if fused and why_not("splash", case) is None:
-    model = dataclasses.replace(model, attention="splash")
+  stand_in = FUSED["tpu"]  # of all fused kernels: it can be traced anywhere
+  if fused and why_not(stand_in, case) is None:
+    model = dataclasses.replace(model, attention=stand_in)
   else:
     traced = length
-    if model.attention in ("auto", "xla"):
-      model = dataclasses.replace(model, attention="dense")
+    backend = "xla" if model.attention == "auto" else model.attention
+    backend = kernel_of(backend, chunks_pay=False)
+    model = dataclasses.replace(model, attention=backend)
   split = sizes["context"] * (sizes["tensor"] if config.mesh.rules.stream else 1)
   rows = part.rows / split * length / traced
 

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from flaxlm.config.rules import attention_case
-from flaxlm.kernels.attention.choice import why_not
+from flaxlm.kernels.attention.choice import BACKENDS, choose_backend
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import Calibration, Hardware
 from flaxlm.parallel.pipeline import bubble
@@ -99,12 +99,9 @@ class Budget(NamedTuple):
 def keeps_no_scores(config, hardware: Hardware) -> bool:
   """Whether attention is a fused kernel there, which skips what is masked."""
   backend = config.model.attention
-  automatic = backend == "auto" and hardware.chip.link in FUSED_BY_DEFAULT
-  automatic &= why_not("splash", attention_case(config)) is None
-  return automatic or backend not in ("auto", "xla", "reference")
-
-
-FUSED_BY_DEFAULT = ("ici",)  # links of chips on which `auto` is a fused kernel
+  if backend == "auto":  # where no doctor has run
+    backend = choose_backend(attention_case(config, hardware.chip.platform), {})
+  return not BACKENDS[backend].keeps_scores
 
 
 def predict(

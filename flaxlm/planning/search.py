@@ -14,6 +14,7 @@ from typing import NamedTuple
 from flaxlm.config.rules import broken_rules
 from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError
+from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL
 from flaxlm.parallel import AXES, BATCH_AXES
 from flaxlm.parallel.hardware import Hardware
 from flaxlm.parallel.mesh import axis_sizes, fill_axes
@@ -144,7 +145,7 @@ def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
                 "mesh.expert": expert,
                 "mesh.context": context,
                 "mesh.tensor": tensor,
-              } | ({"model.attention": "ring"} if context > 1 else {})
+              } | ({"model.attention": CONTEXT_PARALLEL} if context > 1 else {})
 
 
 def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:

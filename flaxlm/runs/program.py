@@ -87,8 +87,7 @@ def build_program(config, mesh: jax.sharding.Mesh) -> Program:
       model or the devices.
   """
   backend, platform = config.model.attention, mesh.devices.flat[0].platform
-  why = why_not(backend, attention_case(config, platform))
-  if backend != "auto" and why:
+  if why := why_not(backend, attention_case(config, platform)):
     raise ConfigError("config.model.attention", backend, why, "auto")
   check_unrolled(config.model, platform)
   tx, learning_rate = make_optimizer(config.num_steps, **config.optim)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from flaxlm.config.load import load_config
-from flaxlm.models.attend import View
+from flaxlm.models.attention import View
 from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe_weights

@@ -1,20 +1,35 @@
 """Scaled dot-product attention: one function, several backends, one truth.
 
-`reference` defines the result (Vaswani et al. 2017, eq. 1, with masks). The others must
-equal it; one that cannot honour a mask or a type raises and computes nothing else.
+`define` is the truth (Vaswani et al. 2017, eq. 1, with masks), and the backend
+`reference`. The others must equal it; one that cannot honour a mask or a type raises.
+What each can do stands in choice.py.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.attention.choice import FORMS, Case, why_not
+from flaxlm.kernels.attention import choice
+from flaxlm.kernels.attention.choice import Case, refuse_case
 from flaxlm.kernels.attention.chunked import chunked_attention, pays
 from flaxlm.kernels.attention.dense import dense_attention
 from flaxlm.kernels.attention.masks import check_masks, check_shapes, visible
+from flaxlm.kernels.attention.ring import ring_attention
+from flaxlm.kernels.attention.splash import splash_attention
 
-# `xla` is by shape `dense`, whose scores exist as a whole, or `chunked`.
-HERE = ("reference", "xla", "cudnn", *FORMS)
+
+def settle_backend(backend: str, case: Case, device_kind: str) -> str:
+  """Returns the kernel that computes `case` on such a device, for `attention`.
+
+  Raises:
+    UserError: `backend` cannot compute this. Whether it runs on `case.platform` is not
+      asked: `plan` traces for machines that are not here.
+  """
+  if backend == "auto":
+    measured = choice.load_measured(device_kind, jax.__version__)
+    backend = choice.choose_backend(case, measured)
+  refuse_case(backend, case._replace(platform=""))
+  return choice.kernel_of(backend, pays(case.platform, case.L, case.M))
 
 
 def attention(
@@ -29,9 +44,12 @@ def attention(
   q_offset: jax.Array | int = 0,
   causal: bool = True,
   window: jax.Array | int = 0,
+  sliding_window: int = 0,
   scale: float = 0.0,
   softcap: float = 0.0,
   backend: str = "xla",
+  axis_name: str = "",
+  interpret: bool = False,
 ) -> jax.Array:
   """Returns softmax(scale * q k^T) v as BLNH, in the type of `q_BLNH`.
 
@@ -43,50 +61,69 @@ def attention(
   one more score of each query, neither scaled nor bent, of a key whose value is 0
   (gpt-oss, arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453).
 
+  Args:
+    sliding_window: what an array `window` is where it is not 0 (splash needs it).
+    backend: of choice.BACKENDS. If it is `per_device`, call it inside `shard_map`.
+    axis_name: the mesh axis that splits the rows, if the backend `splits_rows`.
+    interpret: runs splash's program step by step where there is no TPU.
+
   Raises:
-    ValueError: the backend cannot compute this, or the shapes do not fit.
+    UserError: the backend cannot compute this, or the shapes do not fit.
   """
-  if backend not in HERE:
-    raise ValueError(f"attention={backend} is not one of {HERE}")
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
   check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal)
   L, H, M = *q_BLNH.shape[1::2], k_BMKH.shape[1]
-  scale = scale or H**-0.5
-  if backend == "xla":
-    backend = "chunked" if pays(jax.default_backend(), L, M) else "dense"
+  # Splash is traced and interpreted elsewhere than on TPUs.
+  platform = jax.default_backend() if backend == "cudnn" else ""
+  cached = not isinstance(q_offset, int) or q_offset != 0
+  case = Case(platform, q_BLNH.dtype.name, L, M, H, softcap)
+  case = case._replace(prefix=k_prefix_BM is not None, sinks=sinks_N is not None)
+  refuse_case(backend, case._replace(cached=cached))
+  kernel = choice.kernel_of(backend, pays(jax.default_backend(), L, M))
   arrays = (q_BLNH, k_BMKH, v_BMKH, sinks_N)
-  masks = (q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, q_offset, causal, window)
-  if backend == "chunked":
-    return chunked_attention(*arrays, *masks, scale, softcap)
-  if backend == "cudnn":
-    case = Case(jax.default_backend(), q_BLNH.dtype.name, L, M, H, softcap)
-    refuse_case("cudnn", case._replace(sinks=sinks_N is not None))
-  if backend == "reference":
+  ids = (q_segment_ids_BL, k_segment_ids_BM)
+  if kernel == "splash":
+    return splash_attention(
+      *arrays, *ids, causal=causal, window=window, sliding_window=sliding_window,
+      scale=scale or H**-0.5, softcap=softcap, interpret=interpret,
+    )  # fmt: skip
+  if kernel == "ring":
+    return ring_attention(
+      *arrays[:3], axis_name=axis_name, q_segment_ids_Bl=ids[0],
+      k_segment_ids_Bm=ids[1], k_prefix_Bm=k_prefix_BM, sinks_N=sinks_N,
+      causal=causal, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+  masks = (*ids, k_prefix_BM, q_offset, causal, window)
+  return _attend_here(kernel, arrays, masks, scale or H**-0.5, softcap)
+
+
+def _attend_here(kernel: str, arrays, masks, scale: float, softcap: float) -> jax.Array:
+  """The kernels that take any mask as `visible` has it, an array if need be."""
+  q_BLNH, k_BMKH, _, sinks_N = arrays
+  q_segment_ids_BL, _, k_prefix_BM, q_offset, causal, window = masks
+  L, M = q_BLNH.shape[1], k_BMKH.shape[1]
+  at_start = isinstance(q_offset, int) and q_offset == 0
+  square = at_start and L == M and k_prefix_BM is None
+  if kernel == "reference":
     arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
     return define(*arrays, visible(L, M, *masks), scale, softcap).astype(q_BLNH.dtype)
-  if backend == "dense" and (softcap or sinks_N is not None):
-    return define(*arrays, visible(L, M, *masks), scale, softcap)
-  at_home = isinstance(q_offset, int) and q_offset == 0
-  square = at_home and L == M and k_prefix_BM is None
-  if backend == "dense":
-    arrays = (*arrays[:3], visible(L, M, *masks))
-    return dense_attention(*arrays, scale, only_before=causal and square)
-  # A mask that is causal alone need not exist as an array.
-  plain = square and q_segment_ids_BL is None and isinstance(window, int) and not window
-  return jax.nn.dot_product_attention(
-    q_BLNH, k_BMKH, v_BMKH, mask=None if plain else visible(L, M, *masks)[:, None],
-    scale=scale, is_causal=causal and plain, implementation="cudnn",
-  )  # fmt: skip
-
-
-def refuse_case(backend: str, case: Case) -> None:
-  """Raises ValueError if the backend cannot compute this."""
-  if reason := why_not(backend, case):
-    raise ValueError(
-      f"attention={backend} cannot compute this\n"
-      f"  needed: {reason}\n"
-      "  try:    config.model.attention=auto"
-    )
+  elif kernel == "dense":
+    mask_BLM = visible(L, M, *masks)
+    if softcap or sinks_N is not None:
+      return define(*arrays, mask_BLM, scale, softcap)
+    return dense_attention(*arrays[:3], mask_BLM, scale, only_before=causal and square)
+  elif kernel == "chunked":
+    return chunked_attention(*arrays, *masks, scale, softcap)
+  elif kernel == "cudnn":
+    # A mask that is causal alone need not exist as an array.
+    plain = square and isinstance(window, int) and not window
+    plain &= q_segment_ids_BL is None
+    return jax.nn.dot_product_attention(
+      *arrays[:3], mask=None if plain else visible(L, M, *masks)[:, None],
+      scale=scale, is_causal=causal and plain, implementation="cudnn",
+    )  # fmt: skip
+  else:
+    raise AssertionError(f"{kernel} has a row in choice.py and no branch here")
 
 
 def define(

@@ -1,85 +1,170 @@
-"""Which kernel computes attention: what each one can do, and which one `auto` takes.
+"""The table of attention backends: what each can compute, and which one `auto` takes.
 
 No JAX here: a config is refused, with the reason, before anything slow is imported.
+Whatever the package knows of a backend stands in its row; nothing else lists them.
 """
 
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
-BACKENDS = ("reference", "xla", "cudnn", "splash", "ring")
-FORMS = ("dense", "chunked")  # of xla, by shape: no knob
-FUSED = {"gpu": "cudnn", "tpu": "splash"}  # the kernel of the platform's maker
-LANES = 128  # splash works on so many tokens at least
+from flaxlm.errors import UserError
+from flaxlm.files import write_atomically
+
+LANES = 128  # the smallest block of tokens that splash works on
 
 
 class Case(NamedTuple):
-  """What is asked of a kernel, for whole rows."""
+  """What a backend is asked to compute, for whole rows."""
 
   platform: str  # cpu | gpu | tpu; "" where it is not known yet
   dtype: str
-  L: int  # queries a row
-  M: int  # keys a row
+  L: int  # queries per row
+  M: int  # keys per row
   head_dim: int
   softcap: float = 0.0
-  prefix: bool = False  # some tokens are seen from both sides
+  prefix: bool = False  # some tokens are visible from both sides
   sinks: bool = False
-  cached: bool = False  # queries come after the keys of a cache
+  cached: bool = False  # the keys of a cache precede those of the queries
 
 
-def why_not(backend: str, case: Case) -> str | None:
-  """Returns what `backend` needs and `case` lacks, with its key; None if it can.
+class Backend(NamedTuple):
+  """One way to compute attention.
 
-  `reference` and `xla` can compute all; `splash` and `cudnn` see what the makers of the
-  kernels allow (jax 0.10: pallas.ops.tpu.splash_attention, jax.nn).
+  `needs` maps what it needs of a case, with the key to change, to whether that holds.
   """
+
+  name: str
+  needs: Callable[[Case], dict[str, bool]] = lambda case: {}
+  platform: str = ""  # the only one that it runs on
+  form_of: str = ""  # the choice whose form it is, by shape; it is no choice itself
+  keeps_scores: bool = False  # L x M numbers wait for the backward pass
+  per_device: bool = False  # opaque to the compiler: each device runs its own part
+  splits_rows: bool = False  # each device has a part of every row
+  timed: bool = True  # by the doctor
+  trusted: bool = False  # `auto` takes it where the doctor has not run
+
+
+def _needs_of_cudnn(case: Case) -> dict[str, bool]:
+  """jax.nn.dot_product_attention of jax 0.10."""
   L, M, H = case.L, case.M, case.head_dim
-  at_home = case.platform == "" or FUSED.get(case.platform) == backend
-  if backend == "cudnn":
-    needs = {
-      f"an NVIDIA GPU, and this is a {case.platform}": at_home,
-      "16 bits: config.model.dtype=bfloat16": case.dtype in ("bfloat16", "float16"),
-      "no soft cap: config.model.attention_softcap=0": not case.softcap,
-      "no sinks: config.model.attention_sinks=False": not case.sinks,
-      f"config.model.head_dim={H} to be 8, 16, ... 128": H % 8 == 0 and H <= 128,
-      f"an even number of tokens a row: config.data.seq_len={L}": L % 2 == M % 2 == 0,
-    }
-  elif backend == "splash":
-    needs = {
-      f"a TPU, and this is a {case.platform}": at_home,
-      "no prefix that is seen from both sides: another config.objective.kind": (
-        not case.prefix
-      ),
-      f"rows of a multiple of {LANES} tokens: config.data.seq_len={L}": (
-        L == M and L % LANES == 0
-      ),
-      f"config.model.head_dim={H} to be a multiple of 64": H % 64 == 0,
-      "whole rows, without a cache": not case.cached,
-    }
-  elif backend == "ring":
-    needs = {"whole rows, without a cache": not case.cached}
-  else:
-    known = (*BACKENDS, *FORMS)
-    needs = {f"to be one of {' '.join(BACKENDS)}": backend in known}
+  return {
+    f"an NVIDIA GPU, and this is a {case.platform}": case.platform in ("", "gpu"),
+    "16 bits: config.model.dtype=bfloat16": case.dtype in ("bfloat16", "float16"),
+    "no soft cap: config.model.attention_softcap=0": not case.softcap,
+    "no sinks: config.model.attention_sinks=False": not case.sinks,
+    f"config.model.head_dim={H} to be 8, 16, ... 128": H % 8 == 0 and H <= 128,
+    f"an even number of tokens per row: config.data.seq_len={L}": L % 2 == M % 2 == 0,
+  }
+
+
+def _needs_of_splash(case: Case) -> dict[str, bool]:
+  """jax.experimental.pallas.ops.tpu.splash_attention of jax 0.10."""
+  L, M, H = case.L, case.M, case.head_dim
+  return {
+    f"a TPU, and this is a {case.platform}": case.platform in ("", "tpu"),
+    "no prefix that is visible from both sides: another config.objective.kind": (
+      not case.prefix
+    ),
+    f"rows of a multiple of {LANES} tokens: config.data.seq_len={L}": (
+      L == M and L % LANES == 0
+    ),
+    f"config.model.head_dim={H} to be a multiple of 64": H % 64 == 0,
+    "whole rows, without a cache": not case.cached,
+  }
+
+
+def _needs_of_ring(case: Case) -> dict[str, bool]:
+  return {"whole rows, without a cache": not case.cached}
+
+
+BACKENDS = {
+  backend.name: backend
+  for backend in (
+    Backend("reference", keeps_scores=True, timed=False),
+    Backend("xla", keeps_scores=True),  # one of the two below: see `kernel_of`
+    Backend("dense", form_of="xla", keeps_scores=True),
+    Backend("chunked", form_of="xla", per_device=True),
+    Backend("cudnn", _needs_of_cudnn, "gpu"),
+    Backend("splash", _needs_of_splash, "tpu", per_device=True, trusted=True),
+    Backend("ring", _needs_of_ring, per_device=True, splits_rows=True, timed=False),
+  )
+}
+FORMS = tuple(b.name for b in BACKENDS.values() if b.form_of)
+# The values of config.model.attention.
+ATTENTION_CHOICES = ("auto", *(name for name in BACKENDS if name not in FORMS))
+# What runs: all but the choices that have forms.
+KERNELS = tuple(
+  name for name in BACKENDS if all(b.form_of != name for b in BACKENDS.values())
+)
+# The kernel of each platform's maker.
+FUSED = {b.platform: b.name for b in BACKENDS.values() if b.platform}
+# The one for rows that are split over the mesh axis `context`.
+CONTEXT_PARALLEL = next(b.name for b in BACKENDS.values() if b.splits_rows)
+
+
+def find_backend(name: str) -> Backend:
+  """Returns the row of a backend.
+
+  Raises:
+    UserError: there is none of this name.
+  """
+  if name not in BACKENDS:
+    needed = f"one of {' '.join((*ATTENTION_CHOICES, *FORMS))}"
+    raise UserError("this attention backend does not exist", name, needed)
+  return BACKENDS[name]
+
+
+def why_not(name: str, case: Case) -> str | None:
+  """Returns what a backend needs and `case` lacks; None if it can compute it.
+
+  `auto` always can: it takes a backend that does.
+
+  Raises:
+    UserError: no backend has this name.
+  """
+  if name == "auto":
+    return None
+  needs = find_backend(name).needs(case)
   return next((need for need, met in needs.items() if not met), None)
 
 
-def choose_backend(case: Case, measured: dict) -> str:
-  """What `auto` means for `case`, where the doctor has `measured` this kind of device.
+def refuse_case(name: str, case: Case) -> None:
+  """Raises UserError if the backend cannot compute this, or does not exist."""
+  if reason := why_not(name, case):
+    what = f"attention={name} cannot compute this"
+    raise UserError(what, needed=reason, hint="config.model.attention=auto")
 
-  The kernel of the platform's maker where it can compute this, and was not found slower
-  at the nearest length or wrong. cuDNN must have been found right on this card first:
-  its masks have had bugs that depend on card and version, and a mask that leaks is
-  worse than a slow step. Splash is what all of Google's users run, and is interpreted
-  against the reference in our tests.
+
+def kernel_of(name: str, chunks_pay: bool) -> str:
+  """Returns the kernel of a backend: xla has two, every other is its own."""
+  if name != "xla":
+    return name
+  return "chunked" if chunks_pay else "dense"
+
+
+def backend_with_cache(name: str) -> str:
+  """Returns what computes attention to a cache where a config names `name`."""
+  return name if name == "reference" else "xla"
+
+
+def choose_backend(case: Case, measured: dict) -> str:
+  """Returns what `auto` means for `case`, by what the doctor measured on this device.
+
+  That is the kernel of the platform's maker where it can compute this, unless the
+  doctor found it wrong, or slower at the nearest length. cuDNN must first have been
+  found right on this card: its masks have had bugs that depend on card and version, and
+  a mask that leaks is worse than a slow step. Splash is trusted: all of Google's users
+  run it, and our tests interpret it against the reference.
   """
   fused = FUSED.get(case.platform)
   if fused is None or why_not(fused, case):
     return "xla"
   found = measured.get(fused)
   if found is None:
-    return "splash" if fused == "splash" else "xla"
+    return fused if BACKENDS[fused].trusted else "xla"
   if not found["conforms"]:
     return "xla"
   plain = [measured[form]["tflops"] for form in FORMS if form in measured]
@@ -89,20 +174,20 @@ def choose_backend(case: Case, measured: dict) -> str:
 
 
 def cache_path() -> pathlib.Path:
-  """Where `python -m flaxlm.doctor` keeps what it measured, for this user."""
+  """Returns the file where the doctor keeps this user's measurements."""
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(home) / "flaxlm" / "attention.json"
 
 
 def load_measured(device_kind: str, version: str) -> dict:
-  """What the doctor found on such a device with this version of JAX: {backend: ...}.
+  """Returns what the doctor found on such a device with this version of JAX, by kernel.
 
-  Each has `conforms`, and `tflops` by the length of a row. {} if it did not run, or if
-  the file is not one of its.
+  Each entry has `conforms`, and `tflops` by the length of a row. {} if the doctor has
+  not run, or if the file cannot be read.
   """
   try:
     found = json.loads(cache_path().read_text())[f"{device_kind}, jax {version}"]
-    return {name: found[name] for name in (*BACKENDS, *FORMS) if name in found}
+    return {name: found[name] for name in BACKENDS if name in found}
   except (OSError, ValueError, KeyError, TypeError):
     return {}
 
@@ -116,7 +201,5 @@ def save_measured(device_kind: str, version: str, found: dict) -> pathlib.Path:
   except (OSError, ValueError, TypeError):
     known = {}
   known[f"{device_kind}, jax {version}"] = found
-  part = path.with_name(f"{path.name}.{os.getpid()}")
-  part.write_text(json.dumps(known, indent=1) + "\n")
-  part.replace(path)  # another process may read it now
+  write_atomically(path, json.dumps(known, indent=1) + "\n", shared=True)
   return path

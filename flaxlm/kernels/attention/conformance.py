@@ -19,9 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from flaxlm.kernels.attention.attention import attention
-from flaxlm.kernels.attention.choice import Case, why_not
+from flaxlm.kernels.attention.choice import Case, find_backend, why_not
 from flaxlm.kernels.attention.ring import ring_attention, zigzag
-from flaxlm.kernels.attention.splash import splash_attention
 
 LAYOUTS = {"MHA": 4, "GQA": 2, "MQA": 1}  # k/v heads for NUM_HEADS
 NUM_ROWS, NUM_HEADS, HEAD_DIM = 3, 4, 64
@@ -246,23 +245,15 @@ def differ(what: str, before, after, row: int, place: slice) -> Iterator[str]:
 def kernels(backend: str, interpret: bool = False) -> Callable:
   """Returns `function(inputs, mask)` that computes attention by a backend."""
 
-  def here(given: Inputs, mask: Mask):
+  def compute(given: Inputs, mask: Mask):
     ids = given.segments_BL
     return attention(
       *given[:3], q_segment_ids_BL=ids, k_segment_ids_BM=ids,
       k_prefix_BM=given.prefix_BL, sinks_N=given.sinks_N, causal=mask.causal,
-      window=mask.window, softcap=mask.softcap, backend=backend,
+      window=mask.window, softcap=mask.softcap, backend=backend, interpret=interpret,
     )  # fmt: skip
 
-  def splash(given: Inputs, mask: Mask):
-    ids = given.segments_BL
-    ids = jnp.ones(given.q_BLNH.shape[:2], jnp.int32) if ids is None else ids
-    return splash_attention(
-      *given[:3], ids, sinks_N=given.sinks_N, causal=mask.causal, window=mask.window,
-      softcap=mask.softcap, interpret=interpret,
-    )  # fmt: skip
-
-  return {"splash": splash, "ring": on_ring}.get(backend, here)
+  return on_ring if find_backend(backend).splits_rows else compute
 
 
 def on_ring(given: Inputs, mask: Mask) -> jax.Array:
@@ -322,7 +313,8 @@ def examine(backend: str, platform: str) -> dict:
   length = 384 if platform == "tpu" else 160  # several blocks of each kernel
   dtype = "float32" if platform == "cpu" else "bfloat16"
   needs = why_not(backend, case_of(MASKS[0], dtype, length, platform))
-  if backend == "ring" and jax.device_count() == 1:
+  row = find_backend(backend)
+  if row.splits_rows and jax.device_count() == 1:
     needs = "more than one device"
   if needs:
     return {"checked": 0, "needs": needs}
@@ -335,7 +327,7 @@ def examine(backend: str, platform: str) -> dict:
   ]
   lengths = (256, 512, 1024) if platform == "cpu" else (1024, 2048, 4096, 8192)
   speeds = {}
-  if backend not in ("reference", "ring"):
+  if row.timed:
     speeds = {str(L): teraflops(backend, L, dtype) for L in lengths}
   return {
     "checked": len(results),

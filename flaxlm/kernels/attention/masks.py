@@ -3,21 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from flaxlm.errors import UserError
+
 
 def check_shapes(q_BLNH, k_BMKH, v_BMKH) -> None:
   B, _, N, H = q_BLNH.shape
   K = k_BMKH.shape[2]
   if N % K or v_BMKH.shape != k_BMKH.shape or k_BMKH.shape[::3] != (B, H):
-    raise ValueError(
+    raise UserError(
       f"shapes do not fit: q {q_BLNH.shape} k {k_BMKH.shape} v {v_BMKH.shape}"
     )
 
 
 def check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal: bool) -> None:
   if (q_segment_ids_BL is None) != (k_segment_ids_BM is None):
-    raise ValueError("segment ids are needed for queries and keys, or for neither")
+    raise UserError("segment ids are needed for queries and keys, or for neither")
   if k_prefix_BM is not None and not causal:
-    raise ValueError("a prefix is defined for causal attention only")
+    raise UserError("a prefix is defined for causal attention only")
 
 
 def visible(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from flaxlm.errors import UserError
 from flaxlm.kernels.attention import blockwise
 from flaxlm.kernels.attention.blockwise import Keys, Queries, Rule
 from flaxlm.kernels.attention.masks import check_masks, check_shapes
@@ -34,10 +35,10 @@ def zigzag(L: int, C: int) -> np.ndarray:
     ValueError: L is no multiple of 2C.
   """
   if L % (2 * C):
-    raise ValueError(
-      "the sequence cannot be dealt out over the mesh axis `context`\n"
-      f"  given:  data.seq_len={L} mesh.context={C}\n"
-      f"  needed: a sequence length that is a multiple of {2 * C}"
+    raise UserError(
+      "the sequence cannot be dealt out over the mesh axis `context`",
+      f"data.seq_len={L} mesh.context={C}",
+      f"a sequence length that is a multiple of {2 * C}",
     )
   chunks = np.arange(L).reshape(2, C, L // (2 * C))
   return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(L)
@@ -75,9 +76,9 @@ def ring_attention(
   L, N, H = q_BlNH.shape[1:]
   K = k_BmKH.shape[2]
   if L % 2 or k_BmKH.shape[1] != L:
-    raise ValueError(
-      "ring attention needs as many keys as queries, and an even number of them\n"
-      f"  given:  {L} queries and {k_BmKH.shape[1]} keys on each device"
+    raise UserError(
+      "ring attention needs as many keys as queries, and an even number of them",
+      f"{L} queries and {k_BmKH.shape[1]} keys on each device",
     )
   check_masks(q_segment_ids_Bl, k_segment_ids_Bm, k_prefix_Bm, causal)
   half = L // 2

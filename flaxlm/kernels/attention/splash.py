@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.attention.attention import refuse_case
-from flaxlm.kernels.attention.choice import LANES, Case
-from flaxlm.kernels.attention.masks import check_shapes
+from flaxlm.kernels.attention.choice import LANES
 
-SPLASH_BLOCK = 512  # tokens of a block; larger ones do not fit beside each other
+SPLASH_BLOCK = 512  # tokens per block; larger ones do not fit side by side
 
 
 @functools.lru_cache(maxsize=32)
-def make_kernel(
+def _make_kernel(
   num_heads: int, L: int, causal: bool, window: int, softcap: float, interpret: bool
 ):
   from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -50,38 +48,37 @@ def splash_attention(
   q_BLNH: jax.Array,
   k_BMKH: jax.Array,
   v_BMKH: jax.Array,
-  segment_ids_BL: jax.Array,
+  sinks_N: jax.Array | None,
+  q_segment_ids_BL: jax.Array | None,
+  k_segment_ids_BM: jax.Array | None,
   *,
-  sinks_N: jax.Array | None = None,
-  causal: bool = True,
-  window: jax.Array | int = 0,
-  sliding_window: int = 0,
-  scale: float = 0.0,
-  softcap: float = 0.0,
-  interpret: bool = False,
+  causal: bool,
+  window: jax.Array | int,
+  sliding_window: int,
+  scale: float,
+  softcap: float,
+  interpret: bool,
 ) -> jax.Array:
-  """Returns what `attention` returns, of whole rows; call it on one device's part.
+  """Returns what `attention` returns, for whole rows; see there.
 
-  A `window` that is an array is either 0 or `sliding_window`. `interpret` runs the
-  kernel's program step by step where there is no TPU.
-
-  Raises:
-    ValueError: the shapes do not fit, or the kernel cannot compute them.
+  A `window` that is an array is either 0 or `sliding_window`.
   """
-  check_shapes(q_BLNH, k_BMKH, v_BMKH)
-  L, N, H = q_BLNH.shape[1:]
-  refuse_case("splash", Case("", q_BLNH.dtype.name, L, k_BMKH.shape[1], H, softcap))
+  L, N = q_BLNH.shape[1:3]
   q_BNLH, k_BKMH, v_BKMH = (
-    jnp.swapaxes(x, 1, 2) for x in (q_BLNH * (scale or H**-0.5), k_BMKH, v_BMKH)
+    jnp.swapaxes(x, 1, 2) for x in (q_BLNH * scale, k_BMKH, v_BMKH)
   )
+  if q_segment_ids_BL is None:
+    q_segment_ids_BL = k_segment_ids_BM = jnp.ones(q_BLNH.shape[:2], jnp.int32)
 
   def run(window: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    kernel = make_kernel(N, L, causal, window, softcap, interpret)
-    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, SegmentIds(s, s), sinks_N))(
-      q_BNLH, k_BKMH, v_BKMH, segment_ids_BL
-    )
+    kernel = _make_kernel(N, L, causal, window, softcap, interpret)
+
+    def one_row(q_NLH, k_KMH, v_KMH, q_ids_L, k_ids_M):
+      return kernel(q_NLH, k_KMH, v_KMH, SegmentIds(q_ids_L, k_ids_M), sinks_N)
+
+    return jax.vmap(one_row)(q_BNLH, k_BKMH, v_BKMH, q_segment_ids_BL, k_segment_ids_BM)
 
   if isinstance(window, int):
     out_BNLH = run(window)

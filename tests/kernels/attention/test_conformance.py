@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from flaxlm.errors import UserError
 from flaxlm.kernels.attention import choice, conformance
 from flaxlm.kernels.attention.conformance import (
   LAYOUTS,
@@ -125,7 +126,9 @@ def test_what_is_asked_of_a_backend_is_what_it_refuses():
     ("cached", True): "cache",
   }.items():
     assert reason in choice.why_not("splash", tpu._replace(**dict([change])))
-  assert "one of" in choice.why_not("flash", case)
+  with pytest.raises(UserError, match="given:  flash\n  needed: one of auto reference"):
+    choice.why_not("flash", case)
+  assert choice.why_not("auto", case._replace(sinks=True, cached=True)) is None
 
 
 def test_auto_goes_by_platform_shape_and_measurement(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The TPU kernel, interpreted here, computes what the reference does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,14 @@ from flax import nnx
 from flaxlm.config.check import check_config
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.attention import attention
-from flaxlm.kernels.attention.splash import splash_attention
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.runs import program as programs
 
 B, L, N, K, H = 1, 256, 4, 2, 64
 SEGMENTS = jnp.repeat(jnp.array([[1, 2, 3, 3]]), L // 4, axis=1)
+IDS = {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
+splash = functools.partial(attention, **IDS, backend="splash", interpret=True)
 
 
 def inputs(seed=0):
@@ -43,9 +46,8 @@ def test_it_equals_the_reference_in_values_and_gradients(options):
     out, back = jax.vjp(function, *arrays)
     return out, *back(cotangent)
 
-  got = pull(lambda *x: splash_attention(*x, SEGMENTS, interpret=True, **options))
-  ids = {"q_segment_ids_BL": SEGMENTS, "k_segment_ids_BM": SEGMENTS}
-  expected = pull(lambda *x: attention(*x, backend="reference", **ids, **options))
+  got = pull(lambda *x: splash(*x, **options))
+  expected = pull(lambda *x: attention(*x, backend="reference", **IDS, **options))
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
 
@@ -54,9 +56,7 @@ def test_layers_of_a_scan_choose_their_window():
   arrays, _ = inputs()
 
   def run(window):
-    return splash_attention(
-      *arrays, SEGMENTS, window=window, sliding_window=100, interpret=True
-    )
+    return splash(*arrays, window=window, sliding_window=100)
 
   for window in (0, 100):
     np.testing.assert_array_equal(jax.jit(run)(jnp.int32(window)), run(window))
@@ -65,7 +65,7 @@ def test_layers_of_a_scan_choose_their_window():
 def test_shapes_that_it_cannot_compute_are_refused():
   (q, k, v), _ = inputs()
   with pytest.raises(ValueError, match="attention=auto"):
-    splash_attention(q[:, :100], k[:, :100], v[:, :100], SEGMENTS[:, :100])
+    attention(q[:, :100], k[:, :100], v[:, :100], backend="splash")
 
 
 def test_a_prefix_or_another_machine_is_refused(tiny, one_device):
