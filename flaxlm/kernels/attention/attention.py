@@ -76,25 +76,21 @@ def attention(
   # Splash is traced and interpreted elsewhere than on TPUs.
   platform = jax.default_backend() if backend == "cudnn" else ""
   cached = not isinstance(q_offset, int) or q_offset != 0
-  case = Case(platform, q_BLNH.dtype.name, L, M, H, softcap)
-  case = case._replace(prefix=k_prefix_BM is not None, sinks=sinks_N is not None)
-  refuse_case(backend, case._replace(cached=cached))
+  given = (k_prefix_BM is not None, sinks_N is not None, cached)
+  refuse_case(backend, Case(platform, q_BLNH.dtype.name, L, M, H, softcap, *given))
   kernel = choice.kernel_of(backend, pays(jax.default_backend(), L, M))
-  arrays = (q_BLNH, k_BMKH, v_BMKH, sinks_N)
-  ids = (q_segment_ids_BL, k_segment_ids_BM)
+  scale = scale or H**-0.5
+  rule = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+  arrays, ids = (q_BLNH, k_BMKH, v_BMKH), (q_segment_ids_BL, k_segment_ids_BM)
   if kernel == "splash":
-    return splash_attention(
-      *arrays, *ids, causal=causal, window=window, sliding_window=sliding_window,
-      scale=scale or H**-0.5, softcap=softcap, interpret=interpret,
-    )  # fmt: skip
+    rule |= {"sliding_window": sliding_window, "interpret": interpret}
+    return splash_attention(*arrays, sinks_N, *ids, **rule)
   if kernel == "ring":
     return ring_attention(
-      *arrays[:3], axis_name=axis_name, q_segment_ids_Bl=ids[0],
-      k_segment_ids_Bm=ids[1], k_prefix_Bm=k_prefix_BM, sinks_N=sinks_N,
-      causal=causal, window=window, scale=scale, softcap=softcap,
-    )  # fmt: skip
+      *arrays, *ids, k_prefix_BM, sinks_N, axis_name=axis_name, **rule
+    )
   masks = (*ids, k_prefix_BM, q_offset, causal, window)
-  return _attend_here(kernel, arrays, masks, scale or H**-0.5, softcap)
+  return _attend_here(kernel, (*arrays, sinks_N), masks, scale, softcap)
 
 
 def _attend_here(kernel: str, arrays, masks, scale: float, softcap: float) -> jax.Array:

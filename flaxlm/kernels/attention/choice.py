@@ -141,12 +141,12 @@ def refuse_case(name: str, case: Case) -> None:
 def kernel_of(name: str, chunks_pay: bool) -> str:
   """Returns the kernel of a backend: xla has two, every other is its own."""
   if name != "xla":
-    return name
+    return find_backend(name).name
   return "chunked" if chunks_pay else "dense"
 
 
 def backend_with_cache(name: str) -> str:
-  """Returns what computes attention to a cache where a config names `name`."""
+  """Returns the backend of decoding: XLA's, or the definition if the config says so."""
   return name if name == "reference" else "xla"
 
 
