@@ -1,1 +1,1 @@
-"""What a run needs and how fast it should be, before it is started."""
+"""Whether a config fits some hardware, how fast it is there and what it costs."""

@@ -1,11 +1,12 @@
 """Measures this machine: each operation of a step at its own size, on one device.
 
-`python -m flaxlm.plan --calibrate` stores what was measured; predictions for this
-machine then add up measured times instead of peaks. Noise of the machine goes into the
-numbers: calibrate when it is as busy as it will be when training.
+`python -m flaxlm.plan --calibrate` stores the times. Predictions for this machine then
+add up measured times instead of dividing by peak rates. Other work on the machine slows
+the measurements: calibrate when it is as busy as it will be during training.
 """
 
 import json
+import os
 import pathlib
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
-from flaxlm.machine import host_memory
+from flaxlm.files import write_atomically
 from flaxlm.parallel import AXES
 from flaxlm.parallel.hardware import (
   CHIPS,
@@ -24,26 +25,28 @@ from flaxlm.parallel.hardware import (
   Hardware,
   chip_of,
 )
-from flaxlm.planning import roofline
 from flaxlm.planning.microbenchmarks import measure_seconds, prepare
 from flaxlm.planning.operations import Op, operations
+from flaxlm.planning.roofline import predict
 
-SQUARE = 2048  # of the matmul that stands for the machine's peak
+SQUARE = 2048  # sides of the matmul whose rate counts as the machine's peak
 SQUARE_KEY = ("matmul", 1, SQUARE, SQUARE, SQUARE, "float32")
-COPY_KEY = ("norm", 1 << 15, 1024, "float32")  # 128 MiB: past any cache
-LARGEST = 1 << 24  # weights to time an optimizer on: time grows with them
+COPY_KEY = ("norm", 1 << 15, 1024, "float32")  # 128 MiB: larger than any cache
+MAX_WEIGHTS = 1 << 24  # to time an optimizer on: the time is linear in their number
 
 
-def measure(config_list, budget: float = 0.2) -> dict:
-  """Times each operation that the configs need on one device, about `budget` each.
+def measure(configs: list, budget: float = 0.2) -> dict:
+  """Times each operation that the configs need on one device.
 
+  Args:
+    budget: seconds to spend on each operation.
   Returns:
-    What `save` writes and `hardware` reads: plain values, seconds by operation.
+    Plain values: what `save_calibration` writes and `measured_hardware` reads.
   """
   machine.keep_freed_memory()  # as in training
   one = dict.fromkeys(AXES, 1)
   wanted = {SQUARE_KEY, COPY_KEY}
-  for config in config_list:
+  for config in configs:
     for op in operations(config, one, flash=False):
       wanted.add(measurement_key(op, config.model.dtype))
   device = jax.devices()[0]
@@ -57,14 +60,17 @@ def measure(config_list, budget: float = 0.2) -> dict:
     "device_kind": device.device_kind,
     "platform": device.platform,
     "num_devices": jax.device_count(),
-    "link_bandwidth": all_reduce_bandwidth(budget),
+    "link_bandwidth": _all_reduce_bandwidth(budget),
     "dispatch_seconds": dispatch,
     "seconds": rows,
   }
 
 
-def all_reduce_bandwidth(budget: float, count: int = 1 << 22) -> float:
-  """Bytes a second that a device sends in a ring all-reduce; 0 with one device."""
+def _all_reduce_bandwidth(budget: float, count: int = 1 << 22) -> float:
+  """Returns the bytes per second that a device sends in a ring all-reduce.
+
+  It is 0 with one device.
+  """
   n = jax.device_count()
   if n == 1:
     return 0.0
@@ -81,22 +87,24 @@ def all_reduce_bandwidth(budget: float, count: int = 1 << 22) -> float:
 
 
 def measurement_key(op: Op, dtype: str) -> tuple:
-  """What an operation is called in a calibration."""
+  """Returns the key of an operation in a calibration."""
   dims = op.dims
   if op.kind in ("optimizer", "weights"):
-    dims = (min(dims[0], LARGEST),)
+    dims = (min(dims[0], MAX_WEIGHTS),)
   return (op.kind, *dims, dtype)
 
 
-def save_calibration(measured: dict, path) -> None:
-  pathlib.Path(path).write_text(json.dumps(measured, indent=1) + "\n")
+def save_calibration(measured: dict, path: str | os.PathLike) -> None:
+  """Writes what `measure` returned as JSON."""
+  write_atomically(path, json.dumps(measured, indent=1) + "\n")
 
 
-def hardware(measured: dict) -> Hardware:
-  """The machine that was measured. Devices of one CPU share its cores, so slow down."""
+def measured_hardware(measured: dict) -> Hardware:
+  """Returns the machine that was measured."""
   number = measured["num_devices"]
-  crowd = number if measured["platform"] == "cpu" else 1
-  times = {tuple(key): crowd * value for *key, value in measured["seconds"]}
+  # Devices on one CPU share its cores, so each is slower than the one measured alone.
+  sharing = number if measured["platform"] == "cpu" else 1
+  times = {tuple(key): sharing * value for *key, value in measured["seconds"]}
   known = CHIPS.get(DEVICE_KINDS.get(measured["device_kind"], ""))
   link = measured["link_bandwidth"]
   if known is not None:
@@ -106,24 +114,25 @@ def hardware(measured: dict) -> Hardware:
     bandwidth = 40 * rows * width / times[COPY_KEY]
     link = link or bandwidth
     chip = Chip(
-      "cpu", flops, flops, host_memory() / crowd, bandwidth, "memory", link, "memory",
-      link, number, 1, 0.0, 0.0, "this machine",
+      "cpu", flops, flops, machine.host_memory() / sharing, bandwidth, "memory", link,
+      "memory", link, number, 1, 0.0, 0.0, "this machine",
     )  # fmt: skip
   calibration = Calibration(times, measured["dispatch_seconds"])
   return Hardware(chip, number, 1, "", calibration)
 
 
-def load_calibration(path) -> Hardware:
-  """Reads what `save` wrote.
+def load_calibration(path: str | os.PathLike) -> Hardware:
+  """Returns the machine whose calibration is in a file.
 
   Raises:
-    MissingInputError: there is no such file. ConfigError: it is not a calibration.
+    MissingInputError: there is no such file.
+    ConfigError: it is not a calibration.
   """
   try:
-    return hardware(json.loads(pathlib.Path(path).read_text()))
+    return measured_hardware(json.loads(pathlib.Path(path).read_text()))
   except FileNotFoundError as error:
     raise MissingInputError(
-      f"{path} does not exist\n  needed: a calibration\n  try:    --calibrate"
+      f"{path} does not exist", needed="a calibration", hint="--calibrate"
     ) from error
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
@@ -132,19 +141,20 @@ def load_calibration(path) -> Hardware:
 
 
 def expected_seconds(config, mesh: jax.sharding.Mesh) -> float | None:
-  """The prediction of a step, in seconds, that the loop logs beside the measured time.
+  """Returns the predicted seconds per step, which the loop logs beside measured ones.
 
-  Made from the calibration in config.log.calibration where it is this machine's, else
-  from the table of chips; an unknown machine has none. Takes milliseconds.
+  They come from the calibration in config.log.calibration if there is one, else from
+  the table of chips. Returns None for an unknown machine, or if the calibration has
+  another number of devices. Takes milliseconds.
   """
   path, number = pathlib.Path(config.log.calibration), jax.device_count()
   if path.is_file():
-    machine = load_calibration(path)
-    if machine.num_chips != number:
+    here = load_calibration(path)
+    if here.num_chips != number:
       return None
   elif (chip := chip_of(jax.devices()[0])) is not None:
     nodes = jax.process_count() if chip.link == "nvlink" else mesh.shape["slice"]
-    machine = Hardware(chip, number, nodes, "")
+    here = Hardware(chip, number, nodes, "")
   else:
     return None
-  return roofline.predict(config, dict(mesh.shape), machine).mid
+  return predict(config, dict(mesh.shape), here).mid

@@ -1,4 +1,8 @@
-"""What chips send each other in a step, over which link, and how long that takes."""
+"""What chips send each other in a step, over which link, and how long that takes.
+
+The messages are counted from the config, where a step cannot be compiled; hlo.py reads
+them off a compiled step.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,27 +13,27 @@ from flaxlm.planning.operations import itemsize, layer_parameters, share
 
 
 class Collective(NamedTuple):
-  """All messages of one kind over the same axes in one step, as one chip sees them."""
+  """All messages of one kind over the same axes in one step, as seen by one chip."""
 
   kind: str  # all-gather | reduce-scatter | all-reduce | all-to-all | permute
-  # The larger of a chip's operand and result: of an all-gather what comes out, of a
-  # reduce-scatter what goes in. All trips of the loops around it are counted.
+  # The larger of operand and result: what an all-gather returns, or a reduce-scatter
+  # takes. Every iteration of the loops around it counts.
   bytes: float
   count: float
-  axes: tuple[str, ...]  # of the mesh, that the group spans
+  axes: tuple[str, ...]  # mesh axes that the group spans
   link: str  # ici | dcn | nvlink | ib | memory
 
 
-# Seconds that a message takes however small it is, a hop of a ring. ICI: 1 us a hop
-# (How to Scale Your Model, Google 2025, part 3); the others: orders of magnitude.
+# Seconds per hop that a message takes however small it is. ICI: 1 us (How to Scale Your
+# Model, Google 2025, part 3); the others are orders of magnitude.
 LATENCY = {"ici": 1e-6, "nvlink": 2e-6, "ib": 5e-6, "dcn": 1e-4, "memory": 1e-6}
 
 
 def link_of(axes: tuple[str, ...], sizes: dict[str, int], hardware: Hardware) -> str:
-  """The slowest link that a group over `axes` crosses.
+  """Returns the slowest link that a group over `axes` crosses.
 
-  Devices are numbered with the last axis of the mesh fastest, so GPUs leave their node
-  along every axis whose steps, times its size, are longer than a node.
+  Devices are numbered with the last axis of the mesh fastest. So a group of GPUs leaves
+  its node along every axis whose stride times its size exceeds the node.
   """
   chip = hardware.chip
   if chip.link == "ici":
@@ -47,7 +51,10 @@ def link_of(axes: tuple[str, ...], sizes: dict[str, int], hardware: Hardware) ->
 def transfer_seconds(
   collective: Collective, sizes: dict[str, int], hardware: Hardware
 ) -> float:
-  """Time of a collective at the link's full rate: rings for all but all-to-all."""
+  """Returns the seconds of a collective at the full rate of its link.
+
+  All but all-to-all are taken to run as rings.
+  """
   n, chip = math.prod(sizes[axis] for axis in collective.axes), hardware.chip
   if n == 1 or not collective.count:
     return 0.0
@@ -64,8 +71,8 @@ def transfer_seconds(
       # Over a ring of s chips a message passes s/4 links on average.
       sent *= max(n ** (1 / spanned) / 4, 1.0)
   elif collective.link == "ib":
-    # All cards of a node serve a group that has several of its GPUs.
-    together = min(stride_share(collective.axes, sizes, chip.devices_per_host), n)
+    # A group with several GPUs of a node uses all of their network cards.
+    together = min(_group_in_node(collective.axes, sizes, chip.devices_per_host), n)
     rate = min(chip.link_bandwidth, together * chip.network_bandwidth)
   elif collective.link == "dcn":
     rate, hops = chip.network_bandwidth, 1
@@ -77,8 +84,8 @@ def transfer_seconds(
 def dimensions(n: int, topology: str) -> tuple[int, int]:
   """Returns (dimensions of the torus, how many of them an axis of `n` chips spans).
 
-  An axis has as many of the dimensions as its share of chips, on a logarithmic scale.
-  An unknown torus ("") is taken to be spanned.
+  The share of the dimensions is log(n) / log(chips). An axis is taken to span all of an
+  unknown torus ("").
   """
   if not topology:
     return 1, 1
@@ -87,8 +94,8 @@ def dimensions(n: int, topology: str) -> tuple[int, int]:
   return len(lengths), min(max(round(len(lengths) * share), 1), len(lengths))
 
 
-def stride_share(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int:
-  """How many devices of a node belong to the same group over `axes`."""
+def _group_in_node(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int:
+  """Returns how many devices of a node belong to the same group over `axes`."""
   stride, together = 1, 1
   for axis in reversed(sizes):
     room = max(node // stride, 1)
@@ -101,15 +108,14 @@ def stride_share(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int
 def expected_collectives(
   config, sizes: dict[str, int], hardware: Hardware
 ) -> list[Collective]:
-  """The collectives that the sharding of a step asks for, counted by hand.
+  """Returns the collectives that the sharding of a step needs.
 
-  What XLA makes of it is in the compiled program (planning/hlo.py); this stands in
-  where nothing can be compiled. Weights travel in the type of the activations,
-  gradients of replicas in float32 and once a step.
+  XLA may choose others (planning/hlo.py). Weights travel in the type of the
+  activations; gradients of replicas travel once per step, in float32.
   """
-  rows = weight_messages(config, sizes) + activation_messages(config, sizes)
+  rows = _weight_messages(config, sizes) + _activation_messages(config, sizes)
   rows = [
-    (kind, size, count, spanning(axes, sizes)) for kind, size, count, axes in rows
+    (kind, size, count, _spanned(axes, sizes)) for kind, size, count, axes in rows
   ]
   return [
     Collective(kind, size, count, axes, link_of(axes, sizes, hardware))
@@ -118,16 +124,17 @@ def expected_collectives(
   ]
 
 
-def spanning(axes: tuple[str, ...], sizes: dict[str, int]) -> tuple[str, ...]:
+def _spanned(axes: tuple[str, ...], sizes: dict[str, int]) -> tuple[str, ...]:
   return tuple(axis for axis in sizes if axis in axes and sizes[axis] > 1)
 
 
-def weight_messages(config, sizes: dict[str, int]) -> list[tuple]:
+def _weight_messages(config, sizes: dict[str, int]) -> list[tuple]:
+  """Returns (kind, bytes, count, axes) of weights and their gradients."""
   part, width = share(config, sizes), itemsize(config)
   layer, experts, table = layer_parameters(config)
   held = sizes["tensor"] * sizes["stage"]
   split = {axis: sizes[axis] for axis in ("fsdp", "context", "expert")}
-  # Weights of a layer are gathered where it runs: forward, and again backward.
+  # The weights of a layer are gathered when it runs, forward and again backward.
   accumulation = config.step.accumulation_steps
   trips = accumulation * part.ticks / config.mesh.stage_repeats
   layers = part.layers * trips
@@ -151,9 +158,10 @@ def weight_messages(config, sizes: dict[str, int]) -> list[tuple]:
   return rows
 
 
-def activation_messages(config, sizes: dict[str, int]) -> list[tuple]:
+def _activation_messages(config, sizes: dict[str, int]) -> list[tuple]:
+  """Returns (kind, bytes, count, axes) of activations and their gradients."""
   model, part, width = config.model, share(config, sizes), itemsize(config)
-  # Bubbles of the pipeline send as well: all stages run in every tick.
+  # All stages run in every tick, so idle stages of the pipeline send as well.
   accumulation, repeats = config.step.accumulation_steps, config.mesh.stage_repeats
   trips = accumulation * part.ticks / repeats if sizes["stage"] > 1 else part.passes
   calls = part.layers * trips
@@ -173,7 +181,7 @@ def activation_messages(config, sizes: dict[str, int]) -> list[tuple]:
   if model.attention == CONTEXT_PARALLEL:
     hops = (sizes["context"] - 1) * calls * (3 + again)  # keys, and their gradients
     rows.append(("permute", hops * keys, hops, ("context",)))
-  else:  # whole rows of some heads: there and back, forward and backward
+  else:  # to whole rows of some heads and back, forward and backward
     moved = (2 * model.num_heads * heads + keys) * calls * (2 + again)
     rows.append(("all-to-all", moved, 4 * calls * (2 + again), ("context",)))
   if model.moe.num_experts:

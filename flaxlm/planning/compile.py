@@ -1,8 +1,8 @@
-"""The real training step, compiled for machines that are not here.
+"""The real training step, compiled for hardware that need not be here.
 
-libtpu compiles for any slice of any TPU on a machine that has none, from shapes alone;
-it also says when a step does not fit, in seconds. For GPUs that are not here, memory is
-counted (memory.py) instead.
+libtpu compiles for any slice of any TPU on any machine, from shapes alone, and reports
+within seconds when a step does not fit. For GPUs that are not here, memory is counted
+instead (memory.py).
 """
 
 import concurrent.futures
@@ -34,9 +34,9 @@ from flaxlm.runs import program
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import TrainState, with_shardings
 
-# libtpu asks the machine what it is and logs that it got no answer: tell it. The type
-# does not limit what can be compiled for. Several processes may compile at once.
-QUIET = {
+# Without these, libtpu asks the network which TPU this is and logs that none answered.
+# The type does not limit what it compiles for. Several processes may compile at once.
+_LIBTPU_VARIABLES = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -52,9 +52,9 @@ class Compiled(NamedTuple):
   sizes: dict[str, int]  # of the mesh
   memory: dict[str, float]  # bytes by what they hold; they add up to the peak
   available: float
-  collectives: list[Collective]  # [] where a step does not compile
+  collectives: list[Collective]  # [] if the step does not compile
   compile_seconds: float = 0.0
-  host_bytes: float = 0.0  # largest size of this process so far
+  host_bytes: float = 0.0  # peak memory of the process that compiled
 
   @property
   def peak(self) -> float:
@@ -66,13 +66,15 @@ class Compiled(NamedTuple):
 
 
 def compile_step(config, hardware: Hardware) -> Compiled:
-  """Compiles one training step of `config` for `hardware`; too large is a result.
+  """Compiles one training step of `config` for `hardware`.
+
+  A step that does not fit is a result, not an error.
 
   Raises:
-    ConfigError: the mesh does not use the hardware, libtpu is missing or does not know
-      the slice.
+    ConfigError: the mesh does not match the hardware, libtpu is missing or does not
+      know the slice.
   """
-  devices = find_devices(hardware)
+  devices = _find_devices(hardware)
   if devices is None:
     return count_step(config, hardware)
   mesh = make_mesh(devices, **axis_sizes(config.mesh))
@@ -88,11 +90,11 @@ def compile_step(config, hardware: Hardware) -> Compiled:
   available, text = hardware.chip.memory_bytes, ""
   with program.use_config_mesh(config, mesh):
     traced = built.train_step.trace(state, batch, None)
-    away = {"lowering_platforms": ("tpu",)} if hardware.chip.link == "ici" else {}
-    lowered = traced.lower(**away)
+    tpu = {"lowering_platforms": ("tpu",)} if hardware.chip.link == "ici" else {}
+    lowered = traced.lower(**tpu)
   try:
     memory, text = compile_and_read(lowered)
-    # The state is donated, so written in place: what is not comes on top.
+    # The donated state is written in place; other results need memory of their own.
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + fresh + memory.temp_size_in_bytes
     peak += memory.generated_code_size_in_bytes
@@ -100,19 +102,19 @@ def compile_step(config, hardware: Hardware) -> Compiled:
     peak, available = read_out_of_memory(str(error), error)
   sizes = dict(mesh.shape)
   collectives = hlo.collectives(text, sizes, hardware) if text else []
-  # Activations, gradients, gathered weights, padding, the code.
+  # Activations, gradients, gathered weights, padding and the code.
   held["temporaries"] = peak - sum(held.values())
   return Compiled(
     "compiled", sizes, held, available, collectives,
-    time.perf_counter() - start, host_bytes(),
+    time.perf_counter() - start, _peak_host_bytes(),
   )  # fmt: skip
 
 
 def compile_apart(config, hardware: Hardware, step=compile_step) -> Compiled:
-  """`compile_step` in a process of its own, which libtpu may end: some steps do that.
+  """Runs `compile_step` in a process of its own, because libtpu may end the process.
 
   Raises:
-    ConfigError: as compile_step does, or the compiler broke down.
+    ConfigError: as in compile_step, or the compiler crashed.
   """
   if hardware.chip.link != "ici":
     return step(config, hardware)
@@ -135,10 +137,10 @@ def _on_cpu(step, config: str, hardware: Hardware) -> Compiled:
 
 
 def count_step(config, hardware: Hardware, state: TrainState | None = None) -> Compiled:
-  """Returns the same without a compiler, from shapes: memory.py and messages.py.
+  """Counts, from shapes, what `compile_step` reads off the compiled program.
 
   Args:
-    state: `abstract_state(config)`, where it is known already.
+    state: `abstract_state(config)`, if it is known already.
   """
   sizes = fill_axes(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
   mesh = AbstractMesh(tuple(sizes.values()), AXES)
@@ -156,22 +158,22 @@ def count_step(config, hardware: Hardware, state: TrainState | None = None) -> C
 
 
 def abstract_state(config) -> TrainState:
-  """The state of a run as shapes, that no mesh splits yet."""
+  """Returns the state of a run as shapes without shardings."""
   tx, _ = make_optimizer(config.num_steps, **config.optim)
   return jax.eval_shape(program.make_init(config, tx), jax.random.key(0))
 
 
-def find_devices(hardware: Hardware) -> list | None:
-  """Returns devices to compile for, or None where only counting is possible."""
+def _find_devices(hardware: Hardware) -> list | None:
+  """Returns the devices to compile for, or None if counting is all that is possible."""
   if hardware.chip.link == "ici":
-    return topology(hardware)
+    return _topology(hardware)
   here = jax.devices()
   known = hardware.calibration is not None or chip_of(here[0]) == hardware.chip
   return here if known and len(here) == hardware.num_chips else None
 
 
-def topology(hardware: Hardware) -> list:
-  """Returns the devices of TPU slices that need not exist."""
+def _topology(hardware: Hardware) -> list:
+  """Returns the devices of TPU slices, which need not exist."""
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
       "--hardware",
@@ -179,12 +181,12 @@ def topology(hardware: Hardware) -> list:
       "libtpu, which compiles for it on any machine (Linux, x86)",
       "pip install libtpu, or --no_compile",
     )
-  for name, value in QUIET.items():
+  for name, value in _LIBTPU_VARIABLES.items():
     os.environ.setdefault(name, value)
   options = {}
   if hardware.num_slices > 1:
     options["num_slices"] = hardware.num_slices
-  if hardware.chip.name == "v4":  # else two devices a chip
+  if hardware.chip.name == "v4":  # otherwise a chip is two devices
     options["chip_config_name"] = "megacore"
   name = f"{hardware.chip.name}:{hardware.topology}"
   try:
@@ -192,15 +194,18 @@ def topology(hardware: Hardware) -> list:
       platform="tpu", topology_name=name, **options
     ).devices
   except jax.errors.JaxRuntimeError as error:
-    said = " ".join(str(error).split())[:120]
+    reason = " ".join(str(error).split())[:120]
     raise ConfigError(
-      "--hardware", name, f"a slice that libtpu knows ({said})", "v5e:4x4, v5p:4x4x4"
+      "--hardware", name, f"a slice that libtpu knows ({reason})", "v5e:4x4, v5p:4x4x4"
     ) from error
   return list(found)
 
 
 def read_out_of_memory(text: str, error: Exception) -> tuple[float, float]:
-  """Returns (bytes needed, bytes available) of XLA's refusal; re-raises any other."""
+  """Returns (bytes needed, bytes available) from XLA's message.
+
+  Raises `error` if the message is about something else.
+  """
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   found = re.search(
     r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", text
@@ -212,10 +217,10 @@ def read_out_of_memory(text: str, error: Exception) -> tuple[float, float]:
 
 
 def compile_and_read(lowered: jax.stages.Lowered) -> tuple:
-  """Returns (memory_analysis(), XLA's text) of a compiled program.
+  """Returns (memory_analysis(), XLA's text) of a program that it compiles.
 
-  The text is read from XLA's dump: `as_text()` fails where a gather runs on a v5p's
-  sparse core (libtpu 0.0.52), after minutes of compiling.
+  The text comes from XLA's dump, because `as_text()` fails, after minutes of compiling,
+  if a gather runs on the sparse core of a v5p (libtpu 0.0.52).
   """
   with tempfile.TemporaryDirectory() as directory:
     step = lowered.compile(
@@ -226,6 +231,6 @@ def compile_and_read(lowered: jax.stages.Lowered) -> tuple:
     return step.memory_analysis(), largest.read_text()
 
 
-def host_bytes() -> float:
+def _peak_host_bytes() -> float:
   kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return kilobytes * 1024.0

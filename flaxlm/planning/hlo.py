@@ -1,9 +1,9 @@
-"""Which messages a compiled program sends: read from XLA's text of it.
+"""The messages that a compiled program sends, read from its text.
 
-XLA prints each instruction once, however often it runs: a loop's body counts as often
-as the loop turns. TPUs cut one message into the fusions that it runs beside, all with
-its channel; write a reduce-scatter as an all-reduce inside a computation of that name;
-and hand what goes between slices to the host, as pairs of send and recv.
+XLA prints each instruction once, however often it runs, so the body of a loop counts
+once per iteration. On TPUs, one message is cut into several fusions, which share its
+channel; a reduce-scatter is an all-reduce inside a computation of that name; messages
+between slices go through the host, as pairs of send and recv.
 """
 
 import collections
@@ -23,17 +23,19 @@ COLLECTIVE_KINDS = {
   "all-to-all": "all-to-all",
   "ragged-all-to-all": "all-to-all",
   "collective-permute": "permute",
-  "recv": "permute",  # but for what says `_xla_megascale_transfer_type`
+  "recv": "permute",  # unless `_xla_megascale_transfer_type` says otherwise
 }
-ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128], pred[]
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
-COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128], pred[]
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(
   r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 
 
 class Instruction(NamedTuple):
+  """One line of a computation."""
+
   name: str
   shape: str
   opcode: str
@@ -46,16 +48,16 @@ def collectives(
   """Returns the messages of one run of a program, most bytes first.
 
   Args:
-    text: `compiled.as_text()`.
-    sizes: of the axes of the mesh that it was compiled for, in order.
+    text: of the optimized program.
+    sizes: of the axes of its mesh, in order.
   """
   computations, entry = parse_hlo(text)
   found = {}
-  walk(computations, entry, 1, entry, found)
+  _walk(computations, entry, 1, entry, found)
   totals = collections.defaultdict(lambda: [0.0, 0])
   for kind, size, group, times in found.values():
-    axes = varying(group, sizes) if isinstance(group, np.ndarray) else group
-    if axes:  # else a group of one: nothing is sent
+    axes = _varying_axes(group, sizes) if isinstance(group, np.ndarray) else group
+    if axes:  # a group of one sends nothing
       total = totals[kind, axes]
       total[0] += size * times
       total[1] += times
@@ -67,22 +69,23 @@ def collectives(
 
 
 def parse_hlo(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """Returns (instructions by the name of their computation, the name of the entry)."""
+  """Returns ({computation: its instructions}, name of the entry computation)."""
   computations, entry, current = {}, "", []
   for line in text.splitlines():
-    if match := COMPUTATION.match(line):
+    if match := _COMPUTATION.match(line):
       current = computations[match[2]] = []
       entry = match[2] if match[1] else entry
-    elif match := INSTRUCTION.match(line):
+    elif match := _INSTRUCTION.match(line):
       current.append(Instruction(*match.groups()))
   return computations, entry
 
 
-def walk(computations: dict, name: str, times: int, scope: str, found: dict) -> None:
+def _walk(computations: dict, name: str, times: int, scope: str, found: dict) -> None:
   """Adds to `found` the collectives of a computation that runs `times` times.
 
-  `scope` is the computation that called the fusions around this one: parts of one
-  message have a `chain_id` there.
+  Args:
+    scope: the computation that called the fusions around this one. Pieces of one
+      message share a `chain_id` there.
   """
   here = {instruction.name: instruction for instruction in computations[name]}
   for instruction in here.values():
@@ -94,25 +97,25 @@ def walk(computations: dict, name: str, times: int, scope: str, found: dict) -> 
         started = here[re.search(r"%([\w.\-]+)", rest)[1]]
       chain = re.search(r'chain_id="(\d+)"', started.rest)
       key = scope, chain[1] if chain else (name, instruction.name)
-      found[key] = (*describe_instruction(kind, instruction, started, name), times)
+      found[key] = (*_describe_instruction(kind, instruction, started, name), times)
     elif opcode == "while":
       body, condition = (
         re.search(rf"{what}=%?([\w.\-]+)", rest)[1] for what in ("body", "condition")
       )
-      turns = trips(computations, condition, rest)
-      walk(computations, body, times * turns, body, found)
+      iterations = trip_count(computations, condition, rest)
+      _walk(computations, body, times * iterations, body, found)
     elif opcode in ("fusion", "call", "async-start", "conditional"):
       called = CALLED.findall(rest)
       for names in re.findall(r"branch_computations=\{(.*?)\}", rest):
         called += re.findall(r"[\w.\-]+", names)
       for inner in called:
-        walk(computations, inner, times, name if opcode == "call" else scope, found)
+        _walk(computations, inner, times, name if opcode == "call" else scope, found)
 
 
-def describe_instruction(
+def _describe_instruction(
   kind: str, result: Instruction, started: Instruction, computation: str
 ) -> tuple:
-  """Returns (kind, bytes, members of groups or names of axes) of a message."""
+  """Returns (kind, bytes, members of its groups or names of axes) of a message."""
   if transfer := re.search(r'megascale_transfer_type="(\w+)"', started.rest):
     kind = transfer[1].lower().replace("_", "-")
     size = num_bytes(result.shape.replace("u32[]", ""))
@@ -126,8 +129,8 @@ def describe_instruction(
   return kind, size, group
 
 
-def trips(computations: dict, condition: str, rest: str) -> int:
-  """How often a loop turns: as XLA says, or the bound of its counter."""
+def trip_count(computations: dict, condition: str, rest: str) -> int:
+  """Returns the iterations of a loop: as XLA states them, or its counter's bound."""
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
     return int(known[1])
   todo, constants = [condition], []
@@ -142,18 +145,19 @@ def trips(computations: dict, condition: str, rest: str) -> int:
 
 
 def num_bytes(shape: str) -> float:
-  """Bytes of the arrays in a shape such as `(bf16[8,128]{1,0}, u32[])`."""
+  """Returns the bytes of a shape such as `(bf16[8,128]{1,0}, u32[])`."""
   return sum(
     int(bits or 8) / 8 * math.prod(int(n) for n in dims.split(",") if n)
-    for bits, dims in ARRAY.findall(shape)
+    for bits, dims in _ARRAY.findall(shape)
   )
 
 
 def members(rest: str) -> np.ndarray:
-  """Which devices talk: GROUPS x MEMBERS, numbered as the mesh has them; 0 x 0 is all.
+  """Returns the devices that exchange a message, as an array of groups x members.
 
-  XLA writes groups as lists, as a reshaped and transposed range, or by the axes of a
-  mesh of its own; permutations as pairs, of which each is a group.
+  Devices are numbered in the order of the mesh; 0 x 0 means all of them. XLA writes
+  groups as lists, as a reshaped and transposed range, or by the axes of a mesh of its
+  own. It writes permutations as pairs, each of which is a group here.
   """
   numbers = re.compile(r"\d+")
   if text := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest):
@@ -162,14 +166,14 @@ def members(rest: str) -> np.ndarray:
   if text := re.search(
     r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", rest
   ):
-    return iota(text[1])
+    return _parse_range(text[1])
   if text := re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}", rest):
-    return of_mesh(*text.groups())
+    return _parse_mesh_groups(*text.groups())
   return np.zeros((0, 0), int)
 
 
-def iota(text: str) -> np.ndarray:
-  """`[4,2]<=[2,4]T(1,0)`: a range in the shape after <=, transposed, then reshaped."""
+def _parse_range(text: str) -> np.ndarray:
+  """Parses `[4,2]<=[2,4]T(1,0)`: a range of shape 2 x 4, transposed, as 4 x 2."""
   shape, source, order = (
     [int(n) for n in part.split(",")] if part else None
     for part in re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
@@ -178,11 +182,11 @@ def iota(text: str) -> np.ndarray:
   return (ids.transpose(order) if order else ids).reshape(shape)
 
 
-def of_mesh(sizes: str, devices: str, chosen: str) -> np.ndarray:
-  """`mesh['a'=4,'b'=2] {'b'}`: groups along b; `'a':(2)2` is a part of axis a.
+def _parse_mesh_groups(sizes: str, devices: str, chosen: str) -> np.ndarray:
+  """Parses `mesh['a'=4,'b'=2] {'b'}`: groups along b; `'a':(2)2` is a part of axis a.
 
-  The devices of that mesh are in order, or `device_ids=([2,4]T(1,0))`: a range in the
-  shape, transposed; or a list of their numbers.
+  The devices of that mesh are in order, a list of numbers, or `([2,4]T(1,0))`: a range
+  in that shape, transposed.
   """
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
   ids = np.arange(math.prod(sizes.values()))
@@ -206,8 +210,8 @@ def of_mesh(sizes: str, devices: str, chosen: str) -> np.ndarray:
   return ids.reshape(shape).transpose(outside + inside).reshape(-1, length)
 
 
-def varying(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
-  """The axes along which the members of a group differ."""
+def _varying_axes(groups: np.ndarray, sizes: dict[str, int]) -> tuple[str, ...]:
+  """Returns the axes along which the members of a group differ."""
   if not groups.size:
     return tuple(axis for axis, size in sizes.items() if size > 1)
   places = np.unravel_index(groups, tuple(sizes.values()))

@@ -1,7 +1,7 @@
-"""What a chip holds during a step, counted from shapes: where nothing can be compiled.
+"""What a chip holds during a step, counted from shapes where nothing can be compiled.
 
-Weights and optimizer are exact. Activations are what JAX keeps for the backward pass,
-found by tracing it; what XLA then shares or pads is not known here.
+Weights and optimizer state are exact. Activations are what JAX keeps for the backward
+pass, found by tracing it. What XLA then shares or pads is not known here.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from flaxlm.planning.operations import itemsize, layer_parameters, share
 
 
 class Memory(NamedTuple):
-  """Bytes a chip."""
+  """Bytes per chip."""
 
   parameters: float  # and their average, if one is kept
   optimizer: float  # on the device; offloaded state is not
   gradients: float
-  gathered: float  # whole weights of the layer that runs, and of the next
+  gathered: float  # whole weights of the running layer and of the next
   activations: float
   logits: float
 
@@ -43,13 +43,13 @@ def expected_memory(
   """Counts the memory of a training step.
 
   Args:
-    target: the abstract TrainState with shardings (program.Program.target).
+    target: the abstract TrainState, with shardings (program.Program.target).
     sizes: of the mesh axes.
-    fused: whether attention is a kernel that keeps no scores.
+    fused: attention is a kernel that keeps no scores.
   """
   parameters = bytes_per_device(target.model)
   part, step = share(config, sizes), config.step
-  # The running sum of accumulated gradients, and those of the pass that is added.
+  # Accumulation holds the sum of the gradients, and those of the current pass.
   gradients = parameters * (2 if step.accumulation_steps > 1 else 1)
   layer, experts, _ = layer_parameters(config)
   held = (layer + experts / sizes["expert"]) / config.model.num_layers / sizes["tensor"]
@@ -59,39 +59,41 @@ def expected_memory(
     on_device(target.opt_state),
     gradients,
     2 * held * itemsize(config) * split,
-    activation_bytes(config, sizes, fused),
-    logit_bytes(config, sizes, part.tokens),
+    _activation_bytes(config, sizes, fused),
+    _logit_bytes(config, sizes, part.tokens),
   )
 
 
 def on_device(tree) -> float:
+  """Returns the bytes on each device of what is not offloaded to the host."""
   leaves = jax.tree.leaves(tree)
   return bytes_per_device(
     [x for x in leaves if x.sharding.memory_kind != "pinned_host"]
   )
 
 
-def logit_bytes(config, sizes: dict[str, int], tokens: float) -> float:
-  """Of a chunk of tokens: logits, and their gradient in the type of the activations.
+def _logit_bytes(config, sizes: dict[str, int], tokens: float) -> float:
+  """Returns the bytes of the logits of one chunk of tokens, and of their gradient.
 
-  With them the sum of the matrix's gradient over chunks, whole in float32.
+  The gradient has the type of the activations. If there are several chunks, the
+  gradient of the output matrix is added up in float32.
   """
   model = config.model
   if model.head not in ("lm", "mlm"):
     return 0.0
-  words = model.vocab_size / (sizes["tensor"] if config.mesh.rules.vocab else 1)
-  chunk = chunk_tokens(math.ceil(tokens), math.ceil(words))
-  total = 4.0 * model.embed_dim * words if chunk < tokens else 0.0
-  return min(chunk, tokens) * words * (4 + itemsize(config)) + total
+  vocab = model.vocab_size / (sizes["tensor"] if config.mesh.rules.vocab else 1)
+  chunk = chunk_tokens(math.ceil(tokens), math.ceil(vocab))
+  total = 4.0 * model.embed_dim * vocab if chunk < tokens else 0.0
+  return min(chunk, tokens) * vocab * (4 + itemsize(config)) + total
 
 
-def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
-  """What waits for the backward pass, and what one layer needs while it runs."""
+def _activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
+  """Returns the bytes kept for the backward pass, and those of the running layer."""
   model = dict(config.model)
-  # Offloaded tensors wait in the host's memory.
+  # Offloaded tensors are in the host's memory: here they count as not kept.
   model = TransformerConfig(**(model | {"offload": ()}))
   length, part = config.data.seq_len, share(config, sizes)
-  traced = min(length, 2048)  # without scores, all grows with the length
+  traced = min(length, 2048)  # without scores, the bytes are linear in the length
   case = attention_case(config)._replace(L=traced, M=traced)
   stand_in = FUSED["tpu"]  # of all fused kernels: it can be traced anywhere
   if fused and why_not(stand_in, case) is None:
@@ -105,12 +107,12 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   rows = part.rows / split * length / traced
 
   def kept(model):
-    # Dropless experts have room for all tokens of their group of devices.
+    # Experts that drop no tokens have room for all tokens of their group of devices.
     room = sizes["expert"] if model.moe.capacity_factor == 0 else 1
-    return kept_bytes(model, traced) + (room - 1) * expert_bytes(model, traced)
+    return kept_bytes(model, traced) + (room - 1) * _expert_bytes(model, traced)
 
   waiting = rows * kept(model) / sizes["stage"]
-  if sizes["stage"] > 1:  # each tick of the pipeline keeps its own
+  if sizes["stage"] > 1:  # each tick of the pipeline keeps its own activations
     waiting *= part.ticks / config.mesh.stage_repeats
   if model.remat == "none":
     return waiting
@@ -118,8 +120,11 @@ def activation_bytes(config, sizes: dict[str, int], fused: bool) -> float:
   return waiting + rows * everything / model.num_layers
 
 
-def expert_bytes(model: TransformerConfig, length: int) -> float:
-  """The part of `kept_bytes` that the tokens of experts take: with one more a token."""
+def _expert_bytes(model: TransformerConfig, length: int) -> float:
+  """Returns the part of `kept_bytes` that is due to the tokens of experts.
+
+  It is what one more expert per token would add, times the experts per token.
+  """
   moe = model.moe
   if not moe.num_experts:
     return 0.0
@@ -130,7 +135,7 @@ def expert_bytes(model: TransformerConfig, length: int) -> float:
 
 @functools.lru_cache(maxsize=64)
 def kept_bytes(model: TransformerConfig, length: int) -> float:
-  """Bytes that one row adds to what the backward pass of all layers needs."""
+  """Returns the bytes that one row adds to what all layers keep for backward."""
 
   def residuals(rows: int) -> int:
     one = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -146,5 +151,5 @@ def kept_bytes(model: TransformerConfig, length: int) -> float:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
   key = jax.random.key(0)
-  # Weights are kept as well, whatever the rows: the difference is without them.
+  # Weights are kept as well, whatever the rows: the difference leaves them out.
   return float(residuals(2) - residuals(1))

@@ -19,7 +19,7 @@ from flaxlm.planning import calibrate, roofline
 def compare(name: str) -> tuple[float, roofline.Prediction]:
   """Returns (measured seconds of a step, Prediction) of one turn."""
   config = peers.config_of(name)
-  machine = calibrate.hardware(calibrate.measure([config]))
+  machine = calibrate.measured_hardware(calibrate.measure([config]))
   peer = Peer("flaxlm", name)
   seconds = statistics.median(1 / peer.turn(1.0) for _ in range(3))
   peer.end()

@@ -29,14 +29,14 @@ def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
   path = tmp_path / "machine.json"
   calibrate.save_calibration(measured, path)
   machine = calibrate.load_calibration(path)
-  assert machine == calibrate.hardware(measured)
+  assert machine == calibrate.measured_hardware(measured)
   assert machine.num_chips == 8 and machine.chip.link_bandwidth > 0
   found = predict(tiny, ONE | {"data": 8}, machine)
   assert 0 < found.low < found.mid < found.high < math.inf
   tiny.log.calibration = str(path)
   assert calibrate.expected_seconds(tiny, make_mesh()) == found.mid
   # Eight devices share the cores of this machine: each is as slow as all together.
-  alone = calibrate.hardware(measured | {"num_devices": 1})
+  alone = calibrate.measured_hardware(measured | {"num_devices": 1})
   key = calibrate.SQUARE_KEY
   assert machine.calibration.seconds[key] == 8 * alone.calibration.seconds[key]
 

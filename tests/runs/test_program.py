@@ -65,7 +65,7 @@ def instructions(computations, name, times=1):
         re.search(rf"{what}=%?([\w.\-]+)", one.rest)[1]
         for what in ("body", "condition")
       )
-      turns = hlo.trips(computations, condition, one.rest)
+      turns = hlo.trip_count(computations, condition, one.rest)
       yield from instructions(computations, body, times * turns)
     elif one.opcode in ("fusion", "call", "conditional"):
       for inner in hlo.CALLED.findall(one.rest):
