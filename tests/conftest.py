@@ -2,21 +2,23 @@
 
 import os
 import pathlib
-import sys
 import sysconfig
 
+from tests import quick
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisations take as long as most tests here and speed up none of them;
-# tests that start processes (test_end_to_end.py) run what users run.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
 # Processes that tests start keep no programs in the cache of who runs them.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+own = os.environ.get("XLA_FLAGS", "")
+eight = f"{own} --xla_force_host_platform_device_count=8 {quick.UNOPTIMIZED}"
+os.environ["XLA_FLAGS"] = f"{eight} {quick.EMITTERS}"
 
+import jax
 import pytest
+
+jax.devices()  # reads XLA_FLAGS, in which libtpu must not find the emitters
+os.environ["XLA_FLAGS"] = eight
 
 from flaxlm.config import base
 
@@ -42,8 +44,7 @@ def corpora() -> pathlib.Path:
 def forget_programs():
   """Compiled programs are of no use to the next file, and fill gigabytes."""
   yield
-  if "jax" in sys.modules:  # not by tests that need none of it
-    sys.modules["jax"].clear_caches()
+  jax.clear_caches()
 
 
 @pytest.fixture

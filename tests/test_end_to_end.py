@@ -16,6 +16,8 @@ import warnings
 import numpy as np
 import pytest
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 from configs import base
@@ -51,8 +53,9 @@ def get_config():
 
 
 def environment(**changes):
-  plain = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
-  return plain | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | changes
+  """Programs are kept from one process to the next, as a user's are."""
+  kept = {"JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": str(ROOT)}
+  return quick.environment() | kept | changes
 
 
 def start(command, *arguments, **env):
@@ -141,10 +144,12 @@ def project(tmp_path_factory):
   (home / "config.py").write_text(
     CONFIG.format(store=str(home / "store"), texts=str(texts))
   )
-  prepared = run("prepare", f"--config={home}/config.py")
-  assert "lossless" in prepared and "code train" in prepared
-  run("train", f"--config={home}/config.py", f"--workdir={home}/straight")
-  return home
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    prepared = run("prepare", f"--config={home}/config.py")
+    assert "lossless" in prepared and "code train" in prepared
+    run("train", f"--config={home}/config.py", f"--workdir={home}/straight")
+    yield home
 
 
 def test_a_run_learns_and_leaves_a_complete_record(project):
@@ -226,7 +231,7 @@ def test_a_signal_saves_and_the_same_command_continues(project, tmp_path, number
 
 def test_a_signal_before_the_first_step_is_not_lost(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
-  process = start(*command)
+  process = start(*command, JAX_ENABLE_COMPILATION_CACHE="false")
   wait_until(lambda: (tmp_path / "run/owner.json").exists(), process)
   process.send_signal(signal.SIGTERM)  # while it compiles
   process.communicate(timeout=60)

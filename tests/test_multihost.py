@@ -16,6 +16,8 @@ import time
 
 import pytest
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 from configs import base
@@ -112,12 +114,7 @@ class Job:
   def __init__(self, home, count, devices, *arguments, **env):
     with socket.create_server(("127.0.0.1", 0)) as server:
       port = server.getsockname()[1]
-    share = f"--xla_force_host_platform_device_count={devices // count}"
-    env |= {
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": f"{share} --xla_backend_optimization_level=0",
-    }
+    env = quick.environment(devices // count, PYTHONPATH=str(ROOT), **env)
     if count > 1:
       env |= {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -131,7 +128,7 @@ class Job:
         self.processes.append(
           subprocess.Popen(
             [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=log, stderr=log,
-            env=os.environ | env | index,
+            env=env | index,
           )
         )  # fmt: skip
 
@@ -343,12 +340,11 @@ def test_the_supervisor_goes_on_with_the_hosts_that_are_left(home, straight, tmp
   run, lost = tmp_path / "run", tmp_path / "lost"
   script = f"""
     if [ -e {lost} ]; then n=2 each=2; else touch {lost}; n=4 each=1; fi
-    export XLA_FLAGS="--xla_force_host_platform_device_count=$each"
+    export XLA_FLAGS="{quick.EMITTERS} --xla_force_host_platform_device_count=$each"
     exec bash launch/local.sh -n $n --config={home}/config.py --workdir={run}
   """
   supervise = [sys.executable, "-m", "flaxlm.supervise", "--backoff=0.1", "--"]
   env = {
-    "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
     "VIRTUAL_ENV": sys.prefix,
     "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",

@@ -4,7 +4,6 @@ It runs beside a `configs` package of the user's that fails when it is imported.
 """
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import zipfile
 import pytest
 
 from flaxlm import __version__
+from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = """
@@ -72,9 +72,7 @@ def test_it_trains_where_there_is_no_clone(wheel, tmp_path):
     "from flaxlm.configs import quickstart\n\ndef get_config():\n"
     "  config = quickstart.get_config()\n  config.seed = 7\n  return config\n"
   )
-  env = {key: v for key, v in os.environ.items() if key != "PYTHONPATH"}
-  env |= {"PYTHONPATH": str(site), "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  env = quick.environment(PYTHONPATH=str(site))
 
   def run(*command) -> str:
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
