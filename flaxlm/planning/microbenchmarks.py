@@ -1,4 +1,7 @@
-"""Small programs that stand for the operations of a step, to be timed."""
+"""Small programs to time, one for each kind of operation in a step.
+
+Each `_probe_*` returns a function and its arguments; `prepare` adds the backward pass.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,8 +14,8 @@ import optax
 from flaxlm.kernels.attention.attention import attention
 
 
-def forward_backward(function: Callable) -> Callable:
-  """Returns f(cotangent, *args) -> (result, gradients), to be jitted and timed."""
+def _forward_backward(function: Callable) -> Callable:
+  """Returns f(cotangent, *args) -> (result, gradients)."""
 
   def both(cotangent, *args):
     result, gradient = jax.vjp(function, *args)
@@ -21,22 +24,22 @@ def forward_backward(function: Callable) -> Callable:
   return both
 
 
-def random(*shape, dtype) -> jax.Array:
+def _random(*shape, dtype) -> jax.Array:
   values = np.random.default_rng(0).random(shape, dtype=np.float32)
   return jnp.asarray(values - 0.5, dtype)
 
 
-def probe_matmul(dtype, batch, m, k, n):
-  x, w = random(batch, m, k, dtype=dtype), random(batch, k, n, dtype=dtype)
-  if batch == 1:  # as the model has it: one plain product
+def _probe_matmul(dtype, batch, m, k, n):
+  x, w = _random(batch, m, k, dtype=dtype), _random(batch, k, n, dtype=dtype)
+  if batch == 1:  # one plain product, as in the model
     x, w = x[0], w[0]
   equation = "mk,kn->mn" if batch == 1 else "bmk,bkn->bmn"
   return lambda x, w: jnp.einsum(equation, x, w), (x, w)
 
 
-def probe_attention(dtype, rows, L, M, N, K, H):
-  q = random(rows, L, N, H, dtype=dtype)
-  k, v = random(rows, M, K, H, dtype=dtype), random(rows, M, K, H, dtype=dtype)
+def _probe_attention(dtype, rows, L, M, N, K, H):
+  q = _random(rows, L, N, H, dtype=dtype)
+  k, v = _random(rows, M, K, H, dtype=dtype), _random(rows, M, K, H, dtype=dtype)
   ones = jnp.ones((rows, M), jnp.int32)
 
   def function(q, k, v):
@@ -47,7 +50,7 @@ def probe_attention(dtype, rows, L, M, N, K, H):
   return function, (q, k, v)
 
 
-def probe_norm(dtype, T, D):
+def _probe_norm(dtype, T, D):
   def function(x, y, scale):
     x = x + y
     z = x.astype(jnp.float32)
@@ -55,63 +58,63 @@ def probe_norm(dtype, T, D):
     z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=1, keepdims=True) + 1e-5)
     return x, (z * scale[None, :]).astype(dtype)
 
-  x = random(T, D, dtype=dtype)
+  x = _random(T, D, dtype=dtype)
   return function, (x, x, jnp.ones(D))
 
 
-def probe_rotary(dtype, T, N, H):
+def _probe_rotary(dtype, T, N, H):
   def function(x, sin, cos):
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
 
-  angle = random(T, 1, H // 2, dtype=dtype)
-  return function, (random(T, N, H, dtype=dtype), angle, angle)
+  angle = _random(T, 1, H // 2, dtype=dtype)
+  return function, (_random(T, N, H, dtype=dtype), angle, angle)
 
 
-def probe_activation(dtype, T, F):
-  return lambda x: jax.nn.gelu(x, approximate=True), (random(T, F, dtype=dtype),)
+def _probe_activation(dtype, T, F):
+  return lambda x: jax.nn.gelu(x, approximate=True), (_random(T, F, dtype=dtype),)
 
 
-def probe_gated(dtype, T, F):
-  x = random(T, F, dtype=dtype)
+def _probe_gated(dtype, T, F):
+  x = _random(T, F, dtype=dtype)
   return lambda x, gate: jax.nn.silu(gate) * x, (x, x)
 
 
-def probe_logits(dtype, T, V):
+def _probe_logits(dtype, T, V):
   def function(logits):
     is_target = jnp.arange(V)[None, :] == (jnp.arange(T) % V)[:, None]
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
     return jax.nn.logsumexp(logits, axis=1) - target
 
-  return function, (random(T, V, dtype=jnp.float32),)
+  return function, (_random(T, V, dtype=jnp.float32),)
 
 
-def probe_embedding(dtype, T, V, D):
+def _probe_embedding(dtype, T, V, D):
   tokens = jnp.arange(T) * 7919 % V
-  return lambda table: table.astype(dtype)[tokens], (random(V, D, dtype=jnp.float32),)
+  return lambda table: table.astype(dtype)[tokens], (_random(V, D, dtype=jnp.float32),)
 
 
-def probe_dispatch(dtype, T, D):
+def _probe_dispatch(dtype, T, D):
   order = jnp.asarray(np.random.default_rng(0).permutation(T))
-  return lambda x: x[order] * 0.5, (random(T, D, dtype=dtype),)
+  return lambda x: x[order] * 0.5, (_random(T, D, dtype=dtype),)
 
 
-MICROBENCHMARKS = {
-  "matmul": probe_matmul,
-  "attention": probe_attention,
-  "norm": probe_norm,
-  "rotary": probe_rotary,
-  "activation": probe_activation,
-  "gated": probe_gated,
-  "logits": probe_logits,
-  "embedding": probe_embedding,
-  "dispatch": probe_dispatch,
+_PROBES = {
+  "matmul": _probe_matmul,
+  "attention": _probe_attention,
+  "norm": _probe_norm,
+  "rotary": _probe_rotary,
+  "activation": _probe_activation,
+  "gated": _probe_gated,
+  "logits": _probe_logits,
+  "embedding": _probe_embedding,
+  "dispatch": _probe_dispatch,
 }
 
 
-def optimizer_probe(kind: str, dtype, count: int):
-  """AdamW with clipping, or the casts and sums of gradients, of `count` weights."""
-  weights = random(count, dtype=jnp.float32)
+def _probe_optimizer(kind: str, dtype, count: int):
+  """Returns AdamW with clipping, or the casts and sums of gradients."""
+  weights = _random(count, dtype=jnp.float32)
   if kind == "weights":
     return jax.jit(lambda w, g: (g + w.astype(dtype), w)), (weights, weights)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -124,17 +127,19 @@ def optimizer_probe(kind: str, dtype, count: int):
 
 
 def prepare(kind: str, dims: tuple, dtype) -> tuple[Callable, tuple]:
+  """Returns the compiled function for an operation, and arguments to time it with."""
   if kind in ("optimizer", "weights"):
-    return optimizer_probe(kind, dtype, *dims)
-  function, args = MICROBENCHMARKS[kind](dtype, *dims)
+    return _probe_optimizer(kind, dtype, *dims)
+  function, args = _PROBES[kind](dtype, *dims)
   cotangent = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), function(*args))
-  return jax.jit(forward_backward(function)), (cotangent, *args)
+  return jax.jit(_forward_backward(function)), (cotangent, *args)
 
 
 def measure_seconds(function: Callable, args: tuple, budget: float) -> float:
-  """Mean time of the calls that fit in `budget` seconds, at least three.
+  """Returns the mean seconds of the calls that fit in `budget`, at least three.
 
-  Not the median: operations add up to a step, with what other programs take of each.
+  The mean, not the median: times are added up to a step, and other programs slow that
+  down as well.
   """
   jax.block_until_ready(function(*args))
   calls, start = 0, time.perf_counter()

@@ -1,9 +1,9 @@
-"""How long a step takes on paper, what bounds it, and what a run then costs.
+"""How long a step should take, what bounds it, and what a run then costs.
 
-Compute, memory traffic and messages are each divided by what a chip reaches of its
-rates; a stated share of the messages hides behind the rest. Three sets of assumptions,
-kind, likely and harsh, make an error band. On a calibrated machine the operations have
-their measured times.
+Compute, memory traffic and messages are each divided by the rate that a chip reaches. A
+stated share of the messages hides behind the rest. Three sets of assumptions, kind,
+likely and harsh, make an error band. On a calibrated machine, operations take their
+measured times.
 """
 
 import math
@@ -17,34 +17,28 @@ from flaxlm.parallel.pipeline import bubble
 from flaxlm.planning.collectives import (
   Collective,
   expected_collectives,
-  link_of,
   transfer_seconds,
 )
 from flaxlm.planning.operations import Op, operations
 
-__all__ = [
-  "Budget", "Collective", "Prediction", "Terms", "budget", "expected_collectives",
-  "keeps_no_scores", "link_of", "predict",
-]  # fmt: skip
-
 
 class Assumptions(NamedTuple):
-  """Shares of the rates in a data sheet that a training step reaches."""
+  """Shares of a data sheet's rates that a training step reaches."""
 
-  matmul: float  # of the peak, of large matrices
-  attention: float  # of the peak, by a fused kernel
+  matmul: float  # of the peak, for large matrices
+  attention: float  # of the peak, for a fused kernel
   bandwidth: float  # of the memory
   link: float  # inside a slice or node
   network: float
-  overlap: float  # share of the shorter of (work, hidden messages) that hides
-  measured: float  # of the sum of measured operations, on a calibrated machine
+  overlap: float  # share of the shorter of (work, hidden messages) that is hidden
+  measured: float  # a step over the sum of its operations, on a calibrated machine
 
 
-# Matmul: 770-800 of 989 TFLOP/s (79%) measured on an H200; a Llama-7B layer on v5e
-# takes 39 ms by XLA's own count where its FLOPs need 34 (87%), in a real step less.
-# Attention: FlashAttention-3 claims 75% of an H100 forward, less backward; TPU kernels
-# about half. Copies reach 90% of an H200's memory. Published steps of 8B to 70B models
-# run at 38-60% MFU (MaxText, torchtitan), which these numbers give back.
+# Matmul: 770-800 of 989 TFLOP/s (79%) were measured on an H200. A Llama-7B layer on v5e
+# takes 39 ms by XLA's own count where its FLOPs need 34 (87%); a real step is slower.
+# Attention: FlashAttention-3 claims 75% of an H100 forward, and less backward; TPU
+# kernels reach about half. Copies reach 90% of an H200's memory bandwidth. Published
+# steps of 8B to 70B models run at 38-60% MFU (MaxText, torchtitan), as predicted here.
 ASSUMPTIONS = {
   "low": Assumptions(0.88, 0.60, 0.92, 0.95, 0.90, 1.0, 0.9),
   "mid": Assumptions(0.75, 0.45, 0.80, 0.80, 0.70, 0.8, 1.1),
@@ -54,7 +48,7 @@ STEP_OVERHEAD = 1e-3  # seconds: dispatch and stragglers, where nothing was meas
 
 
 class Terms(NamedTuple):
-  """Seconds of a step by what they go to, under the likely assumptions."""
+  """Seconds of a step by what takes them, under the likely assumptions."""
 
   matmul: float
   attention: float
@@ -65,7 +59,7 @@ class Terms(NamedTuple):
   overhead: float
 
   def flat(self) -> dict[str, float]:
-    """All terms by a name for people; they overlap, so need not add up to the step."""
+    """Returns all terms by name. They overlap, so their sum may exceed the step."""
     named = {"matmul": self.matmul, "attention": self.attention, "memory": self.memory}
     for link in {**self.exposed, **self.hidden}:
       named[link] = self.exposed.get(link, 0.0) + self.hidden.get(link, 0.0)
@@ -73,21 +67,23 @@ class Terms(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  low: float  # seconds a step
+  """The time of a step, as a band, and what follows from it."""
+
+  low: float  # seconds per step
   mid: float
   high: float
   terms: Terms
   bound: str  # the largest of the terms
-  model_flops: float  # a chip and step: visible pairs, each weight once
-  hardware_flops: float  # what is really computed: with remat and masked pairs
-  tokens: float  # a step, of all chips
+  model_flops: float  # per chip and step: visible pairs, each weight once
+  hardware_flops: float  # what is really computed, with remat and masked pairs
+  tokens: float  # per step, of all chips
   tokens_per_second: float
   mfu: float
   assumptions: tuple[str, ...]
 
 
 class Budget(NamedTuple):
-  """What a run takes, each as (low, mid, high)."""
+  """What a run takes; each quantity is (low, mid, high)."""
 
   days: tuple[float, float, float]
   device_hours: tuple[float, float, float]
@@ -97,7 +93,7 @@ class Budget(NamedTuple):
 
 
 def keeps_no_scores(config, hardware: Hardware) -> bool:
-  """Whether attention is a fused kernel there, which skips what is masked."""
+  """Returns whether attention is a fused kernel there, which skips masked pairs."""
   backend = config.model.attention
   if backend == "auto":  # where no doctor has run
     backend = choose_backend(attention_case(config, hardware.chip.platform), {})
@@ -110,17 +106,17 @@ def predict(
   hardware: Hardware,
   collectives: list[Collective] | None = None,
 ) -> Prediction:
-  """Returns the time of a training step.
+  """Predicts the time of a training step.
 
   Args:
-    sizes: of the mesh axes, by name; their product is the number of chips.
+    sizes: of the mesh axes; their product is the number of chips.
     collectives: of the compiled step; None counts those that the sharding needs.
   """
   if collectives is None:
     collectives = expected_collectives(config, sizes, hardware)
   ops = operations(config, sizes, keeps_no_scores(config, hardware))
   results = {
-    name: step_seconds(ops, collectives, config, sizes, hardware, assumed)
+    name: _step_seconds(ops, collectives, config, sizes, hardware, assumed)
     for name, assumed in ASSUMPTIONS.items()
   }
   seconds, terms = results["mid"]
@@ -138,17 +134,18 @@ def predict(
     sum(op.count * op.flops * (1 + op.again) for op in ops),
     tokens,
     tokens / seconds,
-    model_flops / seconds / peak_of(config, hardware),
-    stated(hardware),
+    model_flops / seconds / _peak_of(config, hardware),
+    _describe_assumptions(hardware),
   )
 
 
-def peak_of(config, hardware: Hardware) -> float:
-  chip, narrow = hardware.chip, config.model.dtype == "bfloat16"
-  return chip.bf16_flops if narrow else chip.f32_flops
+def _peak_of(config, hardware: Hardware) -> float:
+  """Returns the peak FLOP/s of a chip in the dtype of the model."""
+  chip = hardware.chip
+  return chip.bf16_flops if config.model.dtype == "bfloat16" else chip.f32_flops
 
 
-def step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumptions):
+def _step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumptions):
   """Returns (seconds, Terms) under one set of assumptions."""
   spent = {"matmul": 0.0, "attention": 0.0, "memory": 0.0}
   for op in ops:
@@ -160,7 +157,7 @@ def step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumptions
     near = one.link == hardware.chip.link
     took = transfer_seconds(one, sizes, hardware)
     took /= assumed.link if near else assumed.network
-    side = exposed if must_wait(one) else hidden
+    side = exposed if _must_wait(one) else hidden
     side[one.link] = side.get(one.link, 0.0) + took
   work = sum(spent.values()) + sum(exposed.values())
   beside = max(hidden.values(), default=0.0)  # links work at the same time
@@ -179,31 +176,32 @@ def step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumptions
   return busy + waits + overhead, terms
 
 
-def must_wait(collective: Collective) -> bool:
-  """Whether the next operation needs the result: of tensor and expert splits it does.
+def _must_wait(collective: Collective) -> bool:
+  """Returns whether the next operation needs the result.
 
-  Gathers and gradients of weights belong to another layer than the one that computes.
+  It does if tensor or expert splits send it. Gathers and gradients of weights belong to
+  another layer than the one that computes.
   """
   waits = collective.kind == "all-to-all" or "tensor" in collective.axes
   return waits and collective.kind != "permute"
 
 
 def op_seconds(op: Op, config, hardware: Hardware, assumed: Assumptions) -> float:
-  """Time of one operation: measured, or by its FLOPs and bytes, whichever is longer."""
+  """Returns the measured seconds, or the longer of those for FLOPs and for bytes."""
   if hardware.calibration:
-    found = measured(op, config.model.dtype, hardware.calibration)
+    found = _measured_seconds(op, config.model.dtype, hardware.calibration)
     if found is not None:
       return found * assumed.measured
-  rate = peak_of(config, hardware)
+  rate = _peak_of(config, hardware)
   rate *= assumed.attention if op.kind == "attention" else assumed.matmul
   if op.kind == "matmul":
-    rate *= filled(op, hardware)
+    rate *= _filled_share(op, hardware)
   moving = op.bytes / (hardware.chip.memory_bandwidth * assumed.bandwidth)
   return max(op.flops / rate, moving)
 
 
-def filled(op: Op, hardware: Hardware) -> float:
-  """Share of a matrix unit's tiles that a product fills: small matrices waste it."""
+def _filled_share(op: Op, hardware: Hardware) -> float:
+  """Returns the share of the matrix unit's tiles that a product fills."""
   tile = 256 if hardware.chip.name in ("v6e", "tpu7x") else 128
   if hardware.chip.link == "memory":
     return 1.0
@@ -211,8 +209,11 @@ def filled(op: Op, hardware: Hardware) -> float:
   return math.prod(side / (-(-side // tile) * tile) for side in sides)
 
 
-def measured(op: Op, dtype: str, calibration: Calibration) -> float | None:
-  """Seconds of the operation, or of the nearest in size scaled by its size."""
+def _measured_seconds(op: Op, dtype: str, calibration: Calibration) -> float | None:
+  """Returns the measured seconds of an operation; None if none of its kind is known.
+
+  The operation nearest in size is taken, and scaled by the size.
+  """
   best, distance = None, math.inf
   for key, seconds in calibration.seconds.items():
     kind, *dims, key_dtype = key
@@ -221,19 +222,21 @@ def measured(op: Op, dtype: str, calibration: Calibration) -> float | None:
     ratios = [math.log(a / b) for a, b in zip(op.dims, dims, strict=True)]
     far = sum(map(abs, ratios))
     if far < distance:
-      best, distance = seconds * size(op.kind, op.dims) / size(kind, dims), far
+      ratio = _work_size(op.kind, op.dims) / _work_size(kind, dims)
+      best, distance = seconds * ratio, far
   return best
 
 
-def size(kind: str, dims) -> float:
-  """What the time of an operation grows with."""
+def _work_size(kind: str, dims) -> float:
+  """Returns the quantity that the time of an operation is proportional to."""
   if kind == "attention":
     rows, queries, keys, heads, _, width = dims
     return rows * queries * keys * heads * width
   return math.prod(dims[:2] if kind == "embedding" else dims)
 
 
-def stated(hardware: Hardware) -> tuple[str, ...]:
+def _describe_assumptions(hardware: Hardware) -> tuple[str, ...]:
+  """Returns the assumptions as sentences to print."""
   low, mid, high = (ASSUMPTIONS[name] for name in ("low", "mid", "high"))
   if hardware.calibration:
     return (
@@ -249,7 +252,7 @@ def stated(hardware: Hardware) -> tuple[str, ...]:
   )
 
 
-# Google's fleet has a PUE of 1.09 to 1.10 (2024); others 1.2 to 1.5 (Uptime Institute:
+# PUE: 1.09 to 1.10 in Google's fleet (2024), elsewhere 1.2 to 1.5 (Uptime Institute:
 # 1.56 on average). Chips that wait for memory or links draw less than their limit.
 PUE = (1.08, 1.15, 1.5)
 DRAW = (0.6, 0.8, 1.0)  # of a chip's watts
@@ -259,12 +262,16 @@ HOST = 1.2  # host, network and fans, as a factor of the chips
 def budget(
   prediction: Prediction, hardware: Hardware, tokens: float, price: float | None = None
 ) -> Budget:
-  """Returns what training on `tokens` takes; `price` in USD per chip and hour."""
+  """Returns what training on `tokens` takes.
+
+  Args:
+    price: USD per chip and hour; None takes the table's.
+  """
   chip = hardware.chip
   band = (prediction.low, prediction.mid, prediction.high)
   hours = [tokens / prediction.tokens * step / 3600 for step in band]
   devices = [hour * hardware.num_chips for hour in hours]
-  # A price is for a chip as it is rented: a TPU7x chip is two devices.
+  # A price is per chip, as it is rented: a TPU7x chip is two devices.
   rate = chip.price if price is None else price / chip.devices_per_chip
   note = chip.price_note if price is None else "as given"
   energy = [
@@ -278,7 +285,8 @@ def budget(
     tuple(energy),
     (
       f"{rate:.2f} USD per device and hour ({note})",
-      f"{chip.watts:.0f} W a device at {DRAW[1]:.0%} ({DRAW[0]:.0%} to {DRAW[2]:.0%}), "
+      f"{chip.watts:.0f} W per device at {DRAW[1]:.0%} "
+      f"({DRAW[0]:.0%} to {DRAW[2]:.0%}), "
       f"host and network x {HOST}, PUE {PUE[1]} ({PUE[0]} to {PUE[2]})",
       "no restarts, evaluation or compilation",
     ),

@@ -10,7 +10,8 @@ from configs import gpt2_124m
 from flaxlm.parallel import AXES
 from flaxlm.parallel.hardware import parse_hardware
 from flaxlm.planning import scaling, table
-from flaxlm.planning.roofline import budget, expected_collectives, predict
+from flaxlm.planning.collectives import expected_collectives
+from flaxlm.planning.roofline import budget, predict
 
 SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 8}
 
