@@ -41,9 +41,10 @@ def main(argv: list[str] | None = None) -> None:
 def show(found: list[tuple], args) -> None:
   """Prints, and writes, what `plan_one` returned for each config."""
   from flaxlm.planning import table
+  from flaxlm.planning.page import plan_page
 
   if args.html:
-    page = "\n".join(table.page(plan) for plan, _ in found)
+    page = "\n".join(plan_page(plan) for plan, _ in found)
     pathlib.Path(args.html).write_text(page)
   if args.json:
     print(
@@ -59,6 +60,7 @@ def show(found: list[tuple], args) -> None:
 def scale(loaded: dict, args) -> None:
   """Prints, and draws, the predicted speed of each config on 8 to 8,192 chips."""
   from flaxlm.planning import scaling
+  from flaxlm.planning.page import scaling_page
 
   series = {}
   for path, config in loaded.items():
@@ -66,9 +68,9 @@ def scale(loaded: dict, args) -> None:
     found = scaling.weak_scaling(config, hardware)
     series[f"{pathlib.Path(path).stem} on {hardware.chip.name}"] = found
   for name, found in series.items():
-    print(f"{name}, the same rows a chip:\n{scaling.scaling_table(found)}")
+    print(f"{name}, the same rows per chip:\n{scaling.scaling_table(found)}")
   if args.html:
-    page = scaling.scaling_page("weak scaling, predicted", series)
+    page = scaling_page("weak scaling, predicted", series)
     pathlib.Path(args.html).write_text(page)
 
 
@@ -94,11 +96,13 @@ def make_parser():
   add("--hardware", help="v5e:16x16, 2xv5p:8x8x8, h100x64, this; default: the config's")
   add("--search", action="store_true", help="find the fastest mesh, remat and passes")
   add(
-    "--scaling", action="store_true", help="predict 8 to 8,192 chips, rows a chip kept"
+    "--scaling",
+    action="store_true",
+    help="predict 8 to 8,192 chips, with the same rows per chip",
   )
   add("--json", action="store_true", help="print JSON")
   add("--html", metavar="FILE", help="also write a page")
-  add("--price", type=float, help="USD an hour and chip; default: from a dated table")
+  add("--price", type=float, help="USD per chip and hour; default: from a dated table")
   add("--tokens", type=float, help="of the whole run; default: the config's num_steps")
   add("--no_compile", action="store_true", help="count instead: seconds, less exact")
   add("--calibrate", action="store_true", help="measure this machine for the configs")
@@ -192,9 +196,9 @@ def advice(result, nearest, found: list):
 
 
 def summary_table(found: list[tuple]) -> str:
-  """One line a config, as a Markdown table."""
+  """Returns a Markdown table with one line per config."""
   lines = [
-    "| config | hardware | mesh | fits | GiB a chip | predicted MFU | bound by "
+    "| config | hardware | mesh | fits | GiB per chip | predicted MFU | bound by "
     "| compiled in |",
     "|---" * 8 + "|",
   ]

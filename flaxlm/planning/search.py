@@ -1,8 +1,9 @@
 """Better settings for some hardware: the fastest, or the nearest that fits.
 
-Only what leaves the result of a step as it is may change: the mesh, what the backward
-pass computes again, and how many rows are in flight. The model of roofline.py ranks,
-memory.py drops what cannot fit, and the compiler has the last word on the best few.
+Only knobs that leave the result of a step unchanged are tried: the mesh, what the
+backward pass computes again, and how many rows are in flight. roofline.py ranks the
+candidates, memory.py drops those that cannot fit, and the compiler decides about the
+best few.
 """
 
 import copy
@@ -21,27 +22,30 @@ from flaxlm.parallel.mesh import axis_sizes, fill_axes
 from flaxlm.planning import operations, roofline
 from flaxlm.planning.compile import Compiled, abstract_state, compile_apart, count_step
 
-REMAT = ("none", "dots", "full")  # from the fastest to the smallest
-ALIKE = (
+_REMAT = ("none", "dots", "full")  # from the fastest to the smallest
+# Candidates that agree in these knobs differ in replicas alone, which hardly matters.
+_ALIKE = (
   "mesh.stage", "mesh.expert", "mesh.context", "mesh.tensor", "model.remat",
 )  # fmt: skip
-LONG = 32_768  # tokens a row from which splitting it is tried
-LARGE = 5e10  # bytes of weights from which a pipeline is tried
+_LONG_ROW = 32_768  # tokens from which splitting a row is tried
+_LARGE_MODEL = 5e10  # bytes of weights from which a pipeline is tried
 
 
 class Candidate(NamedTuple):
-  changes: dict[str, object]  # knob -> value, where it differs from the config given
+  """Changes to a config, and what they lead to."""
+
+  changes: dict[str, object]  # {knob: value}
   prediction: roofline.Prediction
   compiled: Compiled
 
 
 def paste(changes: dict[str, object]) -> list[str]:
-  """The changes as lines of a config file."""
+  """Returns the changes as lines of a config file."""
   return [f"config.{key} = {value!r}" for key, value in changes.items()]
 
 
 def changed(config, changes: dict[str, object]):
-  """Returns a changed copy of `config`, or None where the result cannot work."""
+  """Returns a changed copy of `config`, or None if it breaks a rule."""
   config = copy.deepcopy(config)
   for key, value in changes.items():
     set_value(config, key, value)
@@ -49,23 +53,26 @@ def changed(config, changes: dict[str, object]):
 
 
 def try_change(config, hardware: Hardware, changes: dict, step=compile_apart):
-  """Returns the `Candidate` of some changes, or None where they cannot work.
+  """Returns the `Candidate` with these changes, or None if they cannot work.
 
   Args:
-    step: compile_apart, or count, which takes no time.
+    step: compile_apart, or count_step, which takes no time.
   """
   config = changed(config, changes)
   if config is None:
     return None
   try:
     result, prediction = judge(config, hardware, step)
-  except ConfigError:  # a weight does not divide
+  except ConfigError:  # the mesh does not divide a weight
     return None
   return Candidate(changes, prediction, result)
 
 
 def judge(config, hardware: Hardware, step=compile_apart):
-  """Returns (Compiled, Prediction); what does not compile sends what it should."""
+  """Returns (Compiled, Prediction) of a config.
+
+  If the step does not compile, its messages are counted.
+  """
   result = step(config, hardware)
   messages = result.collectives or None
   return result, roofline.predict(config, result.sizes, hardware, messages)
@@ -74,30 +81,30 @@ def judge(config, hardware: Hardware, step=compile_apart):
 def search(
   config, hardware: Hardware, step=compile_apart, compiles: int = 6
 ) -> list[Candidate]:
-  """Returns the best settings found that fit, fastest first, at most `compiles`.
+  """Returns the best settings that fit, fastest first.
 
   Args:
-    step: as in `evaluate`; it judges the best candidates, twice `compiles` at most.
+    step: as in `try_change`; it is called for at most 2 x `compiles` candidates.
+    compiles: how many settings to return at most.
   """
-  by_hand = functools.partial(count_step, state=abstract_state(config))
+  count = functools.partial(count_step, state=abstract_state(config))
   counted = []
   for mesh in meshes(config, hardware):
-    for remat in REMAT:
+    for remat in _REMAT:
       fitting = []
-      for passes in rows_in_flight(config, mesh):
+      for passes in _split_batch(config, mesh):
         changes = mesh | passes | {"model.remat": remat}
-        candidate = try_change(config, hardware, changes, by_hand)
+        candidate = try_change(config, hardware, changes, count)
         if candidate and candidate.compiled.fits:
           fitting.append(candidate)
-        if len(fitting) == 4:  # the most rows that fit, and the next
+        if len(fitting) == 4:  # the most rows that fit, and the next three choices
           break
       counted += fitting
   counted.sort(key=lambda candidate: candidate.prediction.mid)
-  found, tried = [], 0
-  kinds = set()  # what differs in replicas alone is as good as equal
-  error = {}  # experts' split -> compiled over counted bytes, the largest so far
+  found, tried, kinds = [], 0, set()
+  error = {}  # mesh.expert -> the largest ratio of compiled to counted bytes so far
   for changes, _, by_count in counted:
-    kind, experts = tuple(changes[key] for key in ALIKE), changes["mesh.expert"]
+    kind, experts = tuple(changes[key] for key in _ALIKE), changes["mesh.expert"]
     expected = by_count.peak * error.get(experts, 1.0)
     if kind in kinds or expected > by_count.available:
       continue
@@ -105,7 +112,7 @@ def search(
       break
     tried += 1
     candidate = try_change(config, hardware, changes, step)
-    if candidate is None:  # the compiler broke down, and would again
+    if candidate is None:  # the compiler crashed, and would again
       kinds.add(kind)
       continue
     more = candidate.compiled.peak / by_count.peak
@@ -117,26 +124,26 @@ def search(
 
 
 def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
-  """Yields the meshes worth a thought, as knobs: all of the chips, all divisible."""
+  """Yields meshes worth trying, as knobs: they use all chips and divide the model."""
   model, experts = config.model, config.model.moe.num_experts
   weights = 4 * sum(operations.layer_parameters(config))
   slices = {hardware.num_slices}
-  if hardware.chip.link != "ici":  # nodes need not be an axis
+  if hardware.chip.link != "ici":  # GPU nodes need not be an axis
     slices.add(1)
   for slice in sorted(slices):
     chips = hardware.num_chips // slice
-    for tensor in powers(min(8, chips)):
+    for tensor in _powers_of_two(min(8, chips)):
       if model.num_heads % tensor or model.num_kv_heads % tensor:
         continue
       rest = chips // tensor
-      long = config.data.seq_len // 4096 if config.data.seq_len >= LONG else 1
-      for context in powers(min(rest, long)):
-        for expert in powers(min(rest // context, experts)):
-          for stage in powers(16 if weights >= LARGE else 1):
+      long = config.data.seq_len // 4096 if config.data.seq_len >= _LONG_ROW else 1
+      for context in _powers_of_two(min(rest, long)):
+        for expert in _powers_of_two(min(rest // context, experts)):
+          for stage in _powers_of_two(16 if weights >= _LARGE_MODEL else 1):
             left, remainder = divmod(rest, context * expert * stage)
             if remainder:
               continue
-            for fsdp in divisors(left):
+            for fsdp in _divisors(left):
               yield {
                 "mesh.slice": slice,
                 "mesh.stage": stage,
@@ -148,17 +155,17 @@ def meshes(config, hardware: Hardware) -> Iterator[dict[str, int]]:
               } | ({"model.attention": CONTEXT_PARALLEL} if context > 1 else {})
 
 
-def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:
-  """The ways to cut a batch into passes, down to one row a pass and group of chips."""
+def _split_batch(config, mesh: dict[str, int]) -> list[dict[str, int]]:
+  """Returns the ways to split a batch into passes, down to one row per replica."""
   ways = math.prod(mesh[f"mesh.{axis}"] for axis in BATCH_AXES)
   rows, remainder = divmod(config.data.batch_size, ways)
   if remainder:
     return []
   if mesh["mesh.stage"] == 1:
-    return [{"step.accumulation_steps": passes} for passes in divisors(rows)]
+    return [{"step.accumulation_steps": passes} for passes in _divisors(rows)]
   return [
     {"step.accumulation_steps": 1, "mesh.microbatches": passes}
-    for passes in divisors(rows)
+    for passes in _divisors(rows)
     if passes >= mesh["mesh.stage"]
   ]
 
@@ -166,11 +173,11 @@ def rows_in_flight(config, mesh: dict[str, int]) -> list[dict[str, int]]:
 def nearest_that_fits(
   config, hardware: Hardware, step=compile_apart
 ) -> Candidate | None:
-  """Returns the smallest change with which `config` fits, as compiled; None if none."""
-  by_hand = functools.partial(count_step, state=abstract_state(config))
-  for changes in smaller(config, hardware):
-    counted = try_change(config, hardware, changes, by_hand)
-    # What is counted may be wrong, not by half: spare the compiler the hopeless.
+  """Returns the smallest change with which the compiled step fits, or None."""
+  count = functools.partial(count_step, state=abstract_state(config))
+  for changes in _smaller(config, hardware):
+    counted = try_change(config, hardware, changes, count)
+    # Counts may be wrong, but not by half: do not compile what cannot fit.
     if counted is None or counted.compiled.peak > 1.5 * counted.compiled.available:
       continue
     candidate = try_change(config, hardware, changes, step)
@@ -179,12 +186,12 @@ def nearest_that_fits(
   return None
 
 
-def smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
-  """Yields changes that need less memory, from harmless to costly."""
+def _smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
+  """Yields changes that need less memory, cheap ones first."""
   sizes = fill_axes(axis_sizes(config.mesh), hardware.num_chips, hardware.chip.name)
   mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
   seen = [{}]
-  for option in shrinking(config, hardware, mesh):
+  for option in _shrinking_options(config, mesh):
     changes = difference(config, hardware, option)
     if changes not in seen:
       seen.append(changes)
@@ -192,7 +199,7 @@ def smaller(config, hardware: Hardware) -> Iterator[dict[str, object]]:
 
 
 def difference(config, hardware: Hardware, changes: dict) -> dict[str, object]:
-  """The changes that change something; `mesh.data=-1` is what it would become."""
+  """Returns the changes that differ from the config, in which data=-1 is filled in."""
   now = flatten(config)
   rest = math.prod(now[f"mesh.{axis}"] for axis in AXES if axis != "data")
   if now["mesh.data"] == -1 and hardware.num_chips % rest == 0:
@@ -200,9 +207,10 @@ def difference(config, hardware: Hardware, changes: dict) -> dict[str, object]:
   return {key: value for key, value in changes.items() if now[key] != value}
 
 
-def shrinking(config, hardware: Hardware, mesh: dict[str, int]) -> Iterator[dict]:
+def _shrinking_options(config, mesh: dict[str, int]) -> Iterator[dict]:
+  """Yields more passes, then remat, then meshes that split the weights further."""
   least = {"step.accumulation_steps": config.step.accumulation_steps}
-  for passes in rows_in_flight(config, mesh):
+  for passes in _split_batch(config, mesh):
     if passes["step.accumulation_steps"] >= least["step.accumulation_steps"]:
       least = passes
       yield least
@@ -212,19 +220,19 @@ def shrinking(config, hardware: Hardware, mesh: dict[str, int]) -> Iterator[dict
   replicas = mesh["mesh.data"] * mesh["mesh.fsdp"]
   wider = [mesh | {"mesh.data": 1, "mesh.fsdp": replicas}]
   for axis, limit in (("tensor", 8), ("context", config.data.seq_len // 4096)):
-    for size in powers(limit):
+    for size in _powers_of_two(limit):
       factor, remainder = divmod(size, mesh[f"mesh.{axis}"])
       if factor > 1 and not remainder and replicas % factor == 0:
         wider.append(wider[0] | {f"mesh.{axis}": size, "mesh.fsdp": replicas // factor})
   for mesh in wider:
-    if options := rows_in_flight(config, mesh):
+    if options := _split_batch(config, mesh):
       yield least | mesh | options[-1]
 
 
-def powers(limit: int) -> list[int]:
-  """1, 2, 4 ... up to `limit`."""
+def _powers_of_two(limit: int) -> list[int]:
+  """Returns 1, 2, 4 ... up to `limit`."""
   return [2**i for i in range(max(limit, 1).bit_length())]
 
 
-def divisors(number: int) -> list[int]:
+def _divisors(number: int) -> list[int]:
   return [n for n in range(1, number + 1) if number % n == 0]

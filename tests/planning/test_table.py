@@ -9,6 +9,7 @@ import pytest
 from configs import gpt2_124m
 from flaxlm.parallel import AXES
 from flaxlm.parallel.hardware import parse_hardware
+from flaxlm.planning import page as pages
 from flaxlm.planning import scaling, table
 from flaxlm.planning.collectives import expected_collectives
 from flaxlm.planning.roofline import budget, predict
@@ -47,7 +48,7 @@ def test_json_has_plain_values(plan):
 
 
 def test_the_page_stands_alone_and_escapes(plan):
-  page = table.page(plan)
+  page = pages.plan_page(plan)
   assert "&lt;gpt2&gt; &amp; co" in page and "<gpt2>" not in page
   assert "a &lt;note&gt;" in page
   assert not re.search(r"(src|href)=|https?://|<script", page)
@@ -65,7 +66,7 @@ def test_the_page_stands_alone_and_escapes(plan):
 
 def test_bars_reach_past_a_limit_that_is_too_small():
   drawing = ElementTree.fromstring(
-    table.bars([("a chip", {"x": 3.0, "y": 1.0})], 2.0, "limit", str)
+    pages.bars([("per chip", {"x": 3.0, "y": 1.0})], 2.0, "limit", str)
   )
   limit = next(drawing.iter("line"))
   assert float(limit.get("x1")) == 110 + 320
@@ -93,7 +94,7 @@ def test_weak_scaling_as_table_and_plot():
   assert len(lines) == 4 and "100%" in lines[1]
   each = [one.tokens_per_second / n for n, one in found]
   assert each[0] > each[2]  # the network is slower than NVLink
-  page = scaling.scaling_page("<plan>", {"gpt2 <124M>": found})
+  page = pages.scaling_page("<plan>", {"gpt2 <124M>": found})
   assert "&lt;plan&gt;" in page and "gpt2 &lt;124M&gt;" in page
   drawing = ElementTree.fromstring(re.search(r"<svg.*</svg>", page, re.S).group())
   assert len(list(drawing.iter("polyline"))) == 2
