@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 
 from flaxlm.errors import OutputError
-from flaxlm.files import rename
+from flaxlm.files import rename, write_atomically
 from flaxlm.interop.huggingface import write_model
 from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
 from flaxlm.models.trees import named_leaves
@@ -90,7 +90,7 @@ def _write_files(
     text = json.dumps(generation | {"_from_model_config": True}, indent=2) + "\n"
     files[_GENERATION_FILE] = text.encode()
   for name, content in files.items():
-    (directory / name).write_bytes(content)
+    write_atomically(directory / name, content)
   return hf, meta
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from flaxlm.errors import ConfigError, DataError, MissingInputError
+from flaxlm.files import write_atomically
 from flaxlm.interop.family import Family
 from flaxlm.interop.hf_config import (
   choose_family,
@@ -187,7 +188,7 @@ def write_model(
   order = {path: i for i, path in enumerate(shapes)}
   parts.sort(key=lambda part: order[part.paths[0]])
   text = json.dumps(hf, indent=2, sort_keys=True) + "\n"
-  (pathlib.Path(directory) / "config.json").write_text(text)
+  write_atomically(pathlib.Path(directory) / "config.json", text)
   specs = {part.name: (part.shape, EXPORT_DTYPES[dtype]) for part in parts}
   arrays = _convert_weights(parts, leaves, shapes, EXPORT_DTYPES[dtype])
   write_safetensors(directory, specs, arrays, max_shard)

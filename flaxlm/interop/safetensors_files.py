@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from flaxlm.errors import DataError, MissingInputError, StorageError
-from flaxlm.files import sync
+from flaxlm.files import open_atomically, write_atomically
 
 _DTYPES = {
   "F64": np.dtype(np.float64),
@@ -217,7 +217,7 @@ def write_safetensors(
         },
       }
       text = json.dumps(index, indent=2) + "\n"
-      (directory / f"model.safetensors{INDEX}").write_text(text)
+      write_atomically(directory / f"model.safetensors{INDEX}", text)
   except OSError as error:
     raise StorageError(
       f"{directory} cannot be written",
@@ -256,11 +256,10 @@ def _write_file(path: pathlib.Path, specs: dict, arrays: Iterator) -> None:
     }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the numbers start at a multiple of eight
-  with path.open("wb") as file:
+  with open_atomically(path) as file:
     file.write(struct.pack("<Q", len(text)) + text)
     for name, (shape, dtype) in specs.items():
       given, array = next(arrays)
       assert (given, array.shape, array.dtype) == (name, tuple(shape), dtype), name
       # As bytes: the buffer protocol does not know bfloat16.
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    sync(file)
