@@ -104,6 +104,16 @@ def test_kernels_and_parallel_need_jax_and_numpy_alone():
       assert found <= allowed, f"{path} imports {found - allowed}"
 
 
+def test_format_readers_of_interop_need_numpy_alone():
+  for path, room, tree in package_files():
+    if room != "interop" or path.stem in ("import_run", "export_run"):
+      continue
+    for module, _ in imports(tree):
+      assert not module.startswith("flaxlm.runs"), f"{path} imports {module}"
+      if path.stem != "huggingface":  # it makes models
+        assert module.split(".")[0] not in ("jax", "flax"), f"{path} imports {module}"
+
+
 def test_slow_libraries_are_imported_lazily_and_in_data_alone():
   for path, room, tree in package_files():
     for module, at_top in imports(tree):

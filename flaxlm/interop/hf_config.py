@@ -270,7 +270,7 @@ def choose_family(
     for side in (0, 1)
   )
   raise ConfigError(
-    "this model has no equal at Hugging Face, and",
+    "this model, which no Hugging Face family computes,",
     f"config.model with {ours}{more}",
     f"for {name}: {theirs}",
     "the checkpoint itself, or a model that one of the families can express",
