@@ -23,7 +23,7 @@ from flaxlm.data.text.formats import (
   BAD_UTF8,
   BOM,
   READ_ERRORS,
-  Parts,
+  DocumentParts,
   clean,
   damaged_file,
   file_size,
@@ -111,7 +111,7 @@ def stdlib_files() -> tuple[list[str], str]:
 
 def read_splits(
   file: str, source: ConfigDict, tail: float
-) -> Iterator[tuple[str, Parts]]:
+) -> Iterator[tuple[str, DocumentParts]]:
   """Yields (split, documents) of a file: with split "", or its head and its tail."""
   if source.kind == "jsonl":
     yield "", json_documents(file, source.field)
@@ -132,7 +132,7 @@ def read_splits(
 
 
 def to_pieces(
-  splits: Iterable[tuple[str, Parts]], file: int, skip: int, number: int = 0
+  splits: Iterable[tuple[str, DocumentParts]], file: int, skip: int, number: int = 0
 ) -> Iterator[TextPiece]:
   """Cuts documents into pieces.
 
@@ -171,7 +171,7 @@ def slice_chunks(chunks: Iterable, start: int, stop: int) -> Iterator:
       yield part, problems
 
 
-def text_documents(chunks: Iterable, unit: str) -> Parts:
+def text_documents(chunks: Iterable, unit: str) -> DocumentParts:
   """Splits the text of a file into documents: the file, its paragraphs or its lines."""
   if unit == "file":
     for text, problems in chunks:
@@ -185,7 +185,7 @@ def text_documents(chunks: Iterable, unit: str) -> Parts:
     raise ValueError(f"text files hold no documents of unit {unit}")
 
 
-def paragraphs(lines: Parts) -> Parts:
+def paragraphs(lines: DocumentParts) -> DocumentParts:
   """Joins lines into documents that blank lines separate."""
   inside = False  # a paragraph has begun
   started = False  # the beginning of this line was yielded
@@ -210,7 +210,7 @@ def paragraphs(lines: Parts) -> Parts:
     yield "", True, ()
 
 
-def json_documents(path: str, field: str) -> Parts:
+def json_documents(path: str, field: str) -> DocumentParts:
   """Yields the texts in `field` of a file with one JSON object per line."""
   found = False
   try:
@@ -247,7 +247,7 @@ def parse_json(text: str) -> object:
     return None
 
 
-def parquet_documents(path: str, field: str) -> Parts:
+def parquet_documents(path: str, field: str) -> DocumentParts:
   """Yields the texts in column `field` of a parquet file, a row group at a time."""
   import pyarrow
   from pyarrow import parquet
@@ -263,7 +263,7 @@ def parquet_documents(path: str, field: str) -> Parts:
     raise damaged_file(path, error, "a parquet file") from error
 
 
-def table_documents(path: str, kind: str, field: str) -> Parts:
+def table_documents(path: str, kind: str, field: str) -> DocumentParts:
   """Yields the texts in column `field` of a table (csv, tsv) with a header."""
   for record in table_records(path, kind):
     if field not in record.fields:

@@ -32,7 +32,7 @@ BAD_JSON = "no text in the record, skipped"
 NUL, BOM, EMPTY = "NUL character, kept", "byte order mark, dropped", "empty, skipped"
 # What a reader yields: (text, whether it ends its document, problems). A document may
 # come in any number of parts.
-Parts = Iterable[tuple[str, bool, tuple[str, ...]]]
+DocumentParts = Iterable[tuple[str, bool, tuple[str, ...]]]
 
 
 def find_files(key: str, pattern: str) -> list[str]:
@@ -141,7 +141,7 @@ def clean(text: str, problem: str) -> tuple[str, tuple[str, ...]]:
   return text, problems
 
 
-def lines(chunks: Iterable) -> Parts:
+def lines(chunks: Iterable) -> DocumentParts:
   """Splits (text, problems) chunks into lines, without their newlines."""
   open_line = False
   for text, problems in chunks:

@@ -24,7 +24,7 @@ from flaxlm.data.text.documents import (
   record_text,
   to_pieces,
 )
-from flaxlm.data.text.formats import Parts, damaged_file, file_size, find_files
+from flaxlm.data.text.formats import DocumentParts, damaged_file, file_size, find_files
 from flaxlm.machine import quiet_stderr
 
 
@@ -47,7 +47,7 @@ def open_tfds_corpus(name: str, source: ConfigDict) -> Corpus:
   infos = [builder.info.splits[split] for split in splits]
   listing = [builder.info.full_name, splits, [info.num_examples for info in infos]]
 
-  def read(split: str, skip: int) -> Parts:
+  def read(split: str, skip: int) -> DocumentParts:
     for value in field_values(builder, split, source.field, skip):
       yield record_text(value)
 
@@ -76,7 +76,7 @@ def open_array_records(key: str, source: ConfigDict, splits: list[str]) -> Corpu
   if source.field not in features:
     raise no_field(source.path, source.field, features)
 
-  def read(split: str, skip: int) -> Parts:
+  def read(split: str, skip: int) -> DocumentParts:
     try:
       records = array_record_data_source.ArrayRecordDataSource(paths[split])
       for number in range(skip, len(records)):
@@ -99,7 +99,7 @@ def make_corpus(
   splits: list[str],
   sizes: list[int],
   listing: list,
-  read: Callable[[str, int], Parts],
+  read: Callable[[str, int], DocumentParts],
 ) -> Corpus:
   """Returns a corpus with one "file" per split; of two, the second is for validation.
 
