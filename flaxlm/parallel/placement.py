@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError
 from flaxlm.parallel.sharding import partition_spec
@@ -37,7 +37,9 @@ def local_rows(
   sharding: jax.sharding.NamedSharding, batch_size: int
 ) -> tuple[int, int]:
   """Returns the range [first, last) of a batch's rows on this host's devices."""
-  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  # The rows alone: JAX refuses a sharding with more dimensions than the array has.
+  rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+  indices = rows.addressable_devices_indices_map((batch_size,)).values()
   slices = [index[0].indices(batch_size) for index in indices]
   return min(s[0] for s in slices), max(s[1] for s in slices)
 
