@@ -5,9 +5,7 @@ and a row gets the same token whatever the other rows ask for.
 """
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,9 @@ import numpy as np
 
 from flaxlm.errors import ConfigError
 
-# A row is served by the first of these that is not below its top_k; above the last, the
-# whole vocabulary is sorted, which takes a CPU 50 ms per row.
-TOP_K_SIZES = (128, 1024)
+# Up to this top_k the likeliest are sorted. The whole vocabulary never is: that takes a
+# CPU 50 ms per row.
+MAX_SORTED = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,50 +75,65 @@ class SamplingRows:
 def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.Array:
   """Draws one token id per row, int32 B.
 
-  There is one way for all tokens and one per size of top-k. Each is taken only when a
-  row asks for it, and changes the token of no other row.
+  What no row asks for is skipped; what is computed for one row changes no other.
   """
-  V = logits_BV.shape[1]
-  token_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-  top_k_B = jnp.minimum(rows.top_k_B, V)
+  greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+  is_sorted_B = (rows.top_k_B > 0) & (rows.top_k_B <= MAX_SORTED)
 
-  def draw_where_asked(token_B):
-    for low, high in itertools.pairwise((-1, 0, *(k for k in TOP_K_SIZES if k < V), V)):
-      asks_B = (rows.temperature_B > 0) & (low < top_k_B) & (top_k_B <= high)
-      way = functools.partial(_draw_tokens, size=high)
-      inputs = token_B, asks_B, logits_BV, keys_B, rows
-      token_B = jax.lax.cond(jnp.any(asks_B), way, lambda token_B, *_: token_B, *inputs)
-    return token_B
+  def choose(token_B, asks_B, draws):
+    drawn_B = jax.lax.cond(
+      jnp.any(asks_B), draws, lambda *_: token_B, logits_BV, keys_B, rows
+    )
+    return jnp.where(asks_B, drawn_B, token_B)
 
-  warm = jnp.any(rows.temperature_B > 0)
-  return jax.lax.cond(warm, draw_where_asked, lambda token_B: token_B, token_B)
+  is_warm_B = rows.temperature_B > 0
+  token_B = choose(greedy_B, is_warm_B & is_sorted_B, _draw_sorted)
+  return choose(token_B, is_warm_B & ~is_sorted_B, _draw_from_all)
 
 
-def _draw_tokens(token_B, asks_B, logits_BV, keys_B, rows: SamplingRows, size: int):
-  """Draws for the rows that ask, among their `size` likeliest at most; 0 is all."""
-  # From the largest down: a tiny temperature makes no infinity of it.
-  scores_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
-  scores_BV = scores_BV / jnp.where(asks_B, rows.temperature_B, 1)[:, None]
-  ids_BV = None
-  if size:
-    scores_BV, ids_BV = jax.lax.top_k(scores_BV, size)
-    inside_BV = jnp.arange(size)[None, :] < rows.top_k_B[:, None]
-    scores_BV = jnp.where(inside_BV, scores_BV, -jnp.inf)
-  p_BV = jax.nn.softmax(scores_BV)
+def _draw_sorted(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
+  """Draws among the `top_k` likeliest, from the likeliest down."""
+  size = min(MAX_SORTED, logits_BV.shape[1])
+  best_BK, ids_BK = jax.lax.top_k(_scale(logits_BV, rows), size)
+  is_kept_BK = jnp.arange(size)[None, :] < rows.top_k_B[:, None]
+  p_BK = jax.nn.softmax(jnp.where(is_kept_BK, best_BK, -jnp.inf))
+  choice_B = draw(nucleus(p_BK, rows.top_p_B), keys_B)
+  return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=1)[:, 0]
+
+
+def _draw_from_all(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
+  """Draws in the order of ids; as likely as the last of `top_k` stay too."""
+  p_BV = jax.nn.softmax(_scale(logits_BV, rows))
+
+  def keep_top_k(p_BV):
+    kept_BV = _shortest(p_BV, lambda p: jnp.count_nonzero(p, axis=1) >= rows.top_k_B)
+    kept_BV = kept_BV / jnp.sum(kept_BV, axis=1, keepdims=True)
+    return jnp.where(rows.top_k_B[:, None] > 0, kept_BV, p_BV)
+
+  p_BV = jax.lax.cond(jnp.any(rows.top_k_B > MAX_SORTED), keep_top_k, lambda p: p, p_BV)
   p_BV = jax.lax.cond(
-    jnp.any(asks_B & (rows.top_p_B < 1)), nucleus, lambda p, _: p, p_BV, rows.top_p_B
+    jnp.any(rows.top_p_B < 1), lambda p: nucleus(p, rows.top_p_B), lambda p: p, p_BV
   )
-  drawn_B = draw(p_BV, keys_B)
-  if size:
-    drawn_B = jnp.take_along_axis(ids_BV, drawn_B[:, None], axis=1)[:, 0]
-  return jnp.where(asks_B, drawn_B.astype(jnp.int32), token_B)
+  return draw(p_BV, keys_B)
+
+
+def _scale(logits_BV, rows: SamplingRows) -> jax.Array:
+  # From the largest down: a tiny temperature makes no infinity of it.
+  logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
+  return logits_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1)[:, None]
 
 
 def nucleus(p_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
-  """Keeps the likeliest that together have `mass_B`, and makes the others 0.
+  """Keeps the likeliest that together have `mass_B` (Holtzman et al. 2020), 1 is all.
 
-  Those as likely as the last of them stay too (Holtzman et al. 2020). A mass of 1 keeps
-  the row as it is.
+  The others become 0. Those as likely as the last that stays stay too.
+  """
+  kept_BV = _shortest(p_BV, lambda p: jnp.sum(p, axis=1) >= mass_B)
+  return jnp.where(mass_B[:, None] < 1, kept_BV, p_BV)
+
+
+def _shortest(p_BV: jax.Array, is_enough: Callable) -> jax.Array:
+  """Keeps the fewest of the likeliest that are enough, and makes the others 0.
 
   Nothing is sorted, which takes a CPU ten times as long: the smallest probability that
   stays is found by bisection, among the numbers from 0 to 1 as their bits count them.
@@ -129,7 +142,7 @@ def nucleus(p_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
   def halve(_, bounds):
     low_B, high_B = bounds  # `low` leaves enough, `high` does not
     mid_B = (low_B + high_B) // 2
-    enough_B = jnp.sum(kept(mid_B), axis=1) >= mass_B
+    enough_B = is_enough(kept(mid_B))
     return jnp.where(enough_B, mid_B, low_B), jnp.where(enough_B, high_B, mid_B)
 
   def kept(least_B):
@@ -138,8 +151,7 @@ def nucleus(p_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
 
   above_1 = int(np.float32(1).view(np.int32)) + 1
   bounds = jnp.zeros(len(p_BV), jnp.int32), jnp.full(len(p_BV), above_1, jnp.int32)
-  least_B = jax.lax.fori_loop(0, above_1.bit_length(), halve, bounds)[0]
-  return kept(jnp.where(mass_B < 1, least_B, 0))
+  return kept(jax.lax.fori_loop(0, above_1.bit_length(), halve, bounds)[0])
 
 
 def draw(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:

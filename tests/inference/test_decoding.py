@@ -74,6 +74,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("model", ["rope"], indirect=True)
 def test_a_row_depends_on_its_own_settings_alone(model):
   prompts = [PROMPTS[0]] * len(SETTINGS)
   together = written(model, prompts, 20, SETTINGS, ALL)
@@ -83,6 +84,7 @@ def test_a_row_depends_on_its_own_settings_alone(model):
     np.testing.assert_array_equal(alone[0], row)
 
 
+@pytest.mark.parametrize("model", ["rope"], indirect=True)
 def test_other_settings_do_not_compile_again(model):
   written(model, PROMPTS[:1], 9, Sampling(), ALL)
   programs = decode._cache_size()
