@@ -3,11 +3,11 @@
   python -m flaxlm.plan --config=configs/llama3_8b.py --hardware=v5p:8x16x16
   python -m flaxlm.plan --config=configs/llama3_8b.py --hardware=v5e:16x16 --search
 
-Needs none of that hardware: for TPUs the real training step is compiled by libtpu
-(pip install libtpu), for GPUs that are not here memory is counted. Where a step does
-not fit, the smallest change that does is found by trying. Several --config make one
-line each. --calibrate measures this machine, which is then --hardware=this. Exit codes:
-0 done, fitting or not, 2 config.
+The hardware need not be here. For TPUs, libtpu compiles the real training step (pip
+install libtpu); for GPUs that are not here, memory is counted. If a step does not fit,
+the smallest change with which it does is searched for. Several --config print one line
+each. --calibrate measures this machine, which is then --hardware=this. Exit codes: 0
+done, whether it fits or not; 2 config.
 """
 
 import json
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(found: list[tuple], args) -> None:
-  """Prints, and writes, what `plan_one` returned for each config."""
+  """Prints what `plan_one` returned for each config, and writes the page."""
   from flaxlm.planning import table
   from flaxlm.planning.page import plan_page
 
@@ -58,7 +58,7 @@ def show(found: list[tuple], args) -> None:
 
 
 def scale(loaded: dict, args) -> None:
-  """Prints, and draws, the predicted speed of each config on 8 to 8,192 chips."""
+  """Prints and draws the predicted speed of each config on 8 to 8,192 chips."""
   from flaxlm.planning import scaling
   from flaxlm.planning.page import scaling_page
 
@@ -75,7 +75,7 @@ def scale(loaded: dict, args) -> None:
 
 
 def hardware_of(path: str, config, args):
-  """The hardware that was asked for, or that the config is for."""
+  """Returns the hardware of --hardware, or else that of the config."""
   from flaxlm.parallel import hardware as chips
   from flaxlm.planning import calibrate
 
@@ -103,18 +103,18 @@ def make_parser():
   add("--json", action="store_true", help="print JSON")
   add("--html", metavar="FILE", help="also write a page")
   add("--price", type=float, help="USD per chip and hour; default: from a dated table")
-  add("--tokens", type=float, help="of the whole run; default: the config's num_steps")
-  add("--no_compile", action="store_true", help="count instead: seconds, less exact")
+  add("--tokens", type=float, help="in the whole run; default: the config's num_steps")
+  add("--no_compile", action="store_true", help="count instead: fast, less exact")
   add("--calibrate", action="store_true", help="measure this machine for the configs")
   add(
     "--calibration", metavar="FILE", default="calibration.json",
-    help="where that is kept (%(default)s)",
+    help="where the measurements are kept (%(default)s)",
   )  # fmt: skip
   return parser
 
 
 def plan_one(path: str, config, args) -> tuple:
-  """Returns (report.Plan, what JSON has besides) of one config."""
+  """Returns (Plan, what --json prints besides) for one config."""
   import jax
 
   from flaxlm.planning import roofline, search
@@ -122,7 +122,7 @@ def plan_one(path: str, config, args) -> tuple:
   from flaxlm.planning.table import Plan
 
   hardware = hardware_of(path, config, args)
-  if hardware.chip.link == "ici":  # compiled for, never touched
+  if hardware.chip.link == "ici":  # libtpu compiles for it, and never touches it
     jax.config.update("jax_platforms", "cpu")
   step = count_step if args.no_compile else compile_apart
   found, nearest = [], None
@@ -164,11 +164,11 @@ def plan_one(path: str, config, args) -> tuple:
 
 
 def advice(result, nearest, found: list):
-  """Yields what to print below a table: what was found, and lines to paste."""
+  """Yields what to print below the table: what was found, and lines to paste."""
   from flaxlm.planning.search import paste
 
   if found:
-    yield "\nBest first, as steps of (low to high) seconds; the table is of the first:"
+    yield "\nBest first, seconds per step (low to high); the table is of the first:"
   for rank, one in enumerate(found, 1):
     took, peak = one.prediction, one.compiled.peak / 2**30
     mesh = " ".join(f"{axis}={n}" for axis, n in one.compiled.sizes.items() if n > 1)
@@ -187,10 +187,10 @@ def advice(result, nearest, found: list):
     yield f"\nThe smallest change that fits ({nearest.compiled.peak / 2**30:,.2f} GiB):"
   elif found:
     yield (
-      "\nFor the first, in the config:" if chosen.changes else "\nIt is this config."
+      "\nFor the first, in the config:" if chosen.changes else "\nIt is your config."
     )
   elif not result.fits:
-    yield "\nNo change of passes, remat or mesh was found that fits: take more chips."
+    yield "\nNo change of passes, remat or mesh was found that fits: use more chips."
   if chosen:
     yield from (f"  {line}" for line in paste(chosen.changes))
 
