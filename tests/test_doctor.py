@@ -1,7 +1,6 @@
 """The doctor says what it found, keeps it for attention=auto, fails if it is wrong."""
 
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,6 @@ import pytest
 
 from flaxlm import doctor
 from flaxlm.kernels.attention import choice, conformance
-from flaxlm.runs import program
-from flaxlm.runs.directory import RunFiles
 
 
 @pytest.fixture(autouse=True)
@@ -55,25 +52,3 @@ def test_a_kernel_that_is_wrong_ends_it_with_1(monkeypatch, capsys):
   assert "chunked          0/2" in said and "FAILED causal packed, float32" in said
   assert "first in second: output" in said
   assert not choice.load_measured("cpu", jax.__version__)["chunked"]["conforms"]
-
-
-def test_a_resumed_run_keeps_its_kernel(tiny, tmp_path):
-  card = types.SimpleNamespace(platform="gpu", device_kind="H")
-  mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[card]))
-  tiny.model.dtype = "bfloat16"
-
-  def settled():
-    tiny.model.attention = "auto"
-    said = program.settle_attention(tiny, mesh, tmp_path)
-    return tiny.model.attention, said
-
-  assert settled() == ("xla", f"H, jax {jax.__version__}: xla\n")
-  found = {"cudnn": {"conforms": True, "tflops": {"1024": 1.0}}}
-  choice.save_measured("H", jax.__version__, found)
-  assert settled()[0] == "cudnn"  # a new run
-  RunFiles(tmp_path).kernel.write_text(f"H, jax {jax.__version__}: xla\n")
-  assert settled()[0] == "xla"
-  RunFiles(tmp_path).kernel.write_text("another card, jax 1: xla\n")
-  assert settled()[0] == "cudnn"
-  card.platform = "cpu"
-  assert settled()[0] == "auto"

@@ -58,6 +58,7 @@ class Feed:
     accumulation_steps: int = 1,
     eval_batches: int = 0,
     tokenizer_path: str | os.PathLike = "",
+    template_path: str = "",
     training: bool = True,
   ):
     """Opens the data that the groups of a config name.
@@ -66,6 +67,7 @@ class Feed:
       eval_batches: batches per evaluation; 0 = all.
       tokenizer_path: the model's tokenizer, for labelled examples. A token store has
         its own.
+      template_path: the model's chat template; "" = that of task.chat_template.
       training: False opens labelled examples for validation only.
 
     Raises:
@@ -75,6 +77,7 @@ class Feed:
     """
     check_batch_size(data.batch_size, accumulation_steps, mesh_knobs, mesh)
     self.data, self.task, self.model = data, task, model
+    self.template_path = template_path or task.chat_template
     self.objective = masking.Objective(**objective)
     self.sharding = batch_sharding(mesh_knobs.rules.to_dict(), mesh)
     self.first_row, stop = local_rows(self.sharding, data.batch_size)
@@ -151,7 +154,7 @@ class Feed:
     self.tokenizer, self.tokenizer_sha256 = tokenizer.model, tokenizer.sha256
     self._check_vocabulary(tokenizer.vocab_size, f"the tokenizer {tokenizer_path}")
     if task.kind == "chat":
-      self.chat_template = open_template(task.chat_template, tokenizer)
+      self.chat_template = open_template(self.template_path, tokenizer)
     train, validation = load_examples(
       task, tokenizer, data.seq_len, causal=model.causal,
       validation_fraction=data.validation_fraction, num_threads=data.num_threads,

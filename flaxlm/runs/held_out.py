@@ -1,6 +1,7 @@
 """Evaluates a run on its held-out data."""
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 
@@ -23,29 +24,28 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   with use_config_mesh(config, mesh):
     tokenizer = find_tokenizer(workdir) or ""
     template = RunFiles(workdir).chat_template
-    if template.exists():
-      config.task.chat_template = str(template)
-    feed = open_feed(config, mesh, tokenizer, training=False)
+    template = str(template) if template.exists() else ""
+    feed = open_feed(config, mesh, tokenizer, template, training=False)
     if feed.validation is None:
       raise DataError(
-        "there is no held-out text to evaluate on\n"
-        f"  given:  {config.data.store} (loader {config.data.loader})\n"
-        "  needed: a store prepared with config.data.validation_fraction above 0"
+        "there is no held-out text to evaluate on",
+        f"{config.data.store} (loader {config.data.loader})",
+        "a store prepared with config.data.validation_fraction above 0",
       )
     model, meta = weights.restore_model(workdir, config, mesh, rules, step)
     if meta["tokenizer_sha256"] != feed.tokenizer_sha256:
       raise DataError(
-        "the token store was made with another tokenizer than the model's\n"
-        f"  given:  {config.data.store}, {feed.tokenizer_sha256[:12]}\n"
-        f"  needed: {meta['tokenizer_sha256'][:12]}\n"
-        f"  try:    prepare it with --config.tokenizer.path={tokenizer}"
+        "the token store was made with another tokenizer than the model's",
+        f"{config.data.store}, {feed.tokenizer_sha256[:12]}",
+        meta["tokenizer_sha256"][:12],
+        f"prepare it with --config.tokenizer.path={tokenizer}",
       )
     result = evaluate(
       model,
       feed.read_validation(),
       jax.jit(make_eval_step()),
       feed.bytes_per_token(),
-      score=scorer(feed),
+      score=make_scorer(feed),
     )
   result = {"step": meta["step"], **result}
   if feed.examples is not None:
@@ -58,8 +58,8 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   return result | {"unigram_loss": unigram}
 
 
-def scorer(feed: Feed):
-  """What turns predicted labels into metrics, or None where words are predicted."""
+def make_scorer(feed: Feed) -> Callable[..., dict[str, float]] | None:
+  """Returns what turns predicted labels into metrics; None if tokens are predicted."""
   if feed.examples is None or feed.examples.kind == "chat":
     return None
   examples = feed.validation.examples

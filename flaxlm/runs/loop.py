@@ -1,47 +1,37 @@
-"""The training loop, on one page; what it prepares and reports is below it.
+"""The training loop: everything that a run needs is built, and then there is one `for`.
 
-Two habits keep the device busy and the run safe: the numbers of a step are read only
-after the next one has been dispatched (but on a CPU, where steps do not overlap), and a
-checkpoint is saved before anything that could fail.
+Two habits keep the device busy and the run safe. The numbers of a step are read only
+after the next step has been dispatched (except on a CPU, where steps do not overlap).
+A checkpoint is saved before anything that could fail.
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from flaxlm import machine
-from flaxlm.config.load import config_from_json, config_to_json
+from flaxlm.config.load import config_to_json
 from flaxlm.config.tree import flatten
 from flaxlm.data.feed import Feed
-from flaxlm.errors import DataError, Preempted
-from flaxlm.files import write_atomically
+from flaxlm.errors import Preempted
 from flaxlm.parallel.agreement import agree, local_facts
 from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.one_fate import OneFate
-from flaxlm.runs import directory, weights
-from flaxlm.runs.directory import RunFiles, RunLock
-from flaxlm.runs.held_out import scorer
-from flaxlm.runs.program import (
-  build_program,
-  open_feed,
-  settle_attention,
-  use_config_mesh,
-)
+from flaxlm.runs.begin import initial_state
+from flaxlm.runs.directory import RunFiles, RunLock, is_logged
+from flaxlm.runs.held_out import make_scorer
+from flaxlm.runs.program import Program, build_program, open_feed, use_config_mesh
 from flaxlm.runs.progress import Profiler, TrainingProgress, count_programs, say
+from flaxlm.runs.resolve import describe_kernel, resolve, store_run
 from flaxlm.runs.summary import print_run_card
-from flaxlm.tokenizer.files import file_name
-from flaxlm.training import lora
+from flaxlm.runs.weights import template_path, tokenizer_path
 from flaxlm.training.checkpoint import Checkpointer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.guards import StopSignal, Watchdog
-from flaxlm.training.state import shardings_of
 
 
 def train(
@@ -50,72 +40,56 @@ def train(
   """Trains to config.num_steps, from the newest checkpoint in `workdir` if any.
 
   Args:
-    predict: the seconds that a step should take, of (config, mesh); they are logged.
+    predict: returns the seconds that a step should take, from (config, mesh); they are
+      logged beside the measured ones.
   Raises:
     Preempted: a signal asked for a stop; the state is saved.
-    UserError: in its other kinds, for what the user can mend.
+    UserError: any other kind, for what the user can mend.
   """
   files, allocator = RunFiles(workdir), machine.keep_freed_memory()
   seconds = config.mesh.start_seconds
   join_processes(config.mesh.multihost, seconds, lambda: stop.requested)
   with contextlib.ExitStack() as stack:
-    compiled = stack.enter_context(count_programs())
-    fate = stack.enter_context(OneFate())
+    enter = stack.enter_context
+    compiled = enter(count_programs())
+    fate = enter(OneFate())
     knobs = {f"config.{key}": value for key, value in flatten(config).items()}
     agree("the start", local_facts() | knobs, seconds)
     mesh = make_mesh(**axis_sizes(config.mesh))
-    config.task.chat_template = weights.template_path(config)
-    feed = open_feed(config, mesh, weights.tokenizer_path(config))
-    if feed.examples:  # kept with the run, so that classes keep their numbers
-      config.task.labels = feed.examples.label_names
+    feed = open_feed(config, mesh, tokenizer_path(config), template_path(config))
+    asked, config = config, resolve(config, mesh, feed, files.kernel)
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
-    asked, kernel = config.model.attention, settle_attention(config, mesh, workdir)
-    agree("the data", data | {"the attention kernel": kernel}, seconds)
+    kernel = {"the attention kernel": describe_kernel(config.model.attention, mesh)}
+    agree("the data", data | kernel, seconds)
     program = build_program(config, mesh)
-    target, train_step = program.target, program.train_step
-    stack.enter_context(use_config_mesh(config, mesh))
+    enter(use_config_mesh(config, mesh))
     if jax.process_index() == 0:
-      stack.enter_context(RunLock(workdir))
-    watchdog = stack.enter_context(Watchdog(config.guards.hang_seconds))
-    checkpoints = stack.enter_context(
-      Checkpointer(files.checkpoints, **config.checkpoint)
-    )
+      enter(RunLock(workdir))
+    watchdog = enter(Watchdog(config.guards.hang_seconds))
+    checkpoints = enter(Checkpointer(files.checkpoints, **config.checkpoint))
     stack.push(fate.end_if_failed)  # before the checkpoints wait for other processes
-    state = restore(checkpoints, target, feed, config)
-    fresh = state is None
-    if fresh:
-      state = program.init(jax.random.key(config.seed))
-    base = None
-    if config.init_from and (fresh or config.lora.rank):
-      state, base = start_from(config, state, target, feed, mesh, fresh)
+    state, base = initial_state(config, mesh, program, feed, checkpoints)
     first_step = int(state.step)
-    store_run(workdir, config, feed, asked, kernel)
-    print_run_card(config, workdir, target, feed, mesh, first_step, allocator)
-    # Killed between a checkpoint and its evaluation, a run owes that evaluation still.
-    logged = directory.is_logged(files.metrics, first_step, "eval")
-    owed = evaluation_is_due(config, feed, first_step) and not logged
+    store_run(files, asked, config, mesh, feed)
+    print_run_card(config, workdir, program.target, feed, mesh, first_step, allocator)
+    # Killed between a checkpoint and its evaluation, a run still owes the latter.
+    owed = evaluation_is_due(config, feed, first_step)
+    owed = owed and not is_logged(files.metrics, first_step, "eval")
     if first_step >= config.num_steps and not owed:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
-
-    eval_step = jax.jit(make_eval_step())
     expected = predict and predict(config, mesh)
-    progress = stack.enter_context(
-      TrainingProgress(config, workdir, first_step, compiled, expected)
-    )
-    profiler = stack.enter_context(Profiler(config.log, workdir))
-    evaluated = jax.jit(program.assemble)
-    assess = functools.partial(
-      evaluate_and_log, feed, eval_step, progress, stop, watchdog
-    )
+    progress = enter(TrainingProgress(config, workdir, first_step, compiled, expected))
+    profiler = enter(Profiler(config.log, files.profile))
+    evaluate_after = make_evaluation(program, feed, progress, stop, watchdog)
     if owed:
-      assess(first_step, evaluated(state.eval_model, base))
+      evaluate_after(first_step, state, base)
 
     say("compiling the training step ...")
     batches = progress.waiting_for(feed.read_train(first_step, config.num_steps))
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
-      state, metrics = train_step(state, batch, base)
+      state, metrics = program.train_step(state, batch, base)
       progress.add(step, metrics)
       checkpoints.poll()
       watchdog.beat()
@@ -124,8 +98,8 @@ def train(
         progress.flush()
         checkpoints.save(step, state, describe_checkpoint(config, feed, step))
       if not stopping and evaluation_is_due(config, feed, step):
-        stopping = not assess(step, evaluated(state.eval_model, base))
-        if stopping:  # a signal came during evaluation
+        stopping = not evaluate_after(step, state, base)
+        if stopping:  # a signal came during the evaluation
           checkpoints.save(step, state, describe_checkpoint(config, feed, step))
       if stopping:
         raise Preempted(
@@ -136,24 +110,40 @@ def train(
   say(f"done: {files.checkpoints / str(config.num_steps)}, {files.metrics}")
 
 
-def evaluate_and_log(feed, eval_step, progress, stop, watchdog, step, model) -> bool:
-  """Evaluates the model after `step`; False if a signal came before it was done."""
-  with progress.paused(step):
-    result = evaluate(
-      model,
-      feed.read_validation(),
-      eval_step,
-      feed.bytes_per_token(),
-      stop.should_stop,
-      watchdog.beat,
-      scorer(feed),
-    )
-  if result is not None:
-    progress.writer.log(step, result, kind="eval")
-  return result is not None
+def make_evaluation(
+  program: Program,
+  feed: Feed,
+  progress: TrainingProgress,
+  stop: StopSignal,
+  watchdog: Watchdog,
+) -> Callable[..., bool]:
+  """Returns `evaluate_after(step, state, base)`, which logs the held-out loss.
+
+  It returns False, and logs nothing, if a signal came before it was done.
+  """
+  assemble, eval_step = jax.jit(program.assemble), jax.jit(make_eval_step())
+
+  def evaluate_after(step: int, state, base) -> bool:
+    model = assemble(state.eval_model, base)
+    with progress.paused(step):
+      result = evaluate(
+        model,
+        feed.read_validation(),
+        eval_step,
+        feed.bytes_per_token(),
+        stop.should_stop,
+        watchdog.beat,
+        make_scorer(feed),
+      )
+    if result is not None:
+      progress.writer.log(step, result, kind="eval")
+    return result is not None
+
+  return evaluate_after
 
 
 def evaluation_is_due(config, feed: Feed, step: int) -> bool:
+  """Says whether the held-out loss is measured after `step`: on time, or at the end."""
   if feed.validation is None or step == 0:
     return False
   every = config.eval.every
@@ -161,7 +151,7 @@ def evaluation_is_due(config, feed: Feed, step: int) -> bool:
 
 
 def describe_checkpoint(config, feed: Feed, step: int) -> dict:
-  """What a checkpoint says of itself."""
+  """Returns the `meta` of a checkpoint."""
   return {
     "step": step,
     "tokens": step * config.data.batch_size * config.data.seq_len,
@@ -169,64 +159,3 @@ def describe_checkpoint(config, feed: Feed, step: int) -> dict:
     "tokenizer_sha256": feed.tokenizer_sha256,
     "config": json.loads(config_to_json(config)),
   }
-
-
-def start_from(config, state, target, feed: Feed, mesh, fresh: bool):
-  """Puts the weights of config.init_from into a fresh state: (state, frozen base)."""
-  rules = config.mesh.rules.to_dict()
-  model, meta = weights.initial_model(config, mesh, rules)
-  hashes = {meta["tokenizer_sha256"], feed.tokenizer_sha256} - {""}
-  if len(hashes) > 1:
-    raise DataError(
-      "the data was made with another tokenizer than the model's\n"
-      f"  given:  {feed.tokenizer_sha256[:12]}\n"
-      f"  needed: {meta['tokenizer_sha256'][:12]}, of {config.init_from}\n"
-      f"  try:    --config.tokenizer.path={config.init_from} when you prepare the data"
-    )
-  for what in ("new", "left"):
-    if meta[what] and fresh:
-      words = {"new": "initialised, not in", "left": "not needed from"}[what]
-      say(f"{words} {config.init_from}: {' '.join(meta[what])}")
-  base = None
-  if config.lora.rank:
-    base, adapt = model, functools.partial(lora.init, **config.lora, seed=config.seed)
-    model = jax.jit(adapt, out_shardings=shardings_of(target.model))(base)
-  if not fresh:
-    return state, base
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
-  return dataclasses.replace(state, model=model, ema=ema), base
-
-
-def restore(checkpoints: Checkpointer, target, feed: Feed, config):
-  """Returns the newest valid state, or None for a new run; refuses other data."""
-  restored = checkpoints.restore_latest(target)
-  if restored is None:
-    return None
-  state, meta = restored
-  if meta["data_fingerprint"] != feed.fingerprint:
-    raise DataError(
-      "the run was started with other data\n"
-      f"  given:  {config.data.store}, fingerprint {feed.fingerprint[:12]}\n"
-      f"  needed: fingerprint {meta['data_fingerprint'][:12]}, as in its checkpoints\n"
-      "  try:    the config.data.store of that run, or another --workdir"
-    )
-  before = flatten(config_from_json(json.dumps(meta["config"])))
-  for key, value in flatten(config).items():
-    if key in before and value != before[key]:
-      say(f"changed since step {meta['step']}: config.{key} {before[key]} -> {value}")
-  return state
-
-
-def store_run(workdir: pathlib.Path, config, feed: Feed, asked: str, kernel: str):
-  """Keeps the config and the tokenizer with the run: later commands need no more."""
-  if jax.process_index() == 0:
-    files = RunFiles(workdir)
-    if config.model.attention != asked:
-      write_atomically(files.kernel, kernel)
-    kept = config.copy_and_resolve_references()
-    kept.model.attention = asked  # other machines have other kernels
-    write_atomically(files.config, config_to_json(kept))
-    if feed.chat_template:
-      write_atomically(files.chat_template, feed.chat_template.source)
-    if feed.tokenizer:
-      write_atomically(workdir / file_name(feed.tokenizer), feed.tokenizer)

@@ -5,7 +5,7 @@ The loop runs this; `flaxlm.plan` compiles the same for machines that are not he
 
 import contextlib
 import functools
-import pathlib
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,14 +19,12 @@ from flaxlm.data.batches import masking
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.data.feed import Feed
 from flaxlm.errors import ConfigError
-from flaxlm.kernels.attention import choice
 from flaxlm.kernels.attention.choice import why_not
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.placement import batch_sharding
 from flaxlm.parallel.sharding import check_split, use_mesh
 from flaxlm.runs import weights
-from flaxlm.runs.directory import RunFiles
 from flaxlm.training import lora
 from flaxlm.training.optim import make_optimizer
 from flaxlm.training.state import (
@@ -61,9 +59,13 @@ def use_config_mesh(
 
 
 def open_feed(
-  config, mesh: jax.sharding.Mesh, tokenizer_path="", training: bool = True
+  config,
+  mesh: jax.sharding.Mesh,
+  tokenizer_path: str | os.PathLike = "",
+  template_path: str = "",
+  training: bool = True,
 ) -> Feed:
-  """Opens the data of a resolved config; see `Feed`."""
+  """Opens the data of a config, resolved or not; see `Feed` for the arguments."""
   return Feed(
     config.data,
     config.objective,
@@ -75,6 +77,7 @@ def open_feed(
     accumulation_steps=config.step.accumulation_steps,
     eval_batches=config.eval.batches,
     tokenizer_path=tokenizer_path,
+    template_path=template_path,
     training=training,
   )
 
@@ -136,27 +139,6 @@ def step_options(model, platform: str) -> dict | None:
   except jax.errors.JaxRuntimeError:  # the option is experimental: it may go
     return None
   return EIGEN
-
-
-def settle_attention(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
-  """Makes attention=auto one kernel, where it depends on what the doctor measured.
-
-  A resumed run keeps the kernel that it began with, whatever the doctor has found
-  since: the loop writes it to the run's directory.
-
-  Returns:
-    What that file is to say: device, version of JAX and kernel.
-  """
-  device, model = mesh.devices.flat[0], config.model
-  where = f"{device.device_kind}, jax {jax.__version__}: "
-  if model.attention == "auto" and device.platform in choice.FUSED:
-    file = RunFiles(workdir).kernel
-    before = file.read_text() if file.is_file() else ""
-    measured = choice.load_measured(device.device_kind, jax.__version__)
-    chosen = choice.choose_backend(attention_case(config, device.platform), measured)
-    begun = before.startswith(where)
-    model.attention = before.removeprefix(where).strip() if begun else chosen
-  return f"{where}{model.attention}\n"
 
 
 def make_init(config, tx) -> Callable:

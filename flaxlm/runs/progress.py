@@ -13,7 +13,6 @@ import psutil
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import peak_flops
 from flaxlm.runs import metrics as reports
-from flaxlm.runs.directory import RunFiles
 from flaxlm.training.guards import BadSteps
 
 
@@ -123,9 +122,9 @@ class TrainingProgress:
 class Profiler:
   """Traces log.profile_num_steps steps from log.profile_step on, for TensorBoard."""
 
-  def __init__(self, log, workdir: pathlib.Path):
+  def __init__(self, log, directory: pathlib.Path):
     self.first, self.stop = log.profile_step, log.profile_step + log.profile_num_steps
-    self.directory = RunFiles(workdir).profile
+    self.directory = directory
     self.running = False
 
   def __enter__(self) -> "Profiler":
