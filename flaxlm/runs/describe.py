@@ -1,4 +1,4 @@
-"""The weights of a config as a table, computed from shapes alone: 175B on a laptop too.
+"""The table of a config's weights. Shapes alone are computed: 175B fits on a laptop.
 
 The mesh is the config's, not this machine's: `mesh.data=-1` counts as 1 here.
 """
@@ -50,10 +50,10 @@ def weight_table(config) -> str:
     ).rstrip()
     for row in rows
   ]
-  return "\n".join([*lines, "", *totals(config, model, mesh, rules)])
+  return "\n".join([*lines, "", *_totals(config, model, mesh, rules)])
 
 
-def totals(config, model, mesh: AbstractMesh, rules: dict) -> list[str]:
+def _totals(config, model, mesh: AbstractMesh, rules: dict) -> list[str]:
   tx, _ = make_optimizer(config.num_steps, **config.optim)
   moments = with_shardings(jax.eval_shape(tx.init, model), mesh, rules)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(model))

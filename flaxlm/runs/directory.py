@@ -64,10 +64,10 @@ def split_address(address: str) -> tuple[pathlib.Path, int | None]:
 
 
 def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
-  """Rewrites `metrics.jsonl` without the steps that will be logged again.
+  """Removes from `metrics.jsonl` the steps that will be logged again.
 
-  A run that starts at step 0 keeps nothing. A torn line, which a kill leaves at the
-  end, is dropped too.
+  A run that starts at step 0 keeps no lines. A torn last line, which a kill may leave,
+  is removed too.
   """
   if not path.exists():
     return
@@ -97,7 +97,7 @@ def _parse_record(line: bytes) -> dict | None:
 
 
 class RunLock:
-  """Holds `workdir` for one run; the operating system lets go when the process dies.
+  """Locks `workdir` for one run; the operating system unlocks it if the process dies.
 
   Raises:
     OutputError: the directory cannot be written, or another run holds it.

@@ -1,4 +1,4 @@
-"""Evaluates a run on its held-out data."""
+"""The scores of a run on held-out data, beside those of token frequencies alone."""
 
 import pathlib
 from collections.abc import Callable
@@ -18,7 +18,15 @@ from flaxlm.training.evaluation import evaluate, make_eval_step
 
 
 def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, float]:
-  """Returns the metrics of one checkpoint on config.data.store."""
+  """Returns the metrics of a checkpoint on the held-out data of `config`.
+
+  Args:
+    config: as the run stored it, with the user's changes.
+    step: of the checkpoint; None takes the newest.
+
+  Raises:
+    DataError: nothing is held out, or the data was made with another tokenizer.
+  """
   mesh = make_mesh(**axis_sizes(config.mesh))
   rules = config.mesh.rules.to_dict()
   with use_config_mesh(config, mesh):

@@ -1,7 +1,7 @@
-"""What a run tells about itself: its speed, the log in three places, the card.
+"""The log of a run: `metrics.jsonl`, TensorBoard and the console; its speed.
 
-`metrics.jsonl` is the record: one exact line per interval, no step twice, whatever was
-killed. TensorBoard and the console are views of it, and neither can stop a run.
+`metrics.jsonl` is the record: one exact line per interval and no step twice, even after
+a kill. TensorBoard and the console are views of it, and neither can stop a run.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from flaxlm.errors import StorageError
 from flaxlm.runs.directory import RunFiles, drop_lines_after
 
 
-def memory() -> dict[str, float]:
-  """GiB in use: of the fullest local device (its peak), else of this process."""
+def _memory() -> dict[str, float]:
+  """Returns the GiB in use: peak of the fullest local device, else of this process."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   if all("peak_bytes_in_use" in s for s in stats):
     return {"device_memory_gib": max(s["peak_bytes_in_use"] for s in stats) / 2**30}
@@ -35,8 +35,8 @@ def memory() -> dict[str, float]:
 class MetricsWriter:
   """Writes intervals to the console, `metrics.jsonl` and TensorBoard; process 0 only.
 
-  Speeds are those of the intervals between `log(kind="train")` calls. After anything
-  that is not training (compilation, evaluation, a restore), call `restart_clock`.
+  Speeds are measured between two calls of `log(kind="train")`. After anything that is
+  not training (compilation, evaluation, a restore), call `restart_clock`.
   """
 
   def __init__(
@@ -51,21 +51,20 @@ class MetricsWriter:
     predicted_seconds: float | None = None,
     stream=None,
   ):
-    """Opens the files; forgets what was logged after `first_step`.
+    """Opens the files, and drops what was logged after `first_step`.
 
     Args:
       first_step: finished steps: 0, or the step that was restored.
-      flops_per_token: of models/flops.py; with `peak_flops` of a device, both non-zero,
-        MFU is shown. Pass a peak only when the model computes in bfloat16.
-      predicted_seconds: of a step, by flaxlm.plan; its ratio to what is measured is
-        logged.
-      stream: where the console lines go; sys.stdout by default.
+      flops_per_token: see models/cost.py; MFU needs it and `peak_flops`.
+      peak_flops: of a device, in bfloat16; None if the model computes in float32.
+      predicted_seconds: per step; its ratio to the measured time is logged.
+      stream: of the console lines; None is sys.stdout.
     """
     self._predicted = predicted_seconds
     self.num_steps, self.tokens_per_step = num_steps, tokens_per_step
     self._flops, self._peak = flops_per_token, peak_flops
     self._clock: tuple[int, float] | None = None
-    self._steps, self._seconds = 0, 0.0  # of all intervals so far, for the ETA
+    self._steps, self._seconds = 0, 0.0  # all intervals so far, for the ETA
     self._stream = stream or sys.stdout
     self._file = self._events = self._bar = None
     self._primary = jax.process_index() == 0
@@ -74,9 +73,8 @@ class MetricsWriter:
     files = RunFiles(workdir)
     try:
       drop_lines_after(files.metrics, first_step)
-      self._file = files.metrics.open(
-        "ab", buffering=0
-      )  # nothing is left to fail when it closes
+      # Unbuffered: a full disk is noticed in the write, not when the file is closed.
+      self._file = files.metrics.open("ab", buffering=0)
     except OSError as error:
       raise _cannot_write(files.metrics, error) from error
     if tensorboard:
@@ -96,7 +94,7 @@ class MetricsWriter:
       self._try_events(self._events.close)
 
   def restart_clock(self, step: int) -> None:
-    """Says that training goes on, `step` steps done: speeds count from now."""
+    """Measures speeds from now on, with `step` steps done."""
     self._clock = (step, time.perf_counter())
 
   def log(
@@ -109,13 +107,16 @@ class MetricsWriter:
       values: numbers, or arrays of one number, by name. "train" shows loss, grad_norm
         and learning_rate first.
       kind: "train" or "eval".
-      data_wait: seconds in which the loop waited for data since the last "train" line.
+      data_wait: seconds that the loop waited for data since the last "train" line.
+
+    Raises:
+      StorageError: `metrics.jsonl` cannot be written.
     """
     if not self._primary:
       return
     values = {name: _plain(value) for name, value in values.items()}
     if kind == "train":
-      values |= self._speed(step, data_wait) | memory()
+      values |= self._speed(step, data_wait) | _memory()
     record = {"step": int(step), "kind": kind, "time": round(time.time(), 3)} | values
     line = json.dumps({k: _valid(v) for k, v in record.items()}, allow_nan=False)
     try:
@@ -136,7 +137,7 @@ class MetricsWriter:
       self._bar.update(self._bar.task_ids[0], completed=step)
 
   def _speed(self, step: int, data_wait: float) -> dict[str, float]:
-    """Throughput since the clock was last read; restarts it."""
+    """Returns the throughput since the clock was last read, and restarts the clock."""
     now, clock = time.perf_counter(), self._clock
     self._clock = (step, now)
     if clock is None or clock[0] >= step:
@@ -162,7 +163,7 @@ class MetricsWriter:
     parts = [f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}"]
     if kind != "train":
       parts.append(kind)
-    for name, label, form in COLUMNS_SHOWN:
+    for name, label, form in _COLUMNS:
       if name in rest:
         parts.append(f"{label} {form(rest.pop(name))}".strip())
     per_device = rest.pop("tokens_per_second_per_device", None)
@@ -179,7 +180,7 @@ class MetricsWriter:
       print(line, file=self._stream, flush=True)
 
   def _try_events(self, action) -> None:
-    """Runs `action` on TensorBoard's file; if it fails, warns and goes on without."""
+    """Runs `action` on TensorBoard's file; if it fails, warns and drops TensorBoard."""
     try:
       action()
     except Exception as error:
@@ -191,14 +192,14 @@ class MetricsWriter:
   def _open_events(self, directory: pathlib.Path, first_step: int) -> None:
     """Opens an event file that hides what earlier ones hold after `first_step`.
 
-    This uses the file layer of tensorboardX and not its SummaryWriter, whose queue has
-    ten places and a thread that may die: the eleventh value would then wait for ever.
+    This uses the file layer of tensorboardX, not its SummaryWriter. The queue of the
+    latter holds ten values; if its thread dies, the eleventh waits for ever.
     """
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     directory.mkdir(parents=True, exist_ok=True)
-    suffix = f".{os.getpid()}"  # the name itself holds only host and second
+    suffix = f".{os.getpid()}"  # the name has only the host and the second
     self._events = EventsWriter(str(directory / "events"), suffix)
     start = SessionLog(status=SessionLog.START)
     self._events.write_event(Event(step=first_step + 1, session_log=start))
@@ -222,8 +223,8 @@ def _show(value) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# The parts of a console line in their order: (name, label, how to show the value).
-COLUMNS_SHOWN = (
+# The columns of a console line, in order: (name, label, how to show the value).
+_COLUMNS = (
   ("loss", "loss", lambda v: f"{v:.4f}"),
   ("grad_norm", "grad", lambda v: f"{v:.3g}"),
   ("learning_rate", "lr", lambda v: f"{v:.2e}"),
@@ -237,7 +238,7 @@ COLUMNS_SHOWN = (
 
 
 def _plain(value):
-  """A Python int, float, str or list; float32s become floats of their exact value."""
+  """Returns a Python int, float, str or list; float32s keep their exact value."""
   if isinstance(value, str):
     return value
   array = np.asarray(value)
@@ -247,13 +248,14 @@ def _plain(value):
 
 
 def _valid(value):
-  """NaN and infinities as strings: JSON has no word for them."""
+  """Returns NaN and infinities as strings, since JSON has no number for them."""
   return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cannot_write(path, error: OSError) -> StorageError:
   return StorageError(
-    f"{path} cannot be written\n  given:  {error.strerror or error}\n"
-    "  needed: a directory with space\n"
-    "  try:    the same command again, when that is so"
+    f"{path} cannot be written",
+    error.strerror or error,
+    "a directory with space",
+    "the same command again, when that is so",
   )

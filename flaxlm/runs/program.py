@@ -1,6 +1,6 @@
-"""What a run will compute, from shapes alone: its state, its step, its batch.
+"""What a run computes, from shapes alone: its state, its step, its batch.
 
-The loop runs this; `flaxlm.plan` compiles the same for machines that are not here.
+The loop runs this; `flaxlm plan` compiles the same for machines that are not here.
 """
 
 import contextlib
@@ -35,25 +35,29 @@ from flaxlm.training.state import (
   with_shardings,
 )
 
-# XLA:CPU has two libraries for products. Its default, YNN, makes the steps of narrow
-# models 2 to 9% slower than Eigen, and those of GPT-2 124M a tenth faster (RESULTS.md).
+# XLA:CPU has two libraries for matrix products. With its default, YNN, steps of narrow
+# models are 2 to 9% slower than with Eigen; those of GPT-2 124M are a tenth faster
+# (tests/benchmarks/RESULTS.md).
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-WIDE = 768  # numbers a token, from which on YNN is faster
+WIDE = 768  # model.embed_dim from which on YNN is faster
 
 
 class Program(NamedTuple):
+  """What `build_program` returns."""
+
   tx: optax.GradientTransformation
   learning_rate: Callable
   init: Callable  # jitted: key -> TrainState
   target: TrainState  # abstract, with shardings
-  assemble: Callable  # (what is trained, frozen weights or None) -> the model
-  train_step: Callable  # jitted: (state, batch, frozen weights or None)
+  assemble: Callable  # (what is trained, frozen weights or None) -> model
+  # Jitted: (state, batch, frozen weights or None) -> (state, metrics).
+  train_step: Callable
 
 
 def use_config_mesh(
   config, mesh: jax.sharding.Mesh
 ) -> contextlib.AbstractContextManager:
-  """`use_mesh` as config.mesh asks for it; programs are traced inside."""
+  """Returns `use_mesh` with the knobs of config.mesh; programs are traced inside."""
   knobs = config.mesh
   return use_mesh(mesh, knobs.rules.to_dict(), knobs.microbatches, knobs.stage_repeats)
 
@@ -103,14 +107,14 @@ def build_program(config, mesh: jax.sharding.Mesh) -> Program:
     if config.lora.rank:  # what is trained are small additions
       whole = with_shardings(weights.abstract_model(config), mesh, rules)
     check_split(named_leaves(whole), mesh)
-  # It runs once: LLVM at full strength takes longer than it saves (RESULTS.md).
+  # It runs once: full optimisation would take longer than it saves (RESULTS.md).
   options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
   init = jax.jit(initial, out_shardings=shardings_of(target), compiler_options=options)
   assemble = weights.assembler(config)
   train_step = jax.jit(
     make_train_step(
       tx, learning_rate, **config.step, seed=config.seed,
-      bias_rate=balancing_rate(config.model.moe), assemble=assemble,
+      bias_rate=_balancing_rate(config.model.moe), assemble=assemble,
     ),
     donate_argnums=0,
     out_shardings=(shardings_of(target), NamedSharding(mesh, P())),
@@ -120,7 +124,7 @@ def build_program(config, mesh: jax.sharding.Mesh) -> Program:
 
 
 def check_unrolled(model, platform: str) -> None:
-  """Raises ConfigError if XLA would undo the remat that `model` asks for."""
+  """Raises ConfigError if XLA would undo the rematerialisation of config.model."""
   unrolled = 1 < model.num_layers <= model.unroll
   if platform == "cpu" and unrolled and model.remat != "none":
     needed = (
@@ -131,18 +135,18 @@ def check_unrolled(model, platform: str) -> None:
 
 
 def step_options(model, platform: str) -> dict | None:
-  """XLA's options for the training step; none where this XLA does not know them."""
+  """Returns XLA's options for the training step; None if it needs or knows none."""
   if platform != "cpu" or model.embed_dim >= WIDE:
     return None
   try:
     jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
-  except jax.errors.JaxRuntimeError:  # the option is experimental: it may go
+  except jax.errors.JaxRuntimeError:  # the option is experimental: XLA may drop it
     return None
   return EIGEN
 
 
-def make_init(config, tx) -> Callable:
-  """The function that makes the state of a new run from a random key."""
+def make_init(config, tx: optax.GradientTransformation) -> Callable:
+  """Returns key -> state of a new run."""
   adapt = {}
   if config.lora.rank:
     adapt["adapt"] = functools.partial(lora.init, **config.lora, seed=config.seed)
@@ -155,12 +159,12 @@ def make_init(config, tx) -> Callable:
   )
 
 
-def balancing_rate(moe) -> float:
+def _balancing_rate(moe) -> float:
   return moe.bias_rate if moe.num_experts and moe.balance == "bias" else 0.0
 
 
 def abstract_batch(config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """The arrays of a batch of config.objective, with shardings and without contents."""
+  """Returns the shapes, types and shardings of a batch of config.objective."""
   objective = masking.Objective(**config.objective)
   data, vocab_size = config.data, config.model.vocab_size
   vocabulary = None

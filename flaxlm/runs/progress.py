@@ -1,4 +1,8 @@
-"""What a run reports while it trains: metrics, profile, compiled programs."""
+"""What a run reports while it trains: metrics, a profile, compiled programs.
+
+The numbers of a step are read only after the next one has been dispatched, so that
+the device never waits for the host.
+"""
 
 import collections
 import contextlib
@@ -9,6 +13,7 @@ from typing import Self
 
 import jax
 import psutil
+from ml_collections import ConfigDict
 
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import peak_flops
@@ -17,13 +22,14 @@ from flaxlm.training.guards import BadSteps
 
 
 def say(line: str) -> None:
+  """Prints a line; process 0 only."""
   if jax.process_index() == 0:
     print(line, flush=True)
 
 
 @contextlib.contextmanager
 def count_programs() -> Iterator[collections.Counter]:
-  """Counts how many programs are asked of JAX's cache, and how many it has."""
+  """Counts JAX's events by name while the block runs, those of its cache among them."""
   events = collections.Counter()
 
   def count(event: str, **_) -> None:
@@ -36,8 +42,8 @@ def count_programs() -> Iterator[collections.Counter]:
     jax.monitoring.unregister_event_listener(count)
 
 
-def startup(compiled: collections.Counter) -> str:
-  """How long a user waited for the first step, and what of it was compiled anew."""
+def _describe_start(compiled: collections.Counter) -> str:
+  """Returns how long a user waited for the first step, and what the cache saved."""
   seconds = time.time() - psutil.Process().create_time()
   asked, found = compiled["compile_requests_use_cache"], compiled["cache_hits"]
   cache = f"{found} of {asked} programs came from the cache" if asked else "no cache"
@@ -48,8 +54,19 @@ class TrainingProgress:
   """Reads the numbers of each step, one step late; logs every log.every steps."""
 
   def __init__(
-    self, config, workdir: pathlib.Path, first_step: int, compiled, expected_seconds
+    self,
+    config,
+    workdir: pathlib.Path,
+    first_step: int,
+    compiled: collections.Counter,
+    expected_seconds: float | None,
   ):
+    """Opens the log of a run of which `first_step` steps are done.
+
+    Args:
+      compiled: of `count_programs`.
+      expected_seconds: per step; None if unknown.
+    """
     self.every, self.num_steps = config.log.every, config.num_steps
     self.bad_steps = BadSteps(config.guards.max_bad_steps)
     bfloat16 = config.model.dtype == "bfloat16"
@@ -64,8 +81,8 @@ class TrainingProgress:
       expected_seconds,
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
-    self._compiled = compiled  # of count_programs
-    # Without asynchronous dispatch, a step is over when the loop hears of it.
+    self._compiled = compiled
+    # Without asynchronous dispatch, a step is done when it returns.
     asynchronous = jax.config.read("jax_cpu_enable_async_dispatch")
     self._late = asynchronous or jax.default_backend() != "cpu"
 
@@ -77,7 +94,7 @@ class TrainingProgress:
     self.writer.__exit__(*error)
 
   def waiting_for(self, batches: Iterator) -> Iterator:
-    """Passes batches on, and measures how long the loop waits for each."""
+    """Yields the batches, and measures how long the loop waits for them."""
     while True:
       start = time.perf_counter()
       batch = next(batches, None)
@@ -87,14 +104,18 @@ class TrainingProgress:
       yield batch
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the numbers of a step; reads those of steps that must be over by now."""
+    """Takes the numbers of a step, and reads those of the step before."""
     self.flush()
     self._pending = step, metrics
     if not self._late:
       self.flush()
 
   def flush(self) -> None:
-    """Waits for the last step and reads its numbers."""
+    """Waits for the last step and reads its numbers.
+
+    Raises:
+      NumericsError: too many steps in a row were not finite.
+    """
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -103,17 +124,17 @@ class TrainingProgress:
     self.bad_steps.update(step, values.pop("bad"), values["loss"])
     first = step == self._first_step + 1
     if first or step % self.every == 0 or step == self.num_steps:
-      if not values["skipped"]:  # the common case needs no column
+      if not values["skipped"]:  # most runs skip nothing: no column for it
         del values["skipped"]
       self.writer.log(step, values, "train", self._waited)
       self._waited = 0.0
-    if first:  # its time was the compiler's
-      say(startup(self._compiled))
+    if first:  # most of its time was compilation
+      say(_describe_start(self._compiled))
       self.writer.restart_clock(step)
 
   @contextlib.contextmanager
-  def paused(self, step: int):
-    """Keeps the time of what happens inside out of the speed."""
+  def paused(self, step: int) -> Iterator[None]:
+    """Leaves the time that the block takes out of the measured speed."""
     self.flush()
     yield
     self.writer.restart_clock(step)
@@ -122,12 +143,12 @@ class TrainingProgress:
 class Profiler:
   """Traces log.profile_num_steps steps from log.profile_step on, for TensorBoard."""
 
-  def __init__(self, log, directory: pathlib.Path):
+  def __init__(self, log: ConfigDict, directory: pathlib.Path):
     self.first, self.stop = log.profile_step, log.profile_step + log.profile_num_steps
     self.directory = directory
     self.running = False
 
-  def __enter__(self) -> "Profiler":
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_) -> None:
@@ -135,7 +156,7 @@ class Profiler:
       jax.profiler.stop_trace()
 
   def at(self, step: int) -> None:
-    """Starts or stops before step `step`."""
+    """Starts or stops the trace, before `step` runs."""
     if self.first and step == self.first:
       jax.profiler.start_trace(str(self.directory))
       self.running = True

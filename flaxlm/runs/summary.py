@@ -1,6 +1,7 @@
-"""The card that a run prints before training."""
+"""The card that a run prints before training: what is trained, on what, from what."""
 
 import math
+import pathlib
 import socket
 import sys
 
@@ -11,24 +12,36 @@ from flaxlm.data.feed import Feed
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.pipeline import bubble
 from flaxlm.parallel.sharding import bytes_per_device
-from flaxlm.runs import summary, weights
+from flaxlm.runs import weights
+from flaxlm.training.state import TrainState
 
 
 def print_run_card(
-  config, workdir, target, feed: Feed, mesh, first_step, allocator
+  config,
+  workdir: pathlib.Path,
+  target: TrainState,
+  feed: Feed,
+  mesh: jax.sharding.Mesh,
+  first_step: int,
+  allocator: str,
 ) -> None:
-  """Prints the card of the run: what will be computed, on what, from what."""
+  """Prints the card of a run; process 0 only.
+
+  Args:
+    target: the abstract state, with shardings.
+    allocator: what `machine.keep_freed_memory` returned.
+  """
   if jax.process_index():
     return
   model, data = config.model, config.data
   text, epochs = feed.describe(config.num_steps)
   whole = weights.abstract_model(config)
   tables = (whole.embed, whole.positions, whole.segment_types, whole.unembed)
-  total, embedded = count_parameters(whole), count_parameters(tables)
-  trained = (
-    f"; trained: {count_parameters(target.model):,} weights" if config.lora.rank else ""
-  )
-  summary.print_summary(
+  total, embedded = _count_parameters(whole), _count_parameters(tables)
+  trained = ""
+  if config.lora.rank:
+    trained = f"; trained: {_count_parameters(target.model):,} weights"
+  print_summary(
     model=f"{model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, context {data.seq_len}, {model.positions} positions, "
     f"{model.norm}, {model.activation}, {model.dtype}, attention {model.attention}"
@@ -38,7 +51,7 @@ def print_run_card(
     num_steps=config.num_steps,
     flops_per_token=flops_per_token(model, data.seq_len),
     mesh={axis: n for axis, n in mesh.shape.items() if n > 1} or {"data": 1},
-    pipeline=describe_pipeline(config.mesh, mesh.shape["stage"]),
+    pipeline=_describe_pipeline(config.mesh, mesh.shape["stage"]),
     device_kind=jax.devices()[0].device_kind,
     bytes_per_device={
       "parameters": bytes_per_device(target.model),
@@ -53,8 +66,8 @@ def print_run_card(
   )
 
 
-def describe_pipeline(knobs, stages: int) -> str:
-  """The pipeline of config.mesh in words; "" if there is none."""
+def _describe_pipeline(knobs, stages: int) -> str:
+  """Returns the pipeline of config.mesh in words; "" if there is none."""
   if stages == 1:
     return ""
   micro, rounds = knobs.microbatches or stages, knobs.stage_repeats
@@ -62,7 +75,7 @@ def describe_pipeline(knobs, stages: int) -> str:
   return f"{micro} microbatches, {rounds} rounds of {stages} stages: {idle:.1%} bubble"
 
 
-def count_parameters(tree) -> int:
+def _count_parameters(tree) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
@@ -85,16 +98,19 @@ def print_summary(
   xla: str = "",
   stream=None,
 ) -> None:
-  """Prints the card that comes before training, from plain values.
+  """Prints the card from plain values.
 
   Args:
     model: layers and dimensions in words.
-    parameters: count by group; the total is their sum.
-    mesh: size by axis.
-    bytes_per_device: bytes by what they hold, such as parameters and optimizer state.
-    data: sources and tokens in words. epochs: passes over them in this run, if known.
-    resume: "from step 500" or "new run". xla: the settings of XLA:CPU, if any.
-    stream: sys.stdout by default.
+    parameters: counts by group; the total is their sum.
+    mesh: sizes by axis.
+    bytes_per_device: by what they hold, such as parameters and optimizer state.
+    data: sources and tokens in words.
+    epochs: passes over the data in this run; None if unknown.
+    resume: "from step 500" or "new run".
+    pipeline: in words; "" if there is none.
+    xla: the settings of XLA:CPU; "" if there are none.
+    stream: None is sys.stdout.
   """
   stream = stream or sys.stdout
   groups = ", ".join(f"{name} {short(count)}" for name, count in parameters.items())
@@ -109,11 +125,11 @@ def print_summary(
     ("parameters", f"{sum(parameters.values()):,} ({groups})"),
     (
       "tokens",
-      f"{tokens_per_step:,} a step x {num_steps:,} steps = {short(total_tokens)}",
+      f"{tokens_per_step:,} per step x {num_steps:,} steps = {short(total_tokens)}",
     ),
     (
       "compute",
-      f"{flops_per_token / 1e9:.4g} GFLOP a token (attention: visible pairs), "
+      f"{flops_per_token / 1e9:.4g} GFLOP per token (attention: visible pairs), "
       f"{flops_per_token * total_tokens:.3g} FLOP in all",
     ),
     ("mesh", f"{axes} on {devices}"),

@@ -1,9 +1,10 @@
 """The weights of a run: to evaluate, to decode, or to start another run from.
 
-A run is named by its directory, or by one of its checkpoints: `runs/x` means the newest
-of `runs/x/checkpoints`, `runs/x/checkpoints/500` that one.
+A run is named by its directory or by one of its checkpoints: `runs/x` means its newest
+checkpoint, `runs/x/checkpoints/500` that of step 500.
 """
 
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -20,14 +21,20 @@ from flaxlm.training import lora
 from flaxlm.training.checkpoint import restore_for_inference
 from flaxlm.training.state import with_shardings
 
-NEW = ("head/", "pair_head/")  # what a task may bring along, or leave behind
+_HEADS = ("head/", "pair_head/")  # may be missing in the other run, or left over
 
 
-def restore_model(workdir, config, mesh, rules: dict, step: int | None = None):
-  """Restores the weights that evaluation and decoding use: (model, meta of checkpoint).
+def restore_model(
+  workdir: str | os.PathLike,
+  config,
+  mesh: jax.sharding.Mesh,
+  rules: dict,
+  step: int | None = None,
+) -> tuple[Transformer, dict]:
+  """Returns (the weights to evaluate and decode with, meta of their checkpoint).
 
-  The average of the weights (config.step.ema_decay) where the run kept one; adapters
-  (config.lora) are merged into the weights that the run started from.
+  These are the averaged weights if config.step.ema_decay is set. Adapters (config.lora)
+  are merged into the weights that the run started from.
   """
   trained = abstract = abstract_model(config)
   if config.lora.rank:
@@ -42,21 +49,21 @@ def restore_model(workdir, config, mesh, rules: dict, step: int | None = None):
 
 
 def assembler(config) -> Callable:
-  """Returns what makes the model of what is trained, and of frozen weights."""
+  """Returns (what is trained, frozen weights or None) -> the model."""
   if not config.lora.rank:
     return lambda trained, base: trained
   return lambda trained, base: lora.merge(base, trained, config.lora.alpha)
 
 
 def tokenizer_path(config) -> pathlib.Path | str:
-  """Where the tokenizer of a new run is found: named, or that of config.init_from."""
+  """Returns config.tokenizer.path or, if that is "", that of config.init_from."""
   if config.tokenizer.path or not config.init_from:
     return config.tokenizer.path
   return find_tokenizer(split_address(config.init_from)[0]) or ""
 
 
 def template_path(config) -> str:
-  """Where the chat template of a new run is: named, or that of config.init_from."""
+  """Returns config.task.chat_template or, if that is "", that of config.init_from."""
   if config.task.chat_template or not config.init_from:
     return config.task.chat_template
   path = RunFiles(split_address(config.init_from)[0]).chat_template
@@ -64,16 +71,18 @@ def template_path(config) -> str:
 
 
 def abstract_model(config) -> Transformer:
-  """The model without memory: shapes and types alone."""
+  """Returns the model of config.model without memory: shapes and types alone."""
   model_config = TransformerConfig(**config.model)
   return jax.eval_shape(lambda: Transformer(model_config, nnx.Rngs(jax.random.key(0))))
 
 
-def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
-  """The model that config.init_from gives this run: (model, meta of that checkpoint).
+def initial_model(
+  config, mesh: jax.sharding.Mesh, rules: dict
+) -> tuple[Transformer, dict]:
+  """Returns (the model with the weights of config.init_from, meta of its checkpoint).
 
-  Weights move by name. Heads may differ: what is new is initialised from config.seed,
-  what is not needed stays behind; `meta["new"]` and `meta["left"]` name them.
+  Weights are matched by name. Heads may differ: new weights are initialised from
+  config.seed and named in `meta["new"]`; `meta["left"]` names those not used.
 
   Raises:
     ConfigError: any other weight is missing, left over, or of another shape.
@@ -83,7 +92,7 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
   source, meta = restore_model(workdir, source_config, mesh, rules, step)
   found = named_leaves(source)
   if source_config.model.pair_head and config.model.head in ("sequence", "choice"):
-    # BERT's pooler: trained on sentence pairs, classifiers start from it.
+    # BERT's pooler, trained on sentence pairs: classifiers start from it.
     for name in [name for name in found if name.startswith("pair_head/dense")]:
       found[name.removeprefix("pair_")] = found.pop(name)
   target = with_shardings(abstract_model(config), mesh, rules)
@@ -94,11 +103,11 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
     if name not in found or found[name].shape != leaf.shape
   ]
   left = [name for name in found if name not in wanted]
-  if bad := [name for name in new + left if not name.startswith(NEW)]:
+  if bad := [name for name in new + left if not name.startswith(_HEADS)]:
     raise ConfigError(
       "config.init_from",
       f"{config.init_from}, whose weights are not those of config.model: "
-      + describe_differences(bad, wanted, found),
+      + _describe_differences(bad, wanted, found),
       "the config.model of that run, but for its head",
       f"the values in {RunFiles(workdir).config}",
     )
@@ -121,8 +130,8 @@ def initial_model(config, mesh, rules: dict) -> tuple[Transformer, dict]:
   return model, meta | {"new": new, "left": left}
 
 
-def describe_differences(names: list[str], wanted: dict, found: dict) -> str:
-  """The first of the weights that differ: what is needed, what is there."""
+def _describe_differences(names: list[str], wanted: dict, found: dict) -> str:
+  """Returns the first weights that differ: the shapes needed and those there."""
   shown = []
   for name in names[:3]:
     sides = [

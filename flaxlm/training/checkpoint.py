@@ -1,18 +1,17 @@
-"""Save and restore the state of a run: Orbax's async writer, under our own manifest.
+"""Saves and restores the state of a run: Orbax's async writer, under our own manifest.
 
-Why a manifest: Orbax restores one flipped bit of an array without a word. Here every
-file has a sha256, the manifest has one of itself, and a checkpoint that does not match
-is not used.
+Why a manifest: Orbax does not notice a flipped bit in an array. Here every file has a
+sha256, the manifest has one of itself, and a checkpoint that does not match is not
+used.
 
     <workdir>/checkpoints/500/state/...      Orbax's files; leaves have readable names
     <workdir>/checkpoints/500/MANIFEST.json  see manifest.py; holds `meta` too
     <workdir>/checkpoints/500.unfinished/    a save that is running, or was killed
     <workdir>/checkpoints/400.bad-1/         failed verification; moved, never deleted
 
-All is written under `.unfinished` and published by one rename, after the manifest is on
-disk. So a directory with a bare number is complete, or was damaged later. Which steps
-exist is read from disk each time and never remembered: an index is one more thing that
-can be wrong.
+Everything is written under `.unfinished` and published by one rename, after the
+manifest is on disk. So a directory with a bare number is complete, or was damaged
+later. Which steps exist is read from disk each time: an index could be wrong.
 """
 
 import functools
@@ -33,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
-from flaxlm.files import sync_directory
+from flaxlm.files import rename
 from flaxlm.models.trees import PyTree, named_leaves, nest
 from flaxlm.training.manifest import (
   CHECKPOINT_FORMAT,
@@ -43,15 +42,15 @@ from flaxlm.training.manifest import (
   write_manifest,
 )
 
-NOTHING, ALL_BAD = -1, -2  # what process 0 broadcasts when it has no step to offer
+_NOTHING, _ALL_BAD = -1, -2  # what process 0 broadcasts if there is no step to restore
 
 
 @functools.cache  # once per process
 def _silence_echoes() -> None:
-  """Keeps a failed write to one message.
+  """Reduces a failed write to one message.
 
-  Orbax raises its error, which we report; it also logs it, and each task that it
-  abandons prints a traceback of its own: hundreds, when a disk is full.
+  Orbax raises an error, which we report. It also logs it, and each task that it
+  abandons prints a traceback of its own: hundreds of them when a disk is full.
   """
   logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
   logging.getLogger("asyncio").addFilter(lambda r: "/orbax/" not in r.getMessage())
@@ -65,26 +64,26 @@ def _silence_echoes() -> None:
 
 
 class Checkpointer:
-  """Saves in the background, keeps by policy, restores the newest that is whole.
+  """Saves in the background, deletes old checkpoints, restores the newest whole one.
 
   Every process of a job calls every method. Process 0 verifies, publishes and deletes.
-  The caller holds the directory for itself (`guards.RunLock`).
+  The caller holds the lock of the directory (`runs.directory.RunLock`).
   """
 
   def __init__(self, directory, keep_last: int, keep_every: int, every: int):
-    """Opens `directory`, and clears what killed saves left there.
+    """Opens `directory`, and deletes what killed saves left there.
 
     Args:
       keep_last: newest checkpoints to keep.
-      keep_every: steps; multiples are kept for ever; 0 = none.
-      every: steps between two saves that are due.
+      keep_every: steps; checkpoints at multiples of it are never deleted; 0 = none.
+      every: steps between two saves.
     """
     _silence_echoes()
     self.directory = pathlib.Path(directory).absolute()
     self.keep_last, self.keep_every, self.every = keep_last, keep_every, every
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None  # of the save in the background
-    self._newest = -1  # the step that was saved or restored last
+    self._newest = -1  # the step that was last saved or restored
     # Weights hardly compress (6%), and the compressor keeps a second copy in memory.
     self._orbax = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -92,7 +91,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.directory)
+        _remove_leftovers(self.directory)
       except OSError as error:
         raise _storage_error(f"{self.directory} cannot be opened", error) from error
 
@@ -103,25 +102,26 @@ class Checkpointer:
     if error is None or isinstance(error, UserError):
       self.close()
       return
-    # Something broke. In a job of many processes the save may never end: wait a minute.
+    # After a failure of another process the save may never end: wait a minute only.
     if self._thread is not None:
       self._thread.join(60)
     if self._error is not None:
       print(f"flaxlm: also: {self._error}", file=sys.stderr)
 
   def is_due(self, step: int) -> bool:
+    """Says whether the state after `step` is to be saved."""
     return step % self.every == 0
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
     """Copies `state` to the host, then writes it in the background.
 
-    An earlier save is waited for first. The caller may donate `state` as soon as this
+    Waits for an earlier save first. The caller may donate `state` as soon as this
     returns. A step that was just restored or saved is not saved again.
 
     Args:
-      step: the number of finished steps; the name of the directory.
+      step: the number of finished steps, which names the directory.
       state: a pytree of `jax.Array`s; in a job of many processes, global ones.
-      meta: a JSON object that is kept in the manifest.
+      meta: a JSON object, stored in the manifest.
     Raises:
       StorageError: this or the previous save failed.
       jax.errors.JaxRuntimeError: another process is gone, or a device failed.
@@ -145,8 +145,8 @@ class Checkpointer:
           raise FileExistsError(
             f"{self.directory / str(step)} exists, from another run"
           )
-        remove_leftovers(self.directory)
-        check_space(self.directory, sum(x.nbytes for x in leaves.values()))
+        _remove_leftovers(self.directory)
+        _check_space(self.directory, sum(x.nbytes for x in leaves.values()))
         draft.mkdir()
       self._orbax.save(draft / "state", args=ocp.args.PyTreeSave(tree))
     except StorageError:
@@ -161,14 +161,13 @@ class Checkpointer:
     self._thread.start()
 
   def _finish(self, step: int, draft: pathlib.Path, manifest: dict) -> None:
-    """In the background: waits for Orbax, hashes, publishes, deletes old ones."""
+    """Waits for Orbax, hashes, publishes, deletes old checkpoints; in a thread."""
     try:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
         manifest["files"] = hash_files(draft / "state", sync=True)
         write_manifest(draft, manifest)
-        os.rename(draft, self.directory / str(step))
-        sync_directory(self.directory)
+        rename(draft, self.directory / str(step))
         self._delete_old(step)
     except BaseException as error:
       self._newest = -1
@@ -180,13 +179,13 @@ class Checkpointer:
     if self.keep_every:
       keep |= {step for step in steps if step % self.keep_every == 0}
     for step in set(steps) - keep:
-      # Renamed first: killed half-way, it must not look like a checkpoint.
+      # Renamed first: if the deletion is killed, the rest is no checkpoint.
       doomed = self.directory / f"{step}.deleted"
       os.rename(self.directory / str(step), doomed)
       shutil.rmtree(doomed)
 
   def poll(self) -> None:
-    """Raises StorageError if a save in the background has failed; nearly free."""
+    """Raises StorageError if a save in the background has failed; costs nothing."""
     if self._thread is not None and not self._thread.is_alive():
       self._join()
 
@@ -206,9 +205,9 @@ class Checkpointer:
       self._orbax.close()
 
   def restore_latest(self, target: PyTree) -> tuple[PyTree, dict] | None:
-    """Restores the newest checkpoint that is whole, on the shardings of `target`.
+    """Restores the newest whole checkpoint, on the shardings of `target`.
 
-    Damaged ones are named on stderr and moved aside, so that their step can be saved
+    Damaged ones are named on stderr and moved aside, so that their steps can be saved
     again.
 
     Args:
@@ -217,8 +216,8 @@ class Checkpointer:
     Returns:
       (state, meta), or None if there never was a checkpoint.
     Raises:
-      StorageError: there are checkpoints, and none is whole.
-      ConfigError: names, shapes or dtypes are not those of `target`.
+      StorageError: there are checkpoints, but none is whole.
+      ConfigError: names, shapes or dtypes differ from those of `target`.
     """
     self._join()
     step = choose_step(self.directory, move_aside=True)
@@ -230,31 +229,36 @@ class Checkpointer:
     return state, manifest["meta"]
 
 
-def restore_for_inference(directory, target: PyTree, step: int | None = None):
+def restore_for_inference(
+  directory: str | os.PathLike, target: PyTree, step: int | None = None
+) -> tuple[PyTree, dict]:
   """Restores the part of a checkpoint that `target` names, such as {"model": ...}.
 
-  Changes nothing on disk, so it may run beside the training that writes there.
+  Changes nothing on disk, so it may run while training writes there.
 
   Args:
     directory: the `checkpoints` directory of a run.
     target: `jax.ShapeDtypeStruct`s; those without a sharding go to the first local
       device.
-    step: which checkpoint; None takes the newest that is whole.
+    step: which checkpoint; None takes the newest whole one.
   Returns:
     (tree like `target`, meta)
+  Raises:
+    MissingInputError: there is no such checkpoint.
+    StorageError, ConfigError: as for `Checkpointer.restore_latest`.
   """
   directory = pathlib.Path(directory).absolute()
   step = _require(directory, step)
   manifest = read_manifest(directory / str(step))
-  return _restore(directory / str(step), manifest, target, partial=True), manifest[
-    "meta"
-  ]
+  tree = _restore(directory / str(step), manifest, target, partial=True)
+  return tree, manifest["meta"]
 
 
-def read_meta(directory, step: int | None = None) -> dict:
+def read_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
   """Returns the `meta` of a checkpoint, by default the newest that has one.
 
-  Reads no arrays: this is for what must be known before a model can be built.
+  Reads no arrays, so it can be called before a model is built. Raises as
+  `restore_for_inference` does.
   """
   directory = pathlib.Path(directory).absolute()
   for candidate in [step] if step is not None else list_steps(directory)[::-1]:
@@ -267,14 +271,14 @@ def read_meta(directory, step: int | None = None) -> dict:
 
 
 def _require(directory: pathlib.Path, step: int | None) -> int:
-  """The step to read, for commands that cannot go on without one."""
+  """Returns the step to read; raises MissingInputError if there is none."""
   steps = list_steps(directory)
   if not steps or step not in (None, *steps):
     has = " ".join(map(str, steps[-8:])) or "no checkpoint"
     raise MissingInputError(
-      f"no checkpoint {'' if step is None else f'of step {step} '}to read\n"
-      f"  given:  {directory} ({has})\n"
-      "  needed: a directory in which `python -m flaxlm.train` has saved"
+      f"no checkpoint {'' if step is None else f'of step {step} '}to read",
+      f"{directory} ({has})",
+      "a directory in which `python -m flaxlm.train` has saved",
     )
   return choose_step(directory, move_aside=False, only=step)
 
@@ -282,33 +286,39 @@ def _require(directory: pathlib.Path, step: int | None) -> int:
 def choose_step(
   directory: pathlib.Path, move_aside: bool, only: int | None = None
 ) -> int | None:
-  """Returns the newest step that verifies, the same on all processes; or None."""
-  step = NOTHING
+  """Returns the newest step that verifies, the same on all processes.
+
+  Args:
+    move_aside: renames the damaged checkpoints that are newer.
+    only: the step to verify instead of the newest.
+  Returns:
+    The step; None if there never was a checkpoint.
+  Raises:
+    StorageError: there are checkpoints, but none is whole.
+  """
+  step = _NOTHING
   if jax.process_index() == 0:
     step = _choose_alone(directory, move_aside, only)
   if jax.process_count() > 1:
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-  if step == ALL_BAD:
-    which = (
-      "no checkpoint" if only is None else f"checkpoint {only}, which was asked for,"
-    )
+  if step == _ALL_BAD:
     raise StorageError(
-      f"{which} {'is whole' if only is None else 'is damaged'}\n"
-      f"  given:  {directory} (each one's damage is named above)\n"
-      "  needed: one that matches its MANIFEST.json; nothing was deleted\n"
-      "  try:    a backup of it, another step, or a new --workdir to start over"
+      "no checkpoint is whole" if only is None else f"checkpoint {only} is damaged",
+      f"{directory} (the damage of each is named above)",
+      "one that matches its MANIFEST.json; nothing was deleted",
+      "a backup of it, another step, or a new --workdir to start over",
     )
-  return None if step == NOTHING else step
+  return None if step == _NOTHING else step
 
 
 def _choose_alone(directory: pathlib.Path, move_aside: bool, only: int | None) -> int:
   if not directory.is_dir():
-    return NOTHING
+    return _NOTHING
   bad = []
   for step in [only] if only is not None else list_steps(directory)[::-1]:
     reason = find_damage(directory / str(step))
     if reason is None:
-      # Only now, with something to continue from: otherwise all stays where it was.
+      # Only now that there is a whole one: otherwise all stay where they are.
       for other in bad if move_aside else []:
         _move_aside(directory / str(other))
       return step
@@ -316,9 +326,9 @@ def _choose_alone(directory: pathlib.Path, move_aside: bool, only: int | None) -
       f"flaxlm: warning: skipping {directory / str(step)}: {reason}", file=sys.stderr
     )
     bad.append(step)
-  # A run that once had checkpoints must not silently begin again.
+  # A run that once had checkpoints must not silently start over.
   moved = any(re.fullmatch(r"\d+\.bad-\d+", p.name) for p in directory.iterdir())
-  return ALL_BAD if bad or moved else NOTHING
+  return _ALL_BAD if bad or moved else _NOTHING
 
 
 def _move_aside(path: pathlib.Path) -> None:
@@ -328,8 +338,8 @@ def _move_aside(path: pathlib.Path) -> None:
   os.rename(path, path.with_name(f"{path.name}.bad-{number}"))
 
 
-def list_steps(directory) -> list[int]:
-  """The numbers of all entries that look like a finished checkpoint, ascending."""
+def list_steps(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps that seem to have a finished checkpoint, ascending."""
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     return []
@@ -337,8 +347,8 @@ def list_steps(directory) -> list[int]:
   return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 
-def remove_leftovers(directory: pathlib.Path) -> None:
-  """Deletes what a killed save or deletion left behind; nothing else looks so."""
+def _remove_leftovers(directory: pathlib.Path) -> None:
+  """Deletes what a killed save or deletion left behind; nothing else has its name."""
   for path in directory.iterdir():
     if not re.fullmatch(r"\d+\.(unfinished|deleted)", path.name):
       continue
@@ -346,20 +356,21 @@ def remove_leftovers(directory: pathlib.Path) -> None:
       try:
         shutil.rmtree(path)
         break
-      except OSError:  # writers that a failed save abandoned may add files meanwhile
+      except OSError:  # writers of a failed save may still be adding files
         time.sleep(patience)
     else:
       shutil.rmtree(path)
 
 
-def check_space(directory: pathlib.Path, state_bytes: int) -> None:
-  """Raises StorageError unless a state of this size fits, with a fifth to spare."""
+def _check_space(directory: pathlib.Path, state_bytes: int) -> None:
+  """Raises StorageError unless 1.2 times the size of the state is free."""
   free, needed = shutil.disk_usage(directory).free, int(1.2 * state_bytes)
   if free < needed:
     raise StorageError(
-      f"not enough disk space for a checkpoint\n  given:  {free / 1e9:.3f} GB free at "
-      f"{directory}\n  needed: {needed / 1e9:.3f} GB, 1.2 x the state\n"
-      "  try:    a lower --config.checkpoint.keep_last, or free some space"
+      "not enough disk space for a checkpoint",
+      f"{free / 1e9:.3f} GB free at {directory}",
+      f"{needed / 1e9:.3f} GB, 1.2 x the state",
+      "a lower --config.checkpoint.keep_last, or free some space",
     )
 
 
@@ -368,7 +379,7 @@ def _restore(
 ) -> PyTree:
   _silence_echoes()
   leaves = named_leaves(target)
-  check_leaves(path, manifest["leaves"], leaves, partial)
+  _check_leaves(path, manifest["leaves"], leaves, partial)
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   arguments = {
     name: ocp.ArrayRestoreArgs(
@@ -391,10 +402,12 @@ def _restore(
   return jax.tree.unflatten(treedef, [restored[name] for name in leaves])
 
 
-def check_leaves(path: pathlib.Path, stored: dict, leaves: dict, partial: bool) -> None:
-  """Raises ConfigError with the first differences of a checkpoint and `leaves`.
+def _check_leaves(
+  path: pathlib.Path, stored: dict, leaves: dict, partial: bool
+) -> None:
+  """Raises ConfigError with the first differences between a checkpoint and `leaves`.
 
-  Orbax would find most of them too, but it casts another dtype without a word.
+  Orbax would find most of them too, but it silently casts to another dtype.
   """
   needed = {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()}
   names = [n for n in needed if needed[n] != stored.get(n)]
@@ -418,9 +431,9 @@ def check_leaves(path: pathlib.Path, stored: dict, leaves: dict, partial: bool) 
 
 
 def _explain(what: str, error: BaseException) -> Exception:
-  """The error to raise: the storage's, or that of a lost process or a device.
+  """Returns the error to raise: of a lost process or device, else of the storage.
 
-  Orbax's processes meet at barriers, and it calls a broken one a timeout.
+  Orbax's processes meet at barriers, and it reports a broken barrier as a timeout.
   """
   cause: BaseException | None = error
   while cause is not None:
@@ -435,7 +448,8 @@ def _storage_error(what: str, error: BaseException) -> StorageError:
   if len(reason) > 300:  # TensorStore names paths at length; the cause comes last
     reason = f"{reason[:100]} ... {reason[-180:]}"
   return StorageError(
-    f"{what}\n  given:  {type(error).__name__}: {reason}\n"
-    "  needed: a directory with space that can be read and written\n"
-    "  try:    the same command again, when that is so: it continues the run"
+    what,
+    f"{type(error).__name__}: {reason}",
+    "a directory with space that can be read and written",
+    "the same command again, when that is so: it continues the run",
   )

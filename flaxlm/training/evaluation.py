@@ -1,4 +1,8 @@
-"""Held-out loss, exactly: sums per row on the device, added in order on the host."""
+"""The held-out loss: summed per row on the devices, then in float64 on the host.
+
+Rows are added in the order of the data, so the layout of devices does not change the
+result.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.models.transformer import Transformer
 from flaxlm.training.losses import losses
 
 
 def make_eval_step() -> Callable:
-  """Returns `step(model, batch)` -> (nats B, predictions made B, labels chosen).
+  """Returns `step(model, batch) -> (nats B, number of predictions B, choices)`.
 
-  The last is `Losses.choices`: None where words are predicted.
+  See `Losses.choices`.
   """
 
   def step(model, batch):
@@ -25,7 +30,7 @@ def make_eval_step() -> Callable:
 
 
 def evaluate(
-  model,
+  model: Transformer,
   batches: Iterable[dict[str, jax.Array]],
   eval_step: Callable,
   bytes_per_token: float | None,
@@ -35,33 +40,30 @@ def evaluate(
 ) -> dict[str, float] | None:
   """Returns loss (nats/token), perplexity, bits_per_byte and tokens; None if stopped.
 
-  Rows are added up in float64 in the order of the data, so that the layout of devices
-  does not change the sum.
-
   Args:
-    bytes_per_token: of text, per predicted token of the split; None where not all of
-      the text is predicted, so that bits per byte would mean nothing.
-    should_stop: asked after every batch.
-    score: turns the labels that were chosen, NR, and scores of spans, N2, into further
-      numbers.
+    bytes_per_token: bytes of text per predicted token; None where not all of the text
+      is predicted, so that bits per byte would mean nothing.
+    should_stop: called after every batch.
+    on_batch: called after every batch.
+    score: (chosen labels NR, scores of spans N2 or None) -> further metrics.
   """
   nats, tokens, choices = 0.0, 0.0, []
   for batch in batches:
-    row_nats, row_tokens, chosen = jax.tree.map(gather_to_host, eval_step(model, batch))
+    row_nats, row_tokens, chosen = jax.tree.map(_gather, eval_step(model, batch))
     nats += float(np.sum(row_nats, dtype=np.float64))
     tokens += float(np.sum(row_tokens, dtype=np.float64))
     choices.append(chosen)
     on_batch()
     if should_stop():
       return None
-  result = summarize_loss(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
+  result = _summarize(nats / max(tokens, 1.0), int(tokens), bytes_per_token)
   if score is not None:
-    del result["perplexity"]  # of words; labels have none
+    del result["perplexity"]  # of tokens, not of labels
     result |= score(*jax.tree.map(lambda *parts: np.concatenate(parts), *choices))
   return result
 
 
-def summarize_loss(
+def _summarize(
   loss: float, tokens: int, bytes_per_token: float | None
 ) -> dict[str, float]:
   result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -70,8 +72,8 @@ def summarize_loss(
   return result | {"tokens": tokens}
 
 
-def gather_to_host(x: jax.Array) -> np.ndarray:
-  """The whole of an array that may be spread over hosts, on each of them."""
+def _gather(x: jax.Array) -> np.ndarray:
+  """Returns the whole array on each host, though it may be spread over hosts."""
   if jax.process_count() == 1:
     return np.asarray(x)
   from jax.experimental import multihost_utils

@@ -1,7 +1,7 @@
-"""What keeps a run honest when the world does not: signals, locks, hangs, bad numbers.
+"""Guards against what can end a run badly: signals, hangs, numbers that are not finite.
 
-Only the standard library is imported at the top, so that `StopSignal` can be installed
-before the seconds that importing JAX takes: a signal is then never lost, in any phase.
+JAX is not imported at the top: importing it takes seconds, and `StopSignal` must be
+installed before, so that no signal is lost.
 """
 
 import faulthandler
@@ -16,14 +16,14 @@ from flaxlm.errors import HANG_EXIT_CODE, NumericsError, Preempted
 
 
 class StopSignal:
-  """Turns SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks.
+  """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads.
 
-  The first signal asks for a stop after the current step; the next one, at least a
-  second later, ends the process at once. The second of grace is there because `timeout`
-  and some schedulers signal a process and then its whole group.
+  The first signal asks for a stop after the current step. The next one, at least a
+  second later, ends the process at once; `timeout` and some schedulers signal a process
+  and then its whole group, so two signals within a second count as one.
 
-  Python runs signal handlers only between bytecodes of the main thread, which may be
-  minutes away inside an XLA compilation. A thread that reads the wakeup descriptor
+  Python runs signal handlers only between bytecodes of the main thread, and an XLA
+  compilation can delay them by minutes. A thread that reads the wakeup descriptor
   answers at once.
   """
 
@@ -65,10 +65,10 @@ class StopSignal:
     os.close(reader)
 
   def _count(self, path: str, number: int) -> None:
-    """Acts once on a signal that arrives by both paths.
+    """Acts once on a signal that is seen by both the handler and the thread.
 
-    The event loops inside Orbax borrow the wakeup descriptor while they run, so either
-    path may miss one; the higher of the two counts is the number of signals.
+    Orbax's event loops take over the wakeup descriptor while they run, so either may
+    miss one; the higher of the two counts is the number of signals.
     """
     with self._lock:
       before = max(self._seen.values())
@@ -89,13 +89,12 @@ class StopSignal:
     os.write(2, f"\nflaxlm: {signal.Signals(number).name}: {what}\n".encode())
 
   def should_stop(self, step: int | None = None) -> bool:
-    """True when the run must save and leave now.
+    """Returns True when the run must save and end now.
 
     Args:
-      step: the step just finished. Every process of a job asks once for every step, as
-        the processes agree on one step to stop after. None asks between steps
-        (evaluation, sampling), where a process of a larger job may not decide alone:
-        False there.
+      step: the step just finished. Every process of a job must ask once per step,
+        because they agree on one step to stop after. None asks between steps, as in an
+        evaluation: False in a job of many processes until they have agreed.
     """
     import jax
 
@@ -105,8 +104,8 @@ class StopSignal:
       return self._stopping
     from jax.experimental import multihost_utils
 
-    # jax.distributed.initialize replaced our SIGTERM handler by the one that tells the
-    # other processes. It knows no other signal, so ours are passed on as SIGTERM, once.
+    # jax.distributed.initialize replaced our SIGTERM handler with one that tells the
+    # other processes. It handles no other signal, so ours are sent on as SIGTERM, once.
     if self.requested and not self._forwarded:
       self._forwarded = True
       os.kill(os.getpid(), signal.SIGTERM)
@@ -117,14 +116,14 @@ class StopSignal:
 
 
 class Watchdog:
-  """Ends a process that makes no progress, after printing all its stacks.
+  """Prints all stacks of a process that makes no progress, then ends it.
 
-  A hung collective waits for ever and holds the other machines with it; an exit code is
-  something a scheduler can act on.
+  A hung collective waits for ever, and so do the other machines; a scheduler can act on
+  an exit code.
   """
 
   def __init__(self, seconds: float):
-    """seconds: the longest time between two calls of `beat`; 0 = no watchdog."""
+    """Allows `seconds` between two calls of `beat`; 0 = no watchdog."""
     self.seconds = seconds
     self._last = time.monotonic()
     self._done = threading.Event()
@@ -139,6 +138,7 @@ class Watchdog:
     self._done.set()
 
   def beat(self) -> None:
+    """Says that the run makes progress."""
     self._last = time.monotonic()
 
   def _watch(self) -> None:
@@ -149,7 +149,7 @@ class Watchdog:
         return
       now = time.monotonic()
       if now - before > 5 * tick:
-        self.beat()  # this thread stood still too: the process was stopped, not hung
+        self.beat()  # this thread did not run either: the process was stopped, not hung
       if now - self._last > self.seconds:
         os.write(
           2,
@@ -160,17 +160,16 @@ class Watchdog:
         )
         faulthandler.dump_traceback(all_threads=True)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-          # One process hangs, and all wait for it. If this one left now, it might tear
-          # the other down before its watchdog has shown where it hangs.
+          # One process hangs and all wait for it. If this one ended now, it might end
+          # the hung one before its watchdog has printed where it hangs.
           time.sleep(2 * tick)
         os._exit(HANG_EXIT_CODE)
 
 
 class BadSteps:
-  """Counts the steps whose loss or gradient was not finite and so changed nothing.
+  """Counts steps whose loss or gradient was not finite, and decides when to give up.
 
-  The step itself leaves the state untouched (inside `jax.jit`); this decides when to
-  give up.
+  The step itself leaves the state as it was, inside `jax.jit`.
   """
 
   def __init__(self, max_bad_steps: int):
@@ -187,12 +186,12 @@ class BadSteps:
     self._in_a_row.append((int(step), float(loss)))
     if len(self._in_a_row) < self.max_bad_steps:
       return
-    # batch(step) is a pure function, so a step's number is also the name of its batch.
+    # Batches are a pure function of the step, so the step's number names its batch.
     shown = ", ".join(f"{s} (loss {value:g})" for s, value in self._in_a_row[:5])
     more = ", ..." if len(self._in_a_row) > 5 else ""
     raise NumericsError(
-      f"{len(self._in_a_row)} steps in a row had a loss or gradient not finite\n"
-      f"  given:  steps (= batches) {shown}{more} to {self._in_a_row[-1][0]}\n"
-      f"  needed: a finite one in config.guards.max_bad_steps={self.max_bad_steps}\n"
-      "  try:    a lower --config.optim.peak_learning_rate, or a longer warm-up"
+      f"{len(self._in_a_row)} steps in a row had a loss or gradient that is not finite",
+      f"steps (= batches) {shown}{more} to {self._in_a_row[-1][0]}",
+      f"a finite one in config.guards.max_bad_steps={self.max_bad_steps}",
+      "a lower --config.optim.peak_learning_rate, or a longer warm-up",
     )

@@ -1,9 +1,9 @@
 """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) as functions of trees.
 
-The base model stays as it is; what is trained is a tree of its own: for each adapted
-weight W a pair A, B, and a head that the task brought along. The model that computes is
-`merge(base, adapters)`, W + (alpha / rank) A B, made anew in each step: so there is one
-forward pass, and merged and unmerged are the same by construction.
+The base model is frozen. A tree of its own is trained: a pair A, B for each adapted
+weight W, and the task's head if it has one. Each step computes with
+`merge(base, adapters)`, which has W + (alpha / rank) A B for W. So there is one forward
+pass, and merged and unmerged models are the same by construction.
 """
 
 import math
@@ -18,7 +18,7 @@ from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves
 from flaxlm.training.optim import MUON_DIMENSIONS
 
-VOCABULARY_HEADS = ("lm", "mlm")  # these come with the base; other heads are the task's
+_VOCABULARY_HEADS = ("lm", "mlm")  # of the base model; other heads are the task's
 
 
 def init(
@@ -26,7 +26,7 @@ def init(
 ) -> dict:
   """Returns adapters for the weights named in `targets`, in all layers.
 
-  B is zero: `merge(model, adapters)` equals the model to the last bit.
+  B is zero, so `merge` with them returns the model to the last bit.
 
   Raises:
     ConfigError: a target is not a matrix of the layers of this model.
@@ -38,9 +38,9 @@ def init(
     if last not in targets or last not in MUON_DIMENSIONS or "blocks/" not in name:
       continue
     found.add(last)
-    lead, size_in, size_out = split_shape(last, weight.shape)
+    lead, size_in, size_out = _split_shape(last, weight.shape)
     a = jax.random.normal(jax.random.fold_in(key, number), (*lead, size_in, rank))
-    # As large as the weights of a dense layer: the product starts at zero anyway.
+    # A is scaled like the weights of a dense layer; the product is zero at first.
     adapters[name.replace("/", ".")] = {
       "a": nnx.Param(a / math.sqrt(size_in), axes=(None,) * a.ndim),
       "b": nnx.Param(jnp.zeros((*lead, rank, size_out)), axes=(None,) * a.ndim),
@@ -54,20 +54,20 @@ def init(
       "query,value",
     )
   trained = {"adapters": adapters}
-  if model.config.head not in VOCABULARY_HEADS:
+  if model.config.head not in _VOCABULARY_HEADS:
     trained["head"] = model.head
   return trained
 
 
-def split_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple, int, int]:
-  """Returns (leading dimensions, rows, columns) of the matrix that a weight is."""
+def _split_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple, int, int]:
+  """Returns (leading dimensions, rows, columns) of a weight as a matrix."""
   summed = np.atleast_1d(MUON_DIMENSIONS[name].reduction_axis)
   first, last = int(summed[0]), int(summed[-1]) + 1
   return shape[:first], math.prod(shape[first:last]), math.prod(shape[last:])
 
 
 def merge(model: Transformer, trained: dict, alpha: float) -> Transformer:
-  """Returns the model with the adapters added to its weights, and their head."""
+  """Returns the model with the adapters added to its weights, and the trained head."""
   adapters = trained["adapters"]
 
   def add(path, weight):

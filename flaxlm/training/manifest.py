@@ -1,8 +1,8 @@
-"""The list of a checkpoint's files: what tells a whole checkpoint from a damaged one.
+"""The manifest of a checkpoint, which tells a whole checkpoint from a damaged one.
 
 `MANIFEST.json` holds the size and sha256 of each file under `state/`, the name, dtype
-and shape of each leaf, and the `meta` of the caller. Its last line is the sha256 of the
-lines before it, so that a flipped bit in the manifest is found like any other.
+and shape of each leaf, and the caller's `meta`. Its last line is the sha256 of the
+lines before it, so that a flipped bit in the manifest itself is found too.
 """
 
 import concurrent.futures
@@ -11,14 +11,14 @@ import json
 import os
 import pathlib
 
-from flaxlm.files import sync_directory
+from flaxlm.files import sync_directory, write_atomically
 
 MANIFEST = "MANIFEST.json"
 CHECKPOINT_FORMAT = 1
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-  """Says what is wrong with the checkpoint at `path`; None if nothing is."""
+  """Returns what is wrong with the checkpoint at `path`; None if it is whole."""
   try:
     if not path.is_dir():
       return "not a directory"
@@ -46,7 +46,12 @@ def find_damage(path: pathlib.Path) -> str | None:
 
 
 def read_manifest(path: pathlib.Path) -> dict:
-  """Reads MANIFEST.json; ValueError if it does not match its own sha256."""
+  """Returns what `write_manifest` wrote.
+
+  Raises:
+    ValueError: it does not match its own sha256, or has another format.
+    OSError: it cannot be read.
+  """
   data = (path / MANIFEST).read_bytes()
   body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
   if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
@@ -60,22 +65,18 @@ def read_manifest(path: pathlib.Path) -> dict:
 
 
 def write_manifest(path: pathlib.Path, manifest: dict) -> None:
-  body = json.dumps(manifest, indent=1).encode()
-  draft = path / f"{MANIFEST}.tmp"
-  with draft.open("wb") as file:
-    file.write(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.rename(draft, path / MANIFEST)
-  sync_directory(path)
+  """Writes MANIFEST.json, and the sha256 of its text as the last line."""
+  body = json.dumps(manifest, indent=1)
+  digest = hashlib.sha256(body.encode()).hexdigest()
+  write_atomically(path / MANIFEST, f"{body}\n{digest}\n")
 
 
 def hash_files(path: pathlib.Path, sync: bool, names=None) -> dict[str, list]:
   """Returns {relative name: [size, sha256]} of the files in `path`.
 
   Args:
-    sync: first make each file, and each directory, safe against a loss of power.
-    names: which files; None takes all.
+    sync: makes each file and directory durable before it is read.
+    names: of the files; None takes all.
   """
   if names is None:
     names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())

@@ -1,4 +1,7 @@
-"""The optimizer and its learning rate, from optax; what each weight gets, by name."""
+"""The optimizer and its learning rate, from optax.
+
+Which weights decay, and which ones Muon takes, is decided by their names.
+"""
 
 from collections.abc import Callable
 
@@ -6,22 +9,22 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-# Stacked weights have the layer in dimension 0, and the expert in dimension 1: Muon
-# treats each matrix alone.
-INTO_HEADS = MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
-MATRIX = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-EXPERT = MuonDimensionNumbers(reduction_axis=2, output_axis=3)
+# Dimension 0 of a stacked weight is the layer, and dimension 1 of an expert's is the
+# expert: Muon treats each matrix separately.
+_INTO_HEADS = MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
+_MATRIX = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+_EXPERT = MuonDimensionNumbers(reduction_axis=2, output_axis=3)
 MUON_DIMENSIONS = {
-  "query": INTO_HEADS,
-  "key": INTO_HEADS,
-  "value": INTO_HEADS,
+  "query": _INTO_HEADS,
+  "key": _INTO_HEADS,
+  "value": _INTO_HEADS,
   "out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),
-  "up": MATRIX,
-  "gate": MATRIX,
-  "down": MATRIX,
-  "expert_up": EXPERT,
-  "expert_gate": EXPERT,
-  "expert_down": EXPERT,
+  "up": _MATRIX,
+  "gate": _MATRIX,
+  "down": _MATRIX,
+  "expert_up": _EXPERT,
+  "expert_gate": _EXPERT,
+  "expert_down": _EXPERT,
 }
 
 
@@ -33,10 +36,11 @@ def make_schedule(
   decay_fraction: float,
   end_factor: float,
 ) -> Callable:
-  """Learning rate of update i: linear from 0 over the warm-up, then `schedule`.
+  """Returns update number -> learning rate: a linear warm-up from 0, then `schedule`.
 
-  cosine and linear fall to end_factor * peak at num_steps; wsd (warm-up, stable, decay;
-  arXiv 2404.06395) stays at the peak and falls linearly in the last decay_fraction.
+  cosine and linear fall to end_factor * peak at num_steps. wsd (warm-up, stable, decay;
+  arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction of
+  the steps.
   """
   rest = max(num_steps - warmup_steps, 1)
   end = peak_learning_rate * end_factor
@@ -55,7 +59,7 @@ def make_schedule(
   if not warmup_steps:
     return after
   warmup = optax.linear_schedule(0.0, peak_learning_rate, warmup_steps)
-  # Updates count from 0: shifted by one, so that none is spent on a rate of zero.
+  # Updates count from 0: without the shift, the first one would have a rate of zero.
   return lambda i: optax.join_schedules([warmup, after], [warmup_steps])(i + 1)
 
 
@@ -74,7 +78,7 @@ def make_optimizer(
   epsilon: float,
   max_grad_norm: float,
 ) -> tuple[optax.GradientTransformation, Callable]:
-  """Returns (optimizer with clipping, learning rate as a function of the update)."""
+  """Returns (optimizer with gradient clipping, update number -> learning rate)."""
   rate = make_schedule(
     peak_learning_rate, schedule, num_steps, warmup_steps, decay_fraction, end_factor
   )
@@ -83,8 +87,8 @@ def make_optimizer(
   elif name == "lion":
     tx = optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decays)
   elif name == "adafactor":
-    # Adafactor applies its decay after the rate: scaled here, so that one value means
-    # the same for all of these optimizers.
+    # Adafactor does not multiply its decay by the rate: it is scaled here, so that one
+    # value means the same for all optimizers.
     tx = optax.adafactor(
       rate,
       multiply_by_parameter_scale=False,
@@ -100,8 +104,8 @@ def make_optimizer(
       adam_b1=b1,
       adam_b2=b2,
       adam_weight_decay=weight_decay,
-      muon_weight_dimension_numbers=muon_dimensions,
-      consistent_rms=0.2,  # updates as large as Adam's, for one rate: arXiv 2502.16982
+      muon_weight_dimension_numbers=_muon_dimensions,
+      consistent_rms=0.2,  # updates as large as Adam's at one rate: arXiv 2502.16982
     )
   else:
     raise ValueError(f"there is no optimizer {name!r}")
@@ -111,20 +115,23 @@ def make_optimizer(
 
 
 def leaf_name(path: tuple) -> str:
-  """The attribute name of a weight: "query_bias" of blocks/attention/query_bias."""
+  """Returns the last name of a weight: "query_bias" of blocks/attention/query_bias."""
   names = [jax.tree_util.keystr((key,), simple=True) for key in path]
   return names[-2] if names[-1] == "value" else names[-1]  # nnx.Param adds a "value"
 
 
 def decays(params):
-  """True for weights that decay. By name: stacked norm scales have two dimensions."""
+  """Returns a tree of bools: whether each weight decays.
+
+  By name, not by rank: a stack of norm scales has two dimensions.
+  """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: not leaf_name(path).endswith(("scale", "bias", "sinks")), params
   )
 
 
-def muon_dimensions(params):
-  """Which weights Muon orthogonalises, and along what; Adam takes the others."""
+def _muon_dimensions(params):
+  """Returns the dimensions of each matrix for Muon; None gives a weight to Adam."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: MUON_DIMENSIONS.get(leaf_name(path)), params
   )

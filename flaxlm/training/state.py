@@ -1,8 +1,8 @@
 """The training state and the step that advances it.
 
-The state is one pytree: weights and optimizer moments share their structure, so one
-walk shards them, saves them and compares them. `step` counts batches consumed and is
-the whole position of the data: batches are a pure function of (seed, step).
+The state is one pytree. Weights and optimizer moments share their structure, so one
+walk shards, saves or compares them. `step` is the whole position in the data: batches
+are a pure function of (seed, step).
 """
 
 import dataclasses
@@ -23,24 +23,25 @@ from flaxlm.training.losses import count_predicted, summed_loss
 @dataclasses.dataclass
 class TrainState:
   step: jax.Array  # batches consumed
-  skipped: jax.Array  # of them, those whose update was not finite
-  model: Transformer  # or adapters of it, where only these are trained
+  skipped: jax.Array  # those of them whose update was not finite
+  model: Transformer  # or its adapters, if only these are trained
   opt_state: optax.OptState
-  ema: Transformer | None  # average of the weights over updates
+  ema: Transformer | None  # moving average of the weights
 
   @property
   def eval_model(self) -> Transformer:
+    """The weights to evaluate: the average where there is one."""
     return self.model if self.ema is None else self.ema
 
 
 def init_state(
-  key,
+  key: jax.Array,
   model_config: TransformerConfig,
-  tx,
+  tx: optax.GradientTransformation,
   ema_decay: float,
   adapt: Callable = lambda model: model,
 ) -> TrainState:
-  """A state at step 0. `adapt` turns the model into what is trained of it (LoRA)."""
+  """Returns a state at step 0. `adapt` maps the model to what is trained (LoRA)."""
   model = adapt(Transformer(model_config, nnx.Rngs(key)))
   ema = jax.tree.map(jnp.copy, model) if ema_decay else None
   return TrainState(
@@ -49,20 +50,20 @@ def init_state(
 
 
 def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict, offload: bool = False):
-  """Adds to each `ShapeDtypeStruct` of an abstract state where it is to live.
+  """Returns an abstract state with a sharding for each `ShapeDtypeStruct`.
 
-  Weights say so by their `axes`; optimizer moments are weights of the same shape. What
-  has another rank (counters, factored moments) is small and is held by every device.
-  With `offload` the optimizer's arrays live in the host's memory.
+  Weights are placed by their `axes`, and optimizer moments like their weights. Arrays
+  of another rank (counters, factored moments) are small: every device has a copy. With
+  `offload` the optimizer's arrays are placed in the host's memory.
   """
 
   def place(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = getattr(leaf, "axes", None)
     array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-    if isinstance(array, optax.MaskedNode):  # no array: another optimizer's weight
+    if isinstance(array, optax.MaskedNode):  # a weight of the other optimizer (Muon)
       return leaf
-    # A stack has one leading dimension more than its axes name: that of the layers.
+    # A stack of layers has one leading dimension that its axes do not name.
     parts = name.split("/")
     stack = ("layer",) * ("blocks" in parts) + (None,) * ("first_blocks" in parts)
     if axes is None or len(array.shape) != len(axes) + len(stack):
@@ -80,6 +81,7 @@ def with_shardings(state, mesh: jax.sharding.Mesh, rules: dict, offload: bool = 
 
 
 def shardings_of(abstract_state):
+  """Returns the tree of shardings that `with_shardings` added."""
   return jax.tree.map(lambda array: array.sharding, abstract_state)
 
 
@@ -98,9 +100,9 @@ def make_train_step(
   """Returns `step(state, batch, base=None) -> (state, metrics)`; donate the state.
 
   Args:
-    seed: of dropout, whose masks are a function of (seed, step).
-    bias_rate: of experts' balancing bias; 0 = none.
-    assemble: makes the model of what is trained and of frozen weights, `base`.
+    seed: of dropout; its masks are a function of (seed, step).
+    bias_rate: step size of the experts' balancing bias; 0 = no bias.
+    assemble: returns the model, from what is trained and frozen weights, `base`.
   """
 
   def step(state: TrainState, batch, base=None):
@@ -111,27 +113,27 @@ def make_train_step(
       model = assemble(trained, base)
       return summed_loss(model, part, counts, z_loss, share, key)
 
-    metrics, grads = gradients(loss, state.model, batch, key, accumulation_steps)
+    metrics, grads = _gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
     old_opt_state = state.opt_state
-    if offload_optimizer:  # fetched now, sent back by the shardings of the outputs
+    if offload_optimizer:  # the shardings of the outputs send it back
       old_opt_state = jax.device_put(old_opt_state, jax.memory.Space.Device)
     updates, opt_state = tx.update(grads, old_opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     if bias_rate:
       model = rebalance(model, metrics["expert_load"], bias_rate)
-    # One bad step would stay in Adam's moments for ever: keep the old state instead.
+    # A bad gradient would stay in Adam's moments for ever: keep the old state instead.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    model = select(finite, model, state.model)
-    opt_state = select(after(model, finite), opt_state, old_opt_state)
+    model = _select(finite, model, state.model)
+    opt_state = _select(_known_after(model, finite), opt_state, old_opt_state)
     ema = state.ema
     if ema is not None:
       average = jax.tree.map(
         lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
       )
-      ema = select(finite, average, ema)
+      ema = _select(finite, average, ema)
     skipped = state.skipped + (~finite).astype(jnp.int32)
-    metrics = summarize_load(metrics) | {
+    metrics = _summarize_load(metrics) | {
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(state.step - state.skipped),
       "bad": ~finite,
@@ -142,12 +144,12 @@ def make_train_step(
   return step
 
 
-def gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
-  """Returns (metrics, gradient) of a batch, one micro-batch at a time.
+def _gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
+  """Returns (metrics, gradient) of a batch, summed over its micro-batches.
 
   Args:
-    loss: of (trained, rows, share of the batch, key): its part of the batch's loss, and
-      metrics that add up.
+    loss: (trained, micro-batch, its share of the batch, key) -> (its part of the
+      batch's loss, metrics that add up).
   """
   compute = jax.value_and_grad(loss, has_aux=True)
   share = 1 / accumulation_steps
@@ -156,7 +158,7 @@ def gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
     return metrics, grads
 
   def split(x):
-    # Rows a, a+A, a+2A... make micro-batch a: each device keeps the rows that it has.
+    # Micro-batch a has the rows a, a+A, a+2A, ...: no row moves to another device.
     x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
     return constrain(x, None, "batch", "length")
 
@@ -174,8 +176,8 @@ def gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
   return total
 
 
-def summarize_load(metrics: dict) -> dict:
-  """Experts' loads as shares of all (token, expert) pairs, over all layers."""
+def _summarize_load(metrics: dict) -> dict:
+  """Returns the metrics with the load of each expert as a share of all assignments."""
   if "expert_load" not in metrics:
     return metrics
   load_SE = metrics["expert_load"]
@@ -190,11 +192,11 @@ def summarize_load(metrics: dict) -> dict:
   }
 
 
-def after(tree, condition: jax.Array) -> jax.Array:
-  """`condition`, but on one CPU known only when all arrays of `tree` are computed.
+def _known_after(tree, condition: jax.Array) -> jax.Array:
+  """Returns `condition`; on one CPU it depends on all arrays of `tree`.
 
-  The moments are then changed after the weights that are made of their old values, and
-  so in place; XLA:CPU copied all of them before, in every step.
+  So the moments change after the weights, which are computed from their old values, and
+  they can change in place. Otherwise XLA:CPU copies all of them in every step.
   """
   now = current_layout()
   devices = jax.devices()[:1] if now is None else [*now.mesh.devices.flat]
@@ -204,6 +206,6 @@ def after(tree, condition: jax.Array) -> jax.Array:
   return condition & jnp.all(jnp.stack([x == x for x in ends]))
 
 
-def select(condition: jax.Array, one, other):
-  """The tree `one` where `condition` holds, else `other`, on the device."""
+def _select(condition: jax.Array, one, other):
+  """Returns the tree `one` if `condition` holds, else `other`, on the device."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)

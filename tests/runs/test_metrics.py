@@ -238,12 +238,12 @@ def test_summary_card(stream, monkeypatch):
   assert len(lines) == 10
   for text in (
     "11,572,864 (blocks 10M, embedding 1.57M)",
-    "4,096 a step x 1,000 steps = 4.1M",
+    "4,096 per step x 1,000 steps = 4.1M",
     "data 4 x fsdp 2 x tensor 1 on 8 x cpu",
     "parameters 1.0 MiB, optimizer 2.0 MiB",
     "stdlib [train] 8.1M tokens; 0.5 epochs",
     "runs/a (new run)",
-    "0.07 GFLOP a token",
+    "0.07 GFLOP per token",
   ):
     assert text in out.getvalue()
   assert ("\x1b" in out.getvalue()) == out.isatty()

@@ -398,7 +398,7 @@ if phase == "commit":
 elif phase == "rename":
   def rename(old, new):
     return die() if str(new).endswith("/2") else os.replace(old, new)
-  checkpoint.os.rename = rename
+  checkpoint.rename = rename
 elif phase == "delete":
   checkpoint.shutil.rmtree = die
 else:
