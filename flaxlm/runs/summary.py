@@ -108,9 +108,7 @@ def print_summary(
     data: sources and tokens in words.
     epochs: passes over the data in this run; None if unknown.
     resume: "from step 500" or "new run".
-    pipeline: in words; "" if there is none.
-    xla: the settings of XLA:CPU; "" if there are none.
-    stream: None is sys.stdout.
+    pipeline, xla: in words; "" if there is none. XLA's settings are for CPUs.
   """
   stream = stream or sys.stdout
   groups = ", ".join(f"{name} {short(count)}" for name, count in parameters.items())
