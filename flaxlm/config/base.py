@@ -123,8 +123,8 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.dropout = 0.0  # of embeddings and of what each block adds, in training
   model.rope = rope_knobs()
   model.moe = moe_knobs()
-  # auto (splash on TPUs, cudnn where flaxlm.doctor found it right and fast, else xla)
-  # | reference | xla | splash | ring (mesh.context) | cudnn (NVIDIA, 16 bits)
+  # auto (the fast one that is known to be right here) | a name of the table in
+  # flaxlm/kernels/README.md; `flaxlm doctor` compares them on this machine
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
   # Products of the layers' matrices in 8 bits: none | fp8 | int8 (forward alone).

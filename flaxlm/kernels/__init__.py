@@ -1,1 +1,1 @@
-"""How the hot spots are computed. Plain functions of arrays; no model, no config."""
+"""How the hot spots are computed: functions of arrays, without model or config."""

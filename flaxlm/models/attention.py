@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.kernels.attention.attention import attention, settle_backend
+from flaxlm.kernels.attention.attention import attention, choose_kernel
 from flaxlm.kernels.attention.choice import (
   BACKENDS,
   CONTEXT_PARALLEL,
@@ -150,7 +150,7 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, win
   """
   now = current_layout()
   split = now is not None and now.ways("length") > 1
-  backend = settled_backend(config, view, q_BLNH.shape[1], split)
+  backend = _kernel_for_rows(config, view, q_BLNH.shape[1], split)
   row = BACKENDS[backend]
   exchanged = split and not row.splits_rows
   rows = ("batch", "length") if row.splits_rows else ("batch", None)
@@ -178,7 +178,7 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, win
   return shard_map(local, [dims, dims, dims, rows, rows, (heads,), ()], dims)(*arrays)
 
 
-def settled_backend(config: TransformerConfig, view: View, L: int, split: bool) -> str:
+def _kernel_for_rows(config: TransformerConfig, view: View, L: int, split: bool) -> str:
   """Returns the kernel for whole rows, by config, device and shape.
 
   Raises:
@@ -193,7 +193,7 @@ def settled_backend(config: TransformerConfig, view: View, L: int, split: bool) 
     device.platform, config.dtype, L, L, config.head_dim, config.attention_softcap,
     view.prefix_BL is not None, config.attention_sinks,
   )  # fmt: skip
-  return settle_backend(backend, case, device.device_kind)
+  return choose_kernel(backend, case, device.device_kind)
 
 
 def value_of(weight: nnx.Param | None) -> jax.Array | None:

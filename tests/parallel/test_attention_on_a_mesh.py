@@ -37,7 +37,7 @@ def test_sinks_and_chunks_on_a_mesh(config, backend, split, one_device, monkeypa
   sinks = expected[1].blocks.attention.sinks[...]
   assert sinks.shape == (4, 8) and np.all(sinks != 0)
   monkeypatch.setattr(chunked, "LARGEST_BLOCK", 8)
-  monkeypatch.setattr(attention, "pays", lambda *_: True)
+  monkeypatch.setattr(attention, "chunks_pay", lambda *_: True)
   config.model.attention = backend
   assert_same_gradient(gradient(config, one_device), expected)
   assert_same_gradient(gradient(*mesh_of(config, **split)), expected)

@@ -1,1 +1,1 @@
-"""Attention: one definition, and the backends that compute it. No JAX here."""
+"""Attention: one definition, and the backends that compute it. Imports no JAX."""

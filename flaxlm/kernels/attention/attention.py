@@ -1,8 +1,8 @@
-"""Scaled dot-product attention: one function, several backends, one truth.
+"""Scaled dot-product attention: one function, several backends, one definition.
 
-`define` is the truth (Vaswani et al. 2017, eq. 1, with masks), and the backend
-`reference`. The others must equal it; one that cannot honour a mask or a type raises.
-What each can do stands in choice.py.
+The backend `reference` is the definition (Vaswani et al. 2017, eq. 1, with masks). The
+others must equal it, and raise if they cannot honour a mask or a dtype. choice.py lists
+what each one can compute.
 """
 
 import jax
@@ -11,25 +11,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels.attention import choice
 from flaxlm.kernels.attention.choice import Case, refuse_case
-from flaxlm.kernels.attention.chunked import chunked_attention, pays
+from flaxlm.kernels.attention.chunked import chunked_attention, chunks_pay
 from flaxlm.kernels.attention.dense import dense_attention
 from flaxlm.kernels.attention.masks import check_masks, check_shapes, visible
 from flaxlm.kernels.attention.ring import ring_attention
 from flaxlm.kernels.attention.splash import splash_attention
 
 
-def settle_backend(backend: str, case: Case, device_kind: str) -> str:
-  """Returns the kernel that computes `case` on such a device, for `attention`.
+def choose_kernel(backend: str, case: Case, device_kind: str) -> str:
+  """Returns the kernel that computes `case` on a device of this kind.
 
   Raises:
-    UserError: `backend` cannot compute this. Whether it runs on `case.platform` is not
-      asked: `plan` traces for machines that are not here.
+    UserError: `backend` cannot compute this. The platform is not checked: `plan` traces
+      for machines that are not here.
   """
   if backend == "auto":
     measured = choice.load_measured(device_kind, jax.__version__)
     backend = choice.choose_backend(case, measured)
   refuse_case(backend, case._replace(platform=""))
-  return choice.kernel_of(backend, pays(case.platform, case.L, case.M))
+  return choice.kernel_of(backend, chunks_pay(case.platform, case.L, case.M))
 
 
 def attention(
@@ -53,19 +53,19 @@ def attention(
 ) -> jax.Array:
   """Returns softmax(scale * q k^T) v as BLNH, in the type of `q_BLNH`.
 
-  Query l sits in key slot `q_offset + l`; it sees slot m if all of these hold:
-  m <= its own slot or `k_prefix_BM` is set there (causal), its own slot and m are less
-  than `window` apart (window > 0), and the segment ids are equal (both given). N must
-  be a multiple of K: query head n reads k/v head n // (N/K). scale 0 is H ** -0.5; a
-  softcap c bends scores to c * tanh(scores / c) (Gemma 2, arXiv 2408.00118). A sink is
-  one more score of each query, neither scaled nor bent, of a key whose value is 0
+  Query l has key slot `q_offset + l`. It sees slot m if all of these hold: m is at most
+  its own slot, or `k_prefix_BM` is set there (causal); the two slots are less than
+  `window` apart (window > 0); and their segment ids are equal (both given). N must be a
+  multiple of K: query head n reads k/v head n // (N/K). A scale of 0 means H ** -0.5. A
+  softcap c limits scores to c * tanh(scores / c) (Gemma 2, arXiv 2408.00118). A sink
+  adds one score to each query, neither scaled nor capped, of a key whose value is 0
   (gpt-oss, arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453).
 
   Args:
-    sliding_window: what an array `window` is where it is not 0 (splash needs it).
-    backend: of choice.BACKENDS. If it is `per_device`, call it inside `shard_map`.
-    axis_name: the mesh axis that splits the rows, if the backend `splits_rows`.
-    interpret: runs splash's program step by step where there is no TPU.
+    sliding_window: the value of an array `window` where it is not 0; splash needs it.
+    backend: a name in choice.BACKENDS. Call one that is `per_device` in `shard_map`.
+    axis_name: the mesh axis that splits the rows, for a backend that `splits_rows`.
+    interpret: runs splash's kernel in Pallas's interpreter, where there is no TPU.
 
   Raises:
     UserError: the backend cannot compute this, or the shapes do not fit.
@@ -73,12 +73,12 @@ def attention(
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
   check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal)
   L, H, M = *q_BLNH.shape[1::2], k_BMKH.shape[1]
-  # Splash is traced and interpreted elsewhere than on TPUs.
+  # Unknown for splash, which is also traced and interpreted where there is no TPU.
   platform = jax.default_backend() if backend == "cudnn" else ""
   cached = not isinstance(q_offset, int) or q_offset != 0
   given = (k_prefix_BM is not None, sinks_N is not None, cached)
   refuse_case(backend, Case(platform, q_BLNH.dtype.name, L, M, H, softcap, *given))
-  kernel = choice.kernel_of(backend, pays(jax.default_backend(), L, M))
+  kernel = choice.kernel_of(backend, chunks_pay(jax.default_backend(), L, M))
   scale = scale or H**-0.5
   rule = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
   arrays, ids = (q_BLNH, k_BMKH, v_BMKH), (q_segment_ids_BL, k_segment_ids_BM)
@@ -94,7 +94,7 @@ def attention(
 
 
 def _attend_here(kernel: str, arrays, masks, scale: float, softcap: float) -> jax.Array:
-  """The kernels that take any mask as `visible` has it, an array if need be."""
+  """Calls a kernel that takes any mask that `visible` describes."""
   q_BLNH, k_BMKH, _, sinks_N = arrays
   q_segment_ids_BL, _, k_prefix_BM, q_offset, causal, window = masks
   L, M = q_BLNH.shape[1], k_BMKH.shape[1]
@@ -102,16 +102,16 @@ def _attend_here(kernel: str, arrays, masks, scale: float, softcap: float) -> ja
   square = at_start and L == M and k_prefix_BM is None
   if kernel == "reference":
     arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
-    return define(*arrays, visible(L, M, *masks), scale, softcap).astype(q_BLNH.dtype)
+    return _define(*arrays, visible(L, M, *masks), scale, softcap).astype(q_BLNH.dtype)
   elif kernel == "dense":
     mask_BLM = visible(L, M, *masks)
     if softcap or sinks_N is not None:
-      return define(*arrays, mask_BLM, scale, softcap)
+      return _define(*arrays, mask_BLM, scale, softcap)
     return dense_attention(*arrays[:3], mask_BLM, scale, only_before=causal and square)
   elif kernel == "chunked":
     return chunked_attention(*arrays, *masks, scale, softcap)
   elif kernel == "cudnn":
-    # A mask that is causal alone need not exist as an array.
+    # A purely causal mask need not exist as an array.
     plain = square and isinstance(window, int) and not window
     plain &= q_segment_ids_BL is None
     return jax.nn.dot_product_attention(
@@ -119,13 +119,13 @@ def _attend_here(kernel: str, arrays, masks, scale: float, softcap: float) -> ja
       scale=scale, is_causal=causal and plain, implementation="cudnn",
     )  # fmt: skip
   else:
-    raise AssertionError(f"{kernel} has a row in choice.py and no branch here")
+    raise AssertionError(f"{kernel} has a row in choice.py but no branch here")
 
 
-def define(
+def _define(
   q_BLNH, k_BMKH, v_BMKH, sinks_N, mask_BLM, scale: float, softcap: float
 ) -> jax.Array:
-  """The definition; scores in float32. `mask_BLM`: where a query sees a key."""
+  """The definition, with scores in float32. `mask_BLM`: where a query sees a key."""
   B, L, N, H = q_BLNH.shape
   K = k_BMKH.shape[2]
   q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)

@@ -1,10 +1,10 @@
-"""Attention one block of queries and keys at a time: the parts of a running softmax.
+"""Attention one block of queries and keys at a time: the steps of a running softmax.
 
-A row of scores is never whole: each block is folded into the running maximum, sum and
+No row of scores is ever whole. Each block is folded into the running maximum, sum and
 output (Milakov and Gimelshein 2018, arXiv 1805.02867), and the backward pass computes
-the scores again from the logarithm of the sum (FlashAttention-2, Dao 2023, arXiv
-2307.08691). `chunked_attention` walks over the blocks of one device with these parts,
-`ring_attention` over those of several.
+the weights again from the logarithm of the sum (FlashAttention-2, Dao 2023, arXiv
+2307.08691). `chunked_attention` applies these steps to the blocks of one device,
+`ring_attention` to those of several.
 
 Dims beside the legend's: l queries and m keys of one block.
 """
@@ -16,25 +16,25 @@ import jax.numpy as jnp
 
 from flaxlm.kernels.attention.masks import visible
 
-# Scores of masked keys, and where the running maximum starts: so far apart that a
-# masked key weighs 0 even in a row that has seen nothing yet.
-MASKED, LOWEST = -1e30, -1e20
+# The score of a masked key, and where the running maximum starts: so far apart that a
+# masked key has weight 0 even in a row that has seen no key yet.
+_MASKED, _LOWEST = -1e30, -1e20
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What is known when the step is traced."""
+  """What is constant when the step is traced."""
 
   causal: bool
   scale: float
   softcap: float
-  axis_name: str = ""  # of the mesh, along which a ring is
+  axis_name: str = ""  # the mesh axis of a ring
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queries:
-  """One block, or several with one more dim in front; `slot` is the first one's."""
+  """One block, or several along a leading dimension; `slot` is that of its first."""
 
   slot: jax.Array
   q_BKGlH: jax.Array
@@ -47,7 +47,7 @@ class Queries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """One block, or several with one more dim in front; `slot` is the first one's."""
+  """One block, or several along a leading dimension; `slot` is that of its first."""
 
   slot: jax.Array | None
   k_BKmH: jax.Array
@@ -57,7 +57,7 @@ class Keys:
 
 
 def split_blocks(x_BL: jax.Array | None, size: int) -> jax.Array | None:
-  """(B, L, ...) as blocks of `size` tokens: (L / size, B, size, ...)."""
+  """Returns (B, L, ...) as blocks of `size` tokens: (L / size, B, size, ...)."""
   if x_BL is None:
     return None
   B, L = x_BL.shape[:2]
@@ -65,10 +65,10 @@ def split_blocks(x_BL: jax.Array | None, size: int) -> jax.Array | None:
 
 
 def split_heads(x_BLNH: jax.Array, size: int, K: int | None = None) -> jax.Array:
-  """The same of heads, which come before the tokens: matrix products need no copies.
+  """Returns blocks with heads before tokens: matrix products then need no copies.
 
-  Keys and values are (L / size, B, K, size, H), queries, for which K is given, (L /
-  size, B, K, G, size, H).
+  Keys and values become (L / size, B, K, size, H). Queries, for which K is given,
+  become (L / size, B, K, G, size, H).
   """
   B, L, N, H = x_BLNH.shape
   x_PBNlH = jnp.transpose(x_BLNH.reshape(B, L // size, size, N, H), (1, 0, 3, 2, 4))
@@ -76,20 +76,20 @@ def split_heads(x_BLNH: jax.Array, size: int, K: int | None = None) -> jax.Array
 
 
 def join_heads(x_PBKGlH: jax.Array) -> jax.Array:
-  """The way back of queries, as BLNH."""
+  """Returns blocks of queries as BLNH: the inverse of `split_heads`."""
   P, B, K, G, size, H = x_PBKGlH.shape
   return jnp.transpose(x_PBKGlH, (1, 0, 4, 2, 3, 5)).reshape(B, P * size, K * G, H)
 
 
-def start(q_BKGlH: jax.Array, sinks_KG: jax.Array | None) -> tuple:
-  """The running (output BKGlH, sum BKGl, maximum BKGl), in float32, before any key.
+def start_softmax(q_BKGlH: jax.Array, sinks_KG: jax.Array | None) -> tuple:
+  """Returns (output BKGlH, sum BKGl, maximum BKGl) before any key, in float32.
 
   A sink is a key that every query sees first, and whose value is 0.
   """
   zeros_BKGlH = jnp.zeros(q_BKGlH.shape, jnp.float32)
   zeros_BKGl = zeros_BKGlH[..., 0]
   if sinks_KG is None:
-    return zeros_BKGlH, zeros_BKGl, zeros_BKGl + LOWEST
+    return zeros_BKGlH, zeros_BKGl, zeros_BKGl + _LOWEST
   sinks_BKGl = sinks_KG.astype(jnp.float32)[..., None]
   return zeros_BKGlH, zeros_BKGl + 1.0, jnp.broadcast_to(sinks_BKGl, zeros_BKGl.shape)
 
@@ -97,18 +97,18 @@ def start(q_BKGlH: jax.Array, sinks_KG: jax.Array | None) -> tuple:
 def finish_rows(state: tuple, dtype) -> tuple[jax.Array, jax.Array]:
   """Returns the output BKGlH, and log(sum(exp(scores))) of each query (BKGl, float32).
 
-  A query that has seen nothing gets 0.
+  A query that has seen no key gets 0.
   """
   out_BKGlH, sum_BKGl, max_BKGl = state
   sum_BKGl = jnp.where(sum_BKGl == 0.0, 1.0, sum_BKGl)
   return (out_BKGlH / sum_BKGl[..., None]).astype(dtype), max_BKGl + jnp.log(sum_BKGl)
 
 
-def see(rule: Rule, window, state: tuple, queries: Queries, keys: Keys) -> tuple:
+def fold_block(rule: Rule, window, state: tuple, queries: Queries, keys: Keys) -> tuple:
   """Folds one block of keys into the running softmax of one block of queries."""
   out_BKGlH, sum_BKGl, max_BKGl = state
-  scores_BKGlm, mask_BKGlm = block_scores(rule, window, queries, keys)
-  scores_BKGlm = jnp.where(mask_BKGlm, scores_BKGlm, MASKED)
+  scores_BKGlm, mask_BKGlm = _block_scores(rule, window, queries, keys)
+  scores_BKGlm = jnp.where(mask_BKGlm, scores_BKGlm, _MASKED)
   new_max_BKGl = jnp.maximum(max_BKGl, jnp.max(scores_BKGlm, axis=-1))
   weights_BKGlm = jnp.exp(scores_BKGlm - new_max_BKGl[..., None])
   shrink_BKGl = jnp.exp(max_BKGl - new_max_BKGl)
@@ -117,15 +117,15 @@ def see(rule: Rule, window, state: tuple, queries: Queries, keys: Keys) -> tuple
   return shrink_BKGl[..., None] * out_BKGlH + new_BKGlH, sum_BKGl, new_max_BKGl
 
 
-def see_back(rule: Rule, window, dq_BKGlH, dkv_BKmH, queries: Queries, keys: Keys):
-  """Adds what one block of queries and one of keys give to each other's gradients.
+def add_gradients(rule: Rule, window, dq_BKGlH, dkv_BKmH, queries: Queries, keys: Keys):
+  """Adds what a block of queries and one of keys contribute to their gradients.
 
   The weights are W = exp(scores - lse); dscores = W * (dW - sum(W * dW)), and that sum
   is delta = dout . out (FlashAttention-2, section 3.1.2).
   """
   q_BKGlH, dout_BKGlH = queries.q_BKGlH, queries.dout_BKGlH
-  scores_BKGlm, mask_BKGlm = block_scores(rule, window, queries, keys)
-  masked_BKGlm = jnp.where(mask_BKGlm, scores_BKGlm, MASKED)
+  scores_BKGlm, mask_BKGlm = _block_scores(rule, window, queries, keys)
+  masked_BKGlm = jnp.where(mask_BKGlm, scores_BKGlm, _MASKED)
   weights_BKGlm = jnp.exp(masked_BKGlm - queries.lse_BKGl[..., None])
   dweights_BKGlm = product("BKGlH,BKmH->BKGlm", dout_BKGlH, keys.v_BKmH)
   dscores_BKGlm = weights_BKGlm * (dweights_BKGlm - queries.delta_BKGl[..., None])
@@ -140,7 +140,7 @@ def see_back(rule: Rule, window, dq_BKGlH, dkv_BKmH, queries: Queries, keys: Key
 
 
 def with_gradient(queries: Queries, out_BKGlH, lse_BKGl, dout_BKGlH) -> Queries:
-  """The queries with all that `see_back` needs of them."""
+  """Returns the queries with all that `add_gradients` needs of them."""
   delta_BKGl = jnp.einsum(
     "...H,...H->...", dout_BKGlH, out_BKGlH,
     preferred_element_type=jnp.float32,
@@ -151,7 +151,7 @@ def with_gradient(queries: Queries, out_BKGlH, lse_BKGl, dout_BKGlH) -> Queries:
 
 
 def sinks_gradient(sinks_KG: jax.Array | None, queries: Queries) -> jax.Array | None:
-  """Of all queries, with blocks in front: a sink only takes weight away."""
+  """Returns the gradient of the sinks from all blocks: a sink only takes weight."""
   if sinks_KG is None:
     return None
   lse_BKGl = queries.lse_BKGl
@@ -161,24 +161,24 @@ def sinks_gradient(sinks_KG: jax.Array | None, queries: Queries) -> jax.Array | 
 
 
 def any_visible(rule: Rule, window, queries: Queries, keys: Keys) -> jax.Array:
-  """Whether `visible` could be true anywhere in the block, from its borders alone."""
+  """Returns whether any query may see any key, judged by the blocks' borders alone."""
   q_first, q_last = queries.slot, queries.slot + queries.q_BKGlH.shape[3] - 1
   k_first, k_last = keys.slot, keys.slot + keys.k_BKmH.shape[2] - 1
-  distance = jnp.maximum(k_first - q_last, q_first - k_last)  # of the nearest two
-  seen = (window == 0) | (distance < window)  # of each row, B, if they differ
+  distance = jnp.maximum(k_first - q_last, q_first - k_last)  # of the nearest pair
+  seen = (window == 0) | (distance < window)  # per row, B, if rows differ
   if rule.causal:
     past = k_first <= q_last
     if keys.prefix_Bm is not None:
       past |= jnp.any(keys.prefix_Bm > 0, axis=1)
     seen &= past
-  if keys.segments_Bm is not None:  # mostly in order, and padding, 0, comes last
+  if keys.segments_Bm is not None:  # mostly ascending, and padding, 0, comes last
     q, k = ((x - 1).astype(jnp.uint32) for x in (queries.segments_Bl, keys.segments_Bm))
     seen &= (q.min(1) <= k.max(1)) & (k.min(1) <= q.max(1))
   return jnp.any(seen)
 
 
-def block_scores(rule: Rule, window, queries: Queries, keys: Keys):
-  """Returns float32 scores that are not masked yet, and the mask, both BKGlm."""
+def _block_scores(rule: Rule, window, queries: Queries, keys: Keys):
+  """Returns the float32 scores before masking, and the mask, both BKGlm."""
   mask_Blm = visible(
     queries.q_BKGlH.shape[3],
     keys.k_BKmH.shape[2],
@@ -197,5 +197,5 @@ def block_scores(rule: Rule, window, queries: Queries, keys: Keys):
 
 
 def product(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """An einsum in the type of `y`, summed in float32."""
+  """Returns an einsum of inputs in the dtype of `y`, summed in float32."""
   return jnp.einsum(dims, x.astype(y.dtype), y, preferred_element_type=jnp.float32)

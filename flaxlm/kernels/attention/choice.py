@@ -1,7 +1,7 @@
 """The table of attention backends: what each can compute, and which one `auto` takes.
 
 No JAX here: a config is refused, with the reason, before anything slow is imported.
-Whatever the package knows of a backend stands in its row; nothing else lists them.
+All that the package knows about a backend is in its row; nothing else lists them.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from flaxlm.errors import UserError
 from flaxlm.files import write_atomically
 
-LANES = 128  # the smallest block of tokens that splash works on
+LANES = 128  # tokens in the smallest block that splash works on
 
 
 class Case(NamedTuple):
@@ -33,17 +33,18 @@ class Case(NamedTuple):
 class Backend(NamedTuple):
   """One way to compute attention.
 
-  `needs` maps what it needs of a case, with the key to change, to whether that holds.
+  `needs` maps each requirement, in words that name the key to change, to whether the
+  case meets it.
   """
 
   name: str
   needs: Callable[[Case], dict[str, bool]] = lambda case: {}
-  platform: str = ""  # the only one that it runs on
-  form_of: str = ""  # the choice whose form it is, by shape; it is no choice itself
-  keeps_scores: bool = False  # L x M numbers wait for the backward pass
-  per_device: bool = False  # opaque to the compiler: each device runs its own part
-  splits_rows: bool = False  # each device has a part of every row
-  timed: bool = True  # by the doctor
+  fused_on: str = ""  # the platform whose one fused kernel this is
+  form_of: str = ""  # the choice that becomes this kernel for some shapes
+  keeps_scores: bool = False  # stores L x M numbers per head for the backward pass
+  per_device: bool = False  # opaque to the compiler: each device runs its own shard
+  splits_rows: bool = False  # each device holds a part of every row
+  timed: bool = True  # the doctor measures its speed
   trusted: bool = False  # `auto` takes it where the doctor has not run
 
 
@@ -84,7 +85,9 @@ BACKENDS = {
   backend.name: backend
   for backend in (
     Backend("reference", keeps_scores=True, timed=False),
-    Backend("xla", keeps_scores=True),  # one of the two below: see `kernel_of`
+    Backend(
+      "xla", keeps_scores=True
+    ),  # computed by one of the next two: see `kernel_of`
     Backend("dense", form_of="xla", keeps_scores=True),
     Backend("chunked", form_of="xla", per_device=True),
     Backend("cudnn", _needs_of_cudnn, "gpu"),
@@ -92,16 +95,16 @@ BACKENDS = {
     Backend("ring", _needs_of_ring, per_device=True, splits_rows=True, timed=False),
   )
 }
-FORMS = tuple(b.name for b in BACKENDS.values() if b.form_of)
+_FORMS = tuple(b.name for b in BACKENDS.values() if b.form_of)
 # The values of config.model.attention.
-ATTENTION_CHOICES = ("auto", *(name for name in BACKENDS if name not in FORMS))
-# What runs: all but the choices that have forms.
+ATTENTION_CHOICES = ("auto", *(name for name in BACKENDS if name not in _FORMS))
+# What computes: every backend but those that others are a form of.
 KERNELS = tuple(
   name for name in BACKENDS if all(b.form_of != name for b in BACKENDS.values())
 )
-# The kernel of each platform's maker.
-FUSED = {b.platform: b.name for b in BACKENDS.values() if b.platform}
-# The one for rows that are split over the mesh axis `context`.
+# The fused kernel of each platform.
+FUSED = {b.fused_on: b.name for b in BACKENDS.values() if b.fused_on}
+# The backend for rows that are split over the mesh axis `context`.
 CONTEXT_PARALLEL = next(b.name for b in BACKENDS.values() if b.splits_rows)
 
 
@@ -109,18 +112,18 @@ def find_backend(name: str) -> Backend:
   """Returns the row of a backend.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: no backend has this name.
   """
   if name not in BACKENDS:
-    needed = f"one of {' '.join((*ATTENTION_CHOICES, *FORMS))}"
+    needed = f"one of {' '.join((*ATTENTION_CHOICES, *_FORMS))}"
     raise UserError("this attention backend does not exist", name, needed)
   return BACKENDS[name]
 
 
 def why_not(name: str, case: Case) -> str | None:
-  """Returns what a backend needs and `case` lacks; None if it can compute it.
+  """Returns the first requirement that `case` does not meet, or None.
 
-  `auto` always can: it takes a backend that does.
+  `auto` has none: it takes a backend that can compute the case.
 
   Raises:
     UserError: no backend has this name.
@@ -139,25 +142,25 @@ def refuse_case(name: str, case: Case) -> None:
 
 
 def kernel_of(name: str, chunks_pay: bool) -> str:
-  """Returns the kernel of a backend: xla has two, every other is its own."""
+  """Returns the kernel of a backend: xla has two, every other backend is its own."""
   if name != "xla":
     return find_backend(name).name
   return "chunked" if chunks_pay else "dense"
 
 
 def backend_with_cache(name: str) -> str:
-  """Returns the backend of decoding: XLA's, or the definition if the config says so."""
+  """Returns the backend for decoding: XLA's, or the definition if that was chosen."""
   return name if name == "reference" else "xla"
 
 
 def choose_backend(case: Case, measured: dict) -> str:
-  """Returns what `auto` means for `case`, by what the doctor measured on this device.
+  """Returns what `auto` means for `case`, given what the doctor measured here.
 
-  That is the kernel of the platform's maker where it can compute this, unless the
-  doctor found it wrong, or slower at the nearest length. cuDNN must first have been
-  found right on this card: its masks have had bugs that depend on card and version, and
-  a mask that leaks is worse than a slow step. Splash is trusted: all of Google's users
-  run it, and our tests interpret it against the reference.
+  That is the platform's fused kernel where it can compute the case, unless the doctor
+  found it wrong, or slower at the nearest length. cuDNN must first have been found
+  right on this card: its masks have had bugs that depend on card and version, and a
+  mask that leaks is worse than a slow step. Splash is trusted: it is widely used, and
+  our tests compare it, interpreted, with the reference.
   """
   fused = FUSED.get(case.platform)
   if fused is None or why_not(fused, case):
@@ -167,7 +170,7 @@ def choose_backend(case: Case, measured: dict) -> str:
     return fused if BACKENDS[fused].trusted else "xla"
   if not found["conforms"]:
     return "xla"
-  plain = [measured[form]["tflops"] for form in FORMS if form in measured]
+  plain = [measured[form]["tflops"] for form in _FORMS if form in measured]
   nearest = min(found["tflops"], key=lambda L: abs(int(L) - case.L))
   fastest = max((form[nearest] for form in plain), default=0.0)
   return fused if found["tflops"][nearest] >= fastest else "xla"
@@ -180,9 +183,9 @@ def cache_path() -> pathlib.Path:
 
 
 def load_measured(device_kind: str, version: str) -> dict:
-  """Returns what the doctor found on such a device with this version of JAX, by kernel.
+  """Returns what the doctor found on this kind of device and version of JAX, by kernel.
 
-  Each entry has `conforms`, and `tflops` by the length of a row. {} if the doctor has
+  Each entry has `conforms`, and `tflops` by row length. Returns {} if the doctor has
   not run, or if the file cannot be read.
   """
   try:

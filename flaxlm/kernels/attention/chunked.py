@@ -1,8 +1,8 @@
 """Attention whose memory grows with the length of a row, not with its square.
 
-Each block of queries walks over the blocks of keys that it can see: from the first to
-the last, by causality, window and documents. Those outside are not computed. Scores
-exist for one block of queries and one of keys at a time.
+Each block of queries visits the blocks of keys from the first to the last that it can
+see, by causality, window and documents. Blocks outside that range are not computed.
+Scores exist for one block of queries and one block of keys at a time.
 
 Dims beside the legend's: P blocks of l queries · J blocks of m keys.
 """
@@ -16,25 +16,24 @@ from jax.ad_checkpoint import checkpoint_name
 from flaxlm.kernels.attention import blockwise
 from flaxlm.kernels.attention.blockwise import Keys, Queries, Rule
 
-LARGEST_BLOCK = (
-  128  # tokens; of 64, 128 and 256 the fastest on a CPU, whose cache it fits
-)
-# From so many tokens a row on chunks pay. On a CPU, forward and backward with the heads
-# of GPT-2 124M, they need 4/3 of the time of whole scores at 512 and 1,024 tokens and
-# 9/8 at 2,048 (AVX-512; AVX2: 8/5 to 9/5), but a tenth of the memory there
+# In tokens. Of 64, 128 and 256 the fastest on a CPU, whose cache it fits.
+LARGEST_BLOCK = 128
+# Tokens per row from which chunks pay. On a CPU, forward and backward with the heads of
+# GPT-2 124M, they take 4/3 of the time of whole scores at 512 and 1,024 tokens and 9/8
+# at 2,048 (AVX-512; AVX2: 8/5 to 9/5), but a tenth of the memory at 2,048
 # (tests/benchmarks/attention_speed.py).
-# On accelerators that is unmeasured: there it is where whole scores outgrow all else.
+# On accelerators, where it is not measured, whole scores outgrow all else from here.
 _LEAST = {"cpu": 2048}
 _LEAST_ELSEWHERE = 4096
 
 
 def block_size(length: int) -> int:
-  """The largest divisor of `length` that is at most BLOCK."""
+  """Returns the largest divisor of `length` that is at most LARGEST_BLOCK."""
   return max(m for m in range(1, min(length, LARGEST_BLOCK) + 1) if length % m == 0)
 
 
-def pays(platform: str, L: int, M: int) -> bool:
-  """Whether chunks are the better way for these shapes."""
+def chunks_pay(platform: str, L: int, M: int) -> bool:
+  """Returns whether chunks are better than whole scores for these shapes."""
   least = _LEAST.get(platform, _LEAST_ELSEWHERE)
   return min(L, M) >= least and min(block_size(L), block_size(M)) >= LARGEST_BLOCK // 2
 
@@ -57,7 +56,7 @@ def chunked_attention(
   L, N = q_BLNH.shape[1:3]
   M, K = k_BMKH.shape[1:3]
   length, size = block_size(L), block_size(M)
-  out_PBKGlH = chunked(
+  out_PBKGlH = _chunked(
     Rule(causal, scale, softcap),
     blockwise.split_heads(q_BLNH, length, K),
     blockwise.split_heads(k_BMKH, size),
@@ -73,17 +72,17 @@ def chunked_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked(rule: Rule, *arrays):
-  """`chunked_attention` on blocks: PBKGlH, in the type of the queries."""
-  return chunked_fwd(rule, *arrays)[0]
+def _chunked(rule: Rule, *arrays):
+  """Returns `chunked_attention` of blocks, as PBKGlH in the dtype of the queries."""
+  return _chunked_fwd(rule, *arrays)[0]
 
 
-def chunked_fwd(
+def _chunked_fwd(
   rule, q_PBKGlH, k_JBKmH, v_JBKmH, sinks_KG, q_segments, k_segments, prefix, offset,
   window,
 ):  # fmt: skip
-  # Masks depend on no weight: in a scan over layers JAX would compute all of them once,
-  # and keep L x M of them. The barrier makes them depend on the queries of this layer.
+  # Masks depend on no weight: in a scan over layers JAX would compute those of all
+  # layers first, and keep L x M of each. The barrier ties them to this layer's queries.
   offset, q_PBKGlH, q_segments = jax.lax.optimization_barrier(
     (offset, q_PBKGlH, q_segments)
   )
@@ -96,20 +95,20 @@ def chunked_fwd(
     queries, first, last = one
 
     def visit(j, state):
-      return blockwise.see(rule, window, state, queries, take(keys, j))
+      return blockwise.fold_block(rule, window, state, queries, _take_block(keys, j))
 
-    state = blockwise.start(queries.q_BKGlH, sinks_KG)
+    state = blockwise.start_softmax(queries.q_BKGlH, sinks_KG)
     state = jax.lax.fori_loop(first, last, visit, state)
     return None, blockwise.finish_rows(state, q_PBKGlH.dtype)
 
-  reach = reaches(rule, window, queries, keys)
-  _, (out_PBKGlH, lse_PBKGl) = jax.lax.scan(block, None, (queries, *reach))
+  visible = _visible_range(rule, window, queries, keys)
+  _, (out_PBKGlH, lse_PBKGl) = jax.lax.scan(block, None, (queries, *visible))
   out_PBKGlH, lse_PBKGl = checkpoint_name((out_PBKGlH, lse_PBKGl), "attention")
   saved = (window, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl)
   return out_PBKGlH, saved
 
 
-def chunked_bwd(rule, saved, dout_PBKGlH):
+def _chunked_bwd(rule, saved, dout_PBKGlH):
   window, queries, keys, sinks_KG, out_PBKGlH, lse_PBKGl = saved
   queries = blockwise.with_gradient(queries, out_PBKGlH, lse_PBKGl, dout_PBKGlH)
 
@@ -118,8 +117,8 @@ def chunked_bwd(rule, saved, dout_PBKGlH):
 
     def visit(j, gradients):
       dq_BKGlH, dkv_J = gradients
-      dq_BKGlH, dkv_BKmH = blockwise.see_back(
-        rule, window, dq_BKGlH, take(dkv_J, j), queries, take(keys, j)
+      dq_BKGlH, dkv_BKmH = blockwise.add_gradients(
+        rule, window, dq_BKGlH, _take_block(dkv_J, j), queries, _take_block(keys, j)
       )
       return dq_BKGlH, jax.tree.map(lambda x, y: x.at[j].set(y), dkv_J, dkv_BKmH)
 
@@ -129,24 +128,24 @@ def chunked_bwd(rule, saved, dout_PBKGlH):
 
   values = (keys.k_BKmH, keys.v_BKmH)
   zeros_J = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values)
-  reach = reaches(rule, window, queries, keys)
-  dkv_J, dq_PBKGlH = jax.lax.scan(block, zeros_J, (queries, *reach))
+  visible = _visible_range(rule, window, queries, keys)
+  dkv_J, dq_PBKGlH = jax.lax.scan(block, zeros_J, (queries, *visible))
   dk_JBKmH, dv_JBKmH = jax.tree.map(lambda dx, x: dx.astype(x.dtype), dkv_J, values)
   dsinks_KG = blockwise.sinks_gradient(sinks_KG, queries)
   return dq_PBKGlH, dk_JBKmH, dv_JBKmH, dsinks_KG, None, None, None, None, None
 
 
-chunked.defvjp(chunked_fwd, chunked_bwd)
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def take(tree, j):
+def _take_block(tree, j):
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), tree
   )
 
 
-def reaches(rule: Rule, window, queries: Queries, keys: Keys) -> tuple:
-  """For each block of queries, the first block of keys to see, and the one after."""
+def _visible_range(rule: Rule, window, queries: Queries, keys: Keys) -> tuple:
+  """Returns (first, last + 1) of the blocks of keys that each block of queries sees."""
 
   def seen(queries, keys):
     return blockwise.any_visible(rule, window, queries, keys)

@@ -1,20 +1,20 @@
-"""Attention with all scores of a query at once, and a backward pass of its own.
+"""Attention that holds all scores of a query at once, with its own backward pass.
 
-Heads come first, so that each product is one matrix product a head. What autodiff would
-keep and pass over three times, the scores of L x M, is kept once as weights, and the
-sum that softmax's gradient needs is taken over H numbers instead of M (Dao et al. 2022,
-arXiv 2205.14135, section B.2). Where every query sees only what is before it, some
-blocks of queries leave out the keys that none of theirs can see.
+Heads come first, so that each product is one matrix product per head. The L x M scores
+are kept once, as weights; autodiff would keep and read them three times. The sum that
+softmax's gradient needs is taken over H numbers instead of M (Dao et al. 2022, arXiv
+2205.14135, section B.2). With a causal mask, each block of queries leaves out the keys
+after its last query.
 
-On a CPU half the time of `jax.nn.dot_product_attention` in training, at lengths from 64
-to 512 (tests/benchmarks/RESULTS.md).
+On a CPU, training takes half the time of `jax.nn.dot_product_attention` at lengths from
+64 to 512 (tests/benchmarks/RESULTS.md).
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCKS, LEAST = 4, 64  # blocks of queries at most, and tokens a block at least
+_MAX_BLOCKS, _MIN_TOKENS = 4, 64  # blocks of queries, and tokens per block
 
 
 def dense_attention(
@@ -25,7 +25,7 @@ def dense_attention(
   scale: float,
   only_before: bool,
 ) -> jax.Array:
-  """Returns softmax(scale * q k^T) v as BLNH; scores in float32.
+  """Returns softmax(scale * q k^T) v as BLNH, with scores in float32.
 
   Args:
     mask_BLM: where a query sees a key; B may be 1.
@@ -33,17 +33,17 @@ def dense_attention(
   """
   B, L, N, H = q_BLNH.shape
   K = k_BMKH.shape[2]
-  # Scaled here, H numbers a query instead of M.
+  # Scaled here: H numbers per query instead of M.
   q_BLKGH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).reshape(B, L, K, N // K, H)
   q_BKGLH = jnp.transpose(q_BLKGH, (0, 2, 3, 1, 4))
   k_BKMH, v_BKMH = jnp.swapaxes(k_BMKH, 1, 2), jnp.swapaxes(v_BMKH, 1, 2)
-  blocks = min(BLOCKS, L // LEAST) if only_before else 1
+  blocks = min(_MAX_BLOCKS, L // _MIN_TOKENS) if only_before else 1
   outs, first = [], 0
   for i in range(1, max(blocks, 1) + 1):
     end = L * i // max(blocks, 1)
     seen = end if only_before else k_BKMH.shape[2]
     outs.append(
-      weigh(
+      _weighted_values(
         q_BKGLH[:, :, :, first:end], k_BKMH[:, :, :seen], v_BKMH[:, :, :seen],
         mask_BLM[:, first:end, :seen],
       )
@@ -54,11 +54,11 @@ def dense_attention(
 
 
 @jax.custom_vjp
-def weigh(q_BKGLH, k_BKMH, v_BKMH, mask_BLM) -> jax.Array:
-  return weigh_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM)[0]
+def _weighted_values(q_BKGLH, k_BKMH, v_BKMH, mask_BLM) -> jax.Array:
+  return _weighted_values_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM)[0]
 
 
-def weigh_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM):
+def _weighted_values_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM):
   scores = jnp.einsum(
     "BKGLH,BKMH->BKGLM", q_BKGLH, k_BKMH, preferred_element_type=jnp.float32
   )
@@ -69,7 +69,7 @@ def weigh_fwd(q_BKGLH, k_BKMH, v_BKMH, mask_BLM):
   return out_BKGLH, (q_BKGLH, k_BKMH, v_BKMH, p_BKGLM, out_BKGLH)
 
 
-def weigh_bwd(saved, dout_BKGLH):
+def _weighted_values_bwd(saved, dout_BKGLH):
   q_BKGLH, k_BKMH, v_BKMH, p_BKGLM, out_BKGLH = saved
   dp_BKGLM = jnp.einsum(
     "BKGLH,BKMH->BKGLM", dout_BKGLH, v_BKMH, preferred_element_type=jnp.float32
@@ -83,4 +83,4 @@ def weigh_bwd(saved, dout_BKGLH):
   return dq_BKGLH, dk_BKMH, dv_BKMH, None
 
 
-weigh.defvjp(weigh_fwd, weigh_bwd)
+_weighted_values.defvjp(_weighted_values_fwd, _weighted_values_bwd)

@@ -1,7 +1,7 @@
 """Attention on TPUs: JAX's splash kernel, which never holds the matrix of scores.
 
-Blocks that the mask hides are not computed. The mask of slots is known when the kernel
-is made; segments are compared while it runs.
+Blocks that the mask hides are not computed. The causal or sliding mask is fixed when
+the kernel is made; segment ids are compared while it runs.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.kernels.attention.choice import LANES
 
-SPLASH_BLOCK = 512  # tokens per block; larger ones do not fit side by side
+_BLOCK = 512  # tokens per block; larger ones do not fit side by side
 
 
 @functools.lru_cache(maxsize=32)
@@ -31,7 +31,7 @@ def _make_kernel(
     mask = masks.LocalMask((L, L), reach, offset=0)
   else:
     mask = masks.CausalMask((L, L)) if causal else masks.FullMask((L, L))
-  block = next(size for size in (SPLASH_BLOCK, 384, 256, LANES) if L % size == 0)
+  block = next(size for size in (_BLOCK, 384, 256, LANES) if L % size == 0)
   sizes = kernels.BlockSizes(
     block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
     block_q_dq=block, block_kv_dq=block,
@@ -59,7 +59,7 @@ def splash_attention(
   softcap: float,
   interpret: bool,
 ) -> jax.Array:
-  """Returns what `attention` returns, for whole rows; see there.
+  """Returns what `attention` returns, for whole rows.
 
   A `window` that is an array is either 0 or `sliding_window`.
   """
@@ -82,7 +82,7 @@ def splash_attention(
 
   if isinstance(window, int):
     out_BNLH = run(window)
-  else:  # the layers of a scan have different ones
+  else:  # layers in a scan may have different windows
     out_BNLH = jax.lax.cond(window > 0, lambda: run(sliding_window), lambda: run(0))
     out_BNLH = checkpoint_name(out_BNLH, "attention")
   return jnp.swapaxes(out_BNLH, 1, 2).astype(q_BLNH.dtype)

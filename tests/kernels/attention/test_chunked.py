@@ -120,7 +120,11 @@ def test_layers_of_a_scan_keep_no_scores_and_no_masks():
 
 def test_a_shape_decides():
   assert chunked.block_size(96) == 16 and chunked.block_size(97) == 1
-  assert chunked.pays("cpu", 2048, 2048) and not chunked.pays("cpu", 1024, 1024)
-  assert not chunked.pays("cpu", 1, 4096)  # decoding
-  assert not chunked.pays("cpu", 509, 509)  # a prime number has no blocks
-  assert chunked.pays("gpu", 8192, 8192) and not chunked.pays("gpu", 1024, 1024)
+  assert chunked.chunks_pay("cpu", 2048, 2048) and not chunked.chunks_pay(
+    "cpu", 1024, 1024
+  )
+  assert not chunked.chunks_pay("cpu", 1, 4096)  # decoding
+  assert not chunked.chunks_pay("cpu", 509, 509)  # a prime number has no blocks
+  assert chunked.chunks_pay("gpu", 8192, 8192) and not chunked.chunks_pay(
+    "gpu", 1024, 1024
+  )
