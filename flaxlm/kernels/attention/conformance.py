@@ -1,9 +1,9 @@
-"""Does a kernel compute attention, and does no mask leak? With its speed beside it.
+"""Checks that a kernel computes attention and that no mask leaks; measures its speed.
 
-Each backend is compared with the definition in float64, written in NumPy and sharing no
-code with the kernels. Then tokens are disturbed that others must not see: the outputs
-and gradients of those others may not move by one bit. The tests run this for what a CPU
-can run, `python -m flaxlm.doctor` on the user's machine for the rest.
+Each backend is compared with the definition in float64, written in NumPy, which shares
+no code with the kernels. Then tokens that others must not see are disturbed: outputs
+and gradients of those others must not change by one bit. The tests do this for what a
+CPU can run, and `python -m flaxlm.doctor` for the rest, on the user's machine.
 """
 
 import concurrent.futures
@@ -22,14 +22,14 @@ from flaxlm.kernels.attention.attention import attention
 from flaxlm.kernels.attention.choice import Case, find_backend, why_not
 from flaxlm.kernels.attention.ring import ring_attention, zigzag
 
-LAYOUTS = {"MHA": 4, "GQA": 2, "MQA": 1}  # k/v heads for NUM_HEADS
-NUM_ROWS, NUM_HEADS, HEAD_DIM = 3, 4, 64
-# The largest difference, as a share of the largest number; inputs are the same bits.
+LAYOUTS = {"MHA": 4, "GQA": 2, "MQA": 1}  # k/v heads for _NUM_HEADS
+_NUM_ROWS, _NUM_HEADS, HEAD_DIM = 3, 4, 64
+# The largest difference, as a share of the largest number; inputs are equal bits.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 class Mask(NamedTuple):
-  """What tokens see. Rows of `packed`: two documents and padding; one; padding."""
+  """What tokens see. A row if `packed`: two documents and padding, one, or padding."""
 
   causal: bool = True
   packed: bool = False
@@ -57,20 +57,20 @@ MASKS = (
 
 
 class Result(NamedTuple):
-  """Of one backend and mask."""
+  """What was found for one backend and mask."""
 
   name: str
   error: float  # the largest, as a share of the largest number of its array
   tolerance: float
-  leaks: tuple[str, ...]  # which numbers moved that must not
+  leaks: tuple[str, ...]  # what changed and must not
 
   @property
   def conforms(self) -> bool:
-    return self.error <= self.tolerance and not self.leaks  # a NaN does not
+    return self.error <= self.tolerance and not self.leaks  # NaN does not conform
 
 
 class Inputs(NamedTuple):
-  """In NumPy, so that nothing but the kernel is compiled."""
+  """The arrays of one case; in NumPy, so that only the kernel is compiled."""
 
   q_BLNH: np.ndarray
   k_BMKH: np.ndarray
@@ -82,7 +82,7 @@ class Inputs(NamedTuple):
 
 
 def check_all(function: Callable, cases: Iterable[tuple]) -> list[Result]:
-  """`check` for each (mask, dtype, layout, length); compilers run side by side."""
+  """Runs `check_backend` for each (mask, dtype, layout, length), in threads."""
   with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
     return list(pool.map(lambda case: check_backend(function, *case), cases))
 
@@ -90,11 +90,11 @@ def check_all(function: Callable, cases: Iterable[tuple]) -> list[Result]:
 def check_backend(
   function: Callable, mask: Mask, dtype: str, layout: str, length: int
 ) -> Result:
-  """Compares `function(inputs, mask)`, as `kernels` gives it, with the definition."""
-  given, expected = truth(mask, dtype, layout, length)
-  # On a CPU most of the time would go into LLVM, which changes nothing that is tested.
-  options = {"xla_backend_optimization_level": 0} if on_cpu() else {}
-  # Accelerators would round float32 to fewer bits before they multiply.
+  """Compares `function(inputs, mask)`, as `kernels` makes it, with the definition."""
+  given, expected = _truth(mask, dtype, layout, length)
+  # On a CPU most of the time would go into LLVM, whose work is not tested here.
+  options = {"xla_backend_optimization_level": 0} if _on_cpu() else {}
+  # By default accelerators round float32 to fewer bits before they multiply.
   with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
     wrapped = jax.jit(lambda x: pull(functools.partial(function, mask=mask), x))
     compiled = wrapped.lower(given).compile(options)
@@ -103,7 +103,7 @@ def check_backend(
       return jax.device_get(compiled(given))
 
     found = run(given)
-    leaks = tuple(leaked(run, given, found, mask))
+    leaks = tuple(_find_leaks(run, given, found, mask))
   error = max(
     np.max(np.abs(np.asarray(x, np.float64) - y)) / np.max(np.abs(y))
     for x, y in zip(found, expected, strict=True)
@@ -111,18 +111,18 @@ def check_backend(
   return Result(f"{mask}, {dtype}, {layout}", float(error), TOLERANCE[dtype], leaks)
 
 
-def on_cpu() -> bool:
+def _on_cpu() -> bool:
   return jax.default_backend() == "cpu"
 
 
 @functools.lru_cache(maxsize=64)
-def truth(mask: Mask, dtype: str, layout: str, length: int) -> tuple[Inputs, tuple]:
+def _truth(mask: Mask, dtype: str, layout: str, length: int) -> tuple[Inputs, tuple]:
   given = inputs(mask, dtype, layout, length)
   return given, exact(given, mask)
 
 
 def pull(function: Callable, given: Inputs) -> tuple:
-  """The output, and the gradients of queries, keys, values and (if any) sinks."""
+  """Returns the output and the gradients of queries, keys, values and sinks, if any."""
 
   def out(q, k, v, sinks):
     return function(given._replace(q_BLNH=q, k_BMKH=k, v_BMKH=v, sinks_N=sinks))
@@ -133,35 +133,36 @@ def pull(function: Callable, given: Inputs) -> tuple:
 
 
 def inputs(mask: Mask, dtype: str, layout: str, length: int) -> Inputs:
+  """Returns the arrays of a case: random, the same on every call."""
   generator = np.random.default_rng(0)
 
   def heads(number):
-    shape = (NUM_ROWS, length, number, HEAD_DIM)
+    shape = (_NUM_ROWS, length, number, HEAD_DIM)
     return np.asarray(generator.normal(size=shape), np.dtype(jnp.dtype(dtype)))
 
   K = LAYOUTS[layout]
-  q, k, v, dout = heads(NUM_HEADS), heads(K), heads(K), heads(NUM_HEADS)
-  segments, prefix = np.ones((NUM_ROWS, length), np.int32), None
-  a, b = borders(length)
+  q, k, v, dout = heads(_NUM_HEADS), heads(K), heads(K), heads(_NUM_HEADS)
+  segments, prefix = np.ones((_NUM_ROWS, length), np.int32), None
+  a, b = _borders(length)
   segments[0, a:b], segments[0, b:], segments[2] = 2, 0, 0
   if mask.prefix:
-    prefix = np.zeros((NUM_ROWS, length), np.int32)
+    prefix = np.zeros((_NUM_ROWS, length), np.int32)
     prefix[0, : a // 2] = prefix[0, a : a + 9] = prefix[1, : length // 3] = 1
-  sinks = generator.normal(size=NUM_HEADS).astype(np.float32)
+  sinks = generator.normal(size=_NUM_HEADS).astype(np.float32)
   return Inputs(
     q, k, v, sinks if mask.sinks else None, dout,
     segments if mask.packed else None, prefix,
   )  # fmt: skip
 
 
-def borders(length: int) -> tuple[int, int]:
-  """Where the second document of row 0 begins, and its padding: no block does there."""
+def _borders(length: int) -> tuple[int, int]:
+  """Returns where row 0's second document and padding begin: on no block's border."""
   return 2 * length // 5 + 1, 4 * length // 5 + 3
 
 
 def exact(given: Inputs, mask: Mask) -> tuple:
-  """The definition and its gradients, in float64 on the host."""
-  # All with heads before tokens: NumPy's matmul is fast, its einsum is not.
+  """Returns the definition and its gradients, in float64 on the host."""
+  # Heads come before tokens for NumPy's matmul, which is faster than its einsum.
   arrays = (*given[:3], given.dout_BLNH)
   q, k, v, dout = (np.asarray(x, np.float64).swapaxes(1, 2) for x in arrays)
   B, N, L, H = q.shape
@@ -179,7 +180,7 @@ def exact(given: Inputs, mask: Mask) -> tuple:
   scores = q @ k_BNMH.swapaxes(2, 3) * H**-0.5
   if mask.softcap:
     scores = mask.softcap * np.tanh(scores / mask.softcap)
-  powers = np.exp(scores) * seen_BLM[:, None]  # scores of these inputs are small
+  powers = np.exp(scores) * seen_BLM[:, None]  # no overflow: these scores are small
   total = powers.sum(-1, keepdims=True)
   if mask.sinks:
     sink_1N11 = np.exp(given.sinks_N.astype(np.float64))[None, :, None, None]
@@ -199,28 +200,30 @@ def exact(given: Inputs, mask: Mask) -> tuple:
   return *found, -(sink_1N11 / total * delta).sum((0, 2, 3))
 
 
-def leaked(run: Callable, given: Inputs, found: tuple, mask: Mask) -> Iterator[str]:
-  """Yields the name of each number that moves with tokens that it must not see."""
+def _find_leaks(
+  run: Callable, given: Inputs, found: tuple, mask: Mask
+) -> Iterator[str]:
+  """Yields what changes when tokens that it must not see are disturbed."""
   L = given.q_BLNH.shape[1]
-  a, b = borders(L)
+  a, b = _borders(L)
   spans = {"first": slice(0, a), "second": slice(a, b), "padding": slice(b, L)}
   if mask.packed:  # documents of row 0
     for name, span in spans.items():
-      moved = run(disturb(given, 0, span))
+      moved = run(_disturb(given, 0, span))
       for other, place in spans.items():
         if other != name:
-          yield from differ(f"{name} in {other}", found, moved, 0, place)
-  if mask.causal:  # row 1 is one document; no loss comes from what is disturbed
+          yield from _differences(f"{name} in {other}", found, moved, 0, place)
+  if mask.causal:  # row 1 is one document; the disturbed part has no loss
     past, future = slice(0, L // 2 + 1), slice(L // 2 + 1, L)
     dout_BLNH = given.dout_BLNH.copy()
     dout_BLNH[1, future] = 0
     silent = given._replace(dout_BLNH=dout_BLNH)
-    moved = run(disturb(silent, 1, future)._replace(dout_BLNH=dout_BLNH))
-    yield from differ("the future", run(silent), moved, 1, past)
+    moved = run(_disturb(silent, 1, future)._replace(dout_BLNH=dout_BLNH))
+    yield from _differences("the future", run(silent), moved, 1, past)
 
 
-def disturb(given: Inputs, row: int, span: slice) -> Inputs:
-  """Other numbers in all that these tokens have."""
+def _disturb(given: Inputs, row: int, span: slice) -> Inputs:
+  """Returns the inputs with other numbers for the tokens of `span`."""
 
   def other(x, factor, shift):
     x = x.copy()
@@ -235,7 +238,7 @@ def disturb(given: Inputs, row: int, span: slice) -> Inputs:
   )
 
 
-def differ(what: str, before, after, row: int, place: slice) -> Iterator[str]:
+def _differences(what: str, before, after, row: int, place: slice) -> Iterator[str]:
   names = ("output", "gradient of q", "gradient of k", "gradient of v")
   for name, x, y in zip(names, before, after, strict=False):
     if not np.array_equal(x[row, place], y[row, place]):
@@ -253,11 +256,11 @@ def kernels(backend: str, interpret: bool = False) -> Callable:
       window=mask.window, softcap=mask.softcap, backend=backend, interpret=interpret,
     )  # fmt: skip
 
-  return on_ring if find_backend(backend).splits_rows else compute
+  return _on_ring if find_backend(backend).splits_rows else compute
 
 
-def on_ring(given: Inputs, mask: Mask) -> jax.Array:
-  """Attention by a ring of all devices here, at most four."""
+def _on_ring(given: Inputs, mask: Mask) -> jax.Array:
+  """Computes attention on a ring of the devices here, at most four."""
   devices = jax.devices()[:4]
   order = zigzag(given.q_BLNH.shape[1], len(devices))
   mesh = jax.sharding.Mesh(devices, "context", axis_types=(AxisType.Auto,))
@@ -286,11 +289,11 @@ def case_of(mask: Mask, dtype: str, length: int, platform: str) -> Case:
 
 
 def cases(backend: str, length: int, platform: str) -> Iterator[tuple]:
-  """Yields (mask, dtype, layout, length) of what a backend says it can compute.
+  """Yields (mask, dtype, layout, length) of each case that a backend says it computes.
 
-  Each mask meets each dtype, and the layouts by turns; the last mask meets all: heads
-  are a dimension of batch to every kernel here, whatever the mask. The reference is
-  what is compared with: a few.
+  Each mask is tried with each dtype, and with the layouts in turn. Only the last mask
+  is tried with all layouts: whatever the mask, heads are a batch dimension to every
+  kernel here. For the reference, a few cases are enough.
   """
   names = list(LAYOUTS)
   masks = (MASKS[0], MASKS[-1]) if backend == "reference" else MASKS
@@ -298,17 +301,17 @@ def cases(backend: str, length: int, platform: str) -> Iterator[tuple]:
     for j, dtype in enumerate(TOLERANCE):
       full = mask == MASKS[-1] and dtype == "float32"
       if why_not(backend, case_of(mask, dtype, length, platform)) is None:
-        turn = names if full else [names[(i + j) % len(names)]]
-        yield from ((mask, dtype, layout, length) for layout in turn)
+        layouts = names if full else [names[(i + j) % len(names)]]
+        yield from ((mask, dtype, layout, length) for layout in layouts)
 
 
 def examine(backend: str, platform: str) -> dict:
   """Checks every case that `backend` can compute here, and measures its speed.
 
   Returns:
-    Plain values: `checked` cases, the `failed` ones in words, whether it `conforms`,
-    the largest `error` as a share of its tolerance, `tflops` by the length of a row;
-    where nothing can run, what it `needs`.
+    Values for JSON: the number of `checked` cases, descriptions of the `failed` ones,
+    whether it `conforms`, the largest `error` as a share of its tolerance, and `tflops`
+    by row length; if nothing can run here, what it `needs`.
   """
   length = 384 if platform == "tpu" else 160  # several blocks of each kernel
   dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -339,11 +342,11 @@ def examine(backend: str, platform: str) -> dict:
 
 
 def teraflops(backend: str, L: int, dtype: str, seconds: float = 0.4) -> float:
-  """The speed of causal attention, forward and backward, with the heads of GPT-2 124M.
+  """Returns TFLOP/s of causal attention, forward and backward, for GPT-2 124M's heads.
 
-  Counts the products of visible scores, 2 forward and 5 backward (FlashAttention-2).
+  Counts the products of visible scores: 2 forward and 5 backward (FlashAttention-2).
   """
-  B, N, H = max(1, 8192 // L) if not on_cpu() else 1, 12, 64
+  B, N, H = max(1, 8192 // L) if not _on_cpu() else 1, 12, 64
   q, k, v, dout = jax.random.normal(jax.random.key(0), (4, B, L, N, H), dtype)
   given = Inputs(q, k, v, None, dout, None, None)
   run = jax.jit(
