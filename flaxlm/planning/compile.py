@@ -166,13 +166,13 @@ def abstract_state(config) -> TrainState:
 def _find_devices(hardware: Hardware) -> list | None:
   """Returns the devices to compile for, or None if counting is all that is possible."""
   if hardware.chip.link == "ici":
-    return _topology(hardware)
+    return topology(hardware)
   here = jax.devices()
   known = hardware.calibration is not None or chip_of(here[0]) == hardware.chip
   return here if known and len(here) == hardware.num_chips else None
 
 
-def _topology(hardware: Hardware) -> list:
+def topology(hardware: Hardware) -> list:
   """Returns the devices of TPU slices, which need not exist."""
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
