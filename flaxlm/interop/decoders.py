@@ -18,13 +18,13 @@ def _causal(name: str) -> tuple[Architecture, ...]:
   )
 
 
-LLAMA_KEYS = COMMON_KEYS | {
+_LLAMA_KEYS = COMMON_KEYS | {
   "num_key_value_heads": "num_kv_heads",
   "head_dim": "head_dim",
   "rms_norm_eps": "norm_epsilon",
   "hidden_act": "activation",
 }
-LLAMA_DEFAULTS = {
+_LLAMA_DEFAULTS = {
   "tie_word_embeddings": False,
   "num_key_value_heads": None,  # num_attention_heads
   "head_dim": None,  # hidden_size / num_attention_heads
@@ -32,8 +32,8 @@ LLAMA_DEFAULTS = {
   "hidden_act": "silu",
   "rope_theta": 10_000.0,
 }
-LLAMA_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
-NO_BIAS = {"attention_bias": (False,)}
+_LLAMA_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+_NO_BIAS = {"attention_bias": (False,)}
 
 GPT2 = Family(
   model_type="gpt2",
@@ -87,11 +87,11 @@ LLAMA = Family(
   + names.MLP
   + names.MLP_BIASES,
   architectures=_causal("Llama"),
-  keys=LLAMA_KEYS,
-  defaults=LLAMA_DEFAULTS,
+  keys=_LLAMA_KEYS,
+  defaults=_LLAMA_DEFAULTS,
   fields={},
   bias_keys=("attention_bias", "mlp_bias"),
-  copies=LLAMA_COPIES,
+  copies=_LLAMA_COPIES,
 )
 
 MISTRAL = dataclasses.replace(
@@ -99,7 +99,7 @@ MISTRAL = dataclasses.replace(
   model_type="mistral",
   rows=names.OUTSIDE + names.PRE_NORMS + names.ATTENTION + names.MLP,
   architectures=_causal("Mistral"),
-  defaults=LLAMA_DEFAULTS | {"sliding_window": 4096},
+  defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096},
   bias_keys=(),
   window="all",
 )
@@ -113,7 +113,7 @@ QWEN2 = dataclasses.replace(
   + names.ATTENTION_BIASES
   + names.MLP,
   architectures=_causal("Qwen2"),
-  defaults=LLAMA_DEFAULTS | {"sliding_window": 4096, "max_window_layers": 28},
+  defaults=_LLAMA_DEFAULTS | {"sliding_window": 4096, "max_window_layers": 28},
   fields={"qkv_bias": True},
   window="qwen",
 )
@@ -125,7 +125,7 @@ QWEN3 = dataclasses.replace(
   architectures=_causal("Qwen3"),
   defaults=QWEN2.defaults | {"head_dim": 128},
   fields={"qk_norm": "head"},
-  fixed=NO_BIAS,
+  fixed=_NO_BIAS,
 )
 
 GEMMA2 = Family(
@@ -168,9 +168,9 @@ GEMMA2 = Family(
     "zero_centered_norm": True,
     "scale_embeddings": True,
   },
-  fixed=NO_BIAS | {"use_bidirectional_attention": (False, None)},
+  fixed=_NO_BIAS | {"use_bidirectional_attention": (False, None)},
   window="gemma",
-  copies=LLAMA_COPIES,
+  copies=_LLAMA_COPIES,
 )
 
 GEMMA3 = dataclasses.replace(
@@ -213,9 +213,9 @@ OLMO2 = dataclasses.replace(
   + names.FULL_NORMS
   + names.MLP,
   architectures=_causal("Olmo2"),
-  defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+  defaults=_LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
   fields={"norm_placement": "post", "qk_norm": "full"},
-  fixed=NO_BIAS,
+  fixed=_NO_BIAS,
   bias_keys=(),
 )
 
@@ -225,13 +225,13 @@ MIXTRAL = dataclasses.replace(
   rows=names.OUTSIDE + names.PRE_NORMS + names.ATTENTION + names.MIXTRAL_EXPERTS,
   old_rows=names.FUSED_EXPERTS,
   architectures=_causal("Mixtral"),
-  keys=LLAMA_KEYS
+  keys=_LLAMA_KEYS
   | {
     "num_local_experts": "moe.num_experts",
     "num_experts_per_tok": "moe.experts_per_token",
     "router_aux_loss_coef": "moe.aux_loss",
   },
-  defaults=LLAMA_DEFAULTS
+  defaults=_LLAMA_DEFAULTS
   | {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1_000_000.0,
@@ -247,7 +247,7 @@ QWEN3_MOE = dataclasses.replace(
   rows=QWEN3.rows + names.EXPERTS,
   old_rows=names.FUSED_EXPERTS,
   architectures=_causal("Qwen3Moe"),
-  keys=LLAMA_KEYS
+  keys=_LLAMA_KEYS
   | {
     "num_experts": "moe.num_experts",
     "num_local_experts": "moe.num_experts",  # transformers 5 writes this one
@@ -265,7 +265,7 @@ QWEN3_MOE = dataclasses.replace(
     "mlp_only_layers": (),
     "router_aux_loss_coef": 0.001,
   },
-  fixed=NO_BIAS | {"decoder_sparse_step": (1,)},
+  fixed=_NO_BIAS | {"decoder_sparse_step": (1,)},
   window="qwen3_moe",
 )
 
@@ -292,7 +292,7 @@ OLMOE = dataclasses.replace(
   + names.EXPERTS,
   old_rows=names.FUSED_EXPERTS,
   architectures=_causal("Olmoe"),
-  keys=LLAMA_KEYS
+  keys=_LLAMA_KEYS
   | {
     "num_experts": "moe.num_experts",
     "num_local_experts": "moe.num_experts",
@@ -308,7 +308,7 @@ OLMOE = dataclasses.replace(
     "router_aux_loss_coef": 0.01,
   },
   fields={"qk_norm": "full"},
-  fixed=NO_BIAS | {"clip_qkv": (None,)},
+  fixed=_NO_BIAS | {"clip_qkv": (None,)},
 )
 
 DECODERS = (

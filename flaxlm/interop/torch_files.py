@@ -86,7 +86,7 @@ class Recipe:
 _MARK = object()
 
 
-class PickleMachine:
+class _PickleMachine:
   """Follows the instructions of one pickle; `run` returns the value that it builds.
 
   Instructions have their names in `pickletools`, which documents each of them.
@@ -281,7 +281,7 @@ def _read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
     root = main.removesuffix("data.pkl")
     if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
       raise ValueError("numbers in big-endian order")
-    value = PickleMachine().run(pickletools.genops(archive.read(main)))
+    value = _PickleMachine().run(pickletools.genops(archive.read(main)))
   starts = {}
   for name, entry in entries.items():
     if not name.startswith(f"{root}data/"):
@@ -303,7 +303,7 @@ def _read_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
     raise ValueError("not a PyTorch checkpoint")
   file.seek(0)
   _, protocol, system, value, keys = [
-    PickleMachine().run(pickletools.genops(file)) for _ in range(5)
+    _PickleMachine().run(pickletools.genops(file)) for _ in range(5)
   ]
   if protocol != 1001 or not system["little_endian"]:
     raise ValueError(f"protocol {protocol} with {system}")

@@ -64,29 +64,29 @@ class Hardware(NamedTuple):
 # Prices are a starting point and go out of date: `--price` overrides them. GPU capacity
 #   blocks are from AWS's page of 2025-01. The others were not checked against a page.
 GB, GiB = 1e9, 2**30
-GCP = "Google Cloud, on demand, US, 2025"
+_GCP = "Google Cloud, on demand, US, 2025"
 CHIPS = {
   chip.name: chip
   for chip in (
     Chip(
       "v4", 275e12, 275e12, 32 * GiB, 1228 * GB, "ici", 300 * GB, "dcn", 6.25 * GB,
-      4, 1, 192, 3.22, GCP,
+      4, 1, 192, 3.22, _GCP,
     ),
     Chip(
       "v5e", 197e12, 197e12, 16 * GiB, 819 * GB, "ici", 200 * GB, "dcn", 3.125 * GB,
-      8, 1, 170, 1.20, GCP,
+      8, 1, 170, 1.20, _GCP,
     ),
     Chip(
       "v5p", 459e12, 459e12, 95 * GiB, 2765 * GB, "ici", 600 * GB, "dcn", 6.25 * GB,
-      4, 1, 350, 4.20, GCP,
+      4, 1, 350, 4.20, _GCP,
     ),
     Chip(
       "v6e", 918e12, 918e12, 32 * GiB, 1638 * GB, "ici", 400 * GB, "dcn", 12.5 * GB,
-      8, 1, 300, 2.70, GCP,
+      8, 1, 300, 2.70, _GCP,
     ),
     Chip(  # half a chip, which has 2307 TFLOP/s, 192 GiB and $12
       "tpu7x", 1153.5e12, 1153.5e12, 96 * GiB, 3690 * GB, "ici", 300 * GB, "dcn",
-      6.25 * GB, 8, 2, 400, 6.00, GCP,
+      6.25 * GB, 8, 2, 400, 6.00, _GCP,
     ),
     Chip(
       "a100", 312e12, 156e12, 80 * GB, 2039 * GB, "nvlink", 300 * GB, "ib", 25 * GB,

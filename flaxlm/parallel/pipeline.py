@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-STAGE = "stage"
+_STAGE = "stage"
 
 
 def bubble(stages: int, microbatches: int, repeats: int) -> float:
@@ -42,7 +42,7 @@ def pipeline(
   assert M >= P, "a microbatch would come round before its slot is free"
   stage_P = jnp.arange(P)
   groups_PR = jax.tree.map(lambda w: _to_groups(w, P, R), layers)
-  run = jax.vmap(apply, in_axes=(0, 0, 0, 0), spmd_axis_name=STAGE)
+  run = jax.vmap(apply, in_axes=(0, 0, 0, 0), spmd_axis_name=_STAGE)
 
   def pick(tree, index_P):
     return jax.vmap(lambda x, i: x[i], in_axes=(0, 0))(tree, index_P)
@@ -98,4 +98,4 @@ def _from_groups(x_PR: jax.Array) -> jax.Array:
 def _split_stages(x_P: jax.Array) -> jax.Array:
   """Splits the leading dimension over `stage`; the compiler chooses the others."""
   rest = (PartitionSpec.UNCONSTRAINED,) * (x_P.ndim - 1)
-  return jax.lax.with_sharding_constraint(x_P, PartitionSpec(STAGE, *rest))
+  return jax.lax.with_sharding_constraint(x_P, PartitionSpec(_STAGE, *rest))

@@ -29,10 +29,10 @@ from flaxlm.planning.microbenchmarks import measure_seconds, prepare
 from flaxlm.planning.operations import Op, operations
 from flaxlm.planning.roofline import predict
 
-SQUARE = 2048  # sides of the matmul whose rate counts as the machine's peak
-SQUARE_KEY = ("matmul", 1, SQUARE, SQUARE, SQUARE, "float32")
+_SQUARE = 2048  # sides of the matmul whose rate counts as the machine's peak
+SQUARE_KEY = ("matmul", 1, _SQUARE, _SQUARE, _SQUARE, "float32")
 COPY_KEY = ("norm", 1 << 15, 1024, "float32")  # 128 MiB: larger than any cache
-MAX_WEIGHTS = 1 << 24  # to time an optimizer on: the time is linear in their number
+_MAX_WEIGHTS = 1 << 24  # to time an optimizer on: the time is linear in their number
 
 
 def measure(configs: list, budget: float = 0.2) -> dict:
@@ -90,7 +90,7 @@ def measurement_key(op: Op, dtype: str) -> tuple:
   """Returns the key of an operation in a calibration."""
   dims = op.dims
   if op.kind in ("optimizer", "weights"):
-    dims = (min(dims[0], MAX_WEIGHTS),)
+    dims = (min(dims[0], _MAX_WEIGHTS),)
   return (op.kind, *dims, dtype)
 
 
@@ -110,7 +110,7 @@ def measured_hardware(measured: dict) -> Hardware:
   if known is not None:
     chip = known._replace(link_bandwidth=link or known.link_bandwidth)
   else:
-    flops, (rows, width) = 6 * SQUARE**3 / times[SQUARE_KEY], COPY_KEY[1:3]
+    flops, (rows, width) = 6 * _SQUARE**3 / times[SQUARE_KEY], COPY_KEY[1:3]
     bandwidth = 40 * rows * width / times[COPY_KEY]
     link = link or bandwidth
     chip = Chip(

@@ -26,7 +26,7 @@ class Collective(NamedTuple):
 
 # Seconds per hop that a message takes however small it is. ICI: 1 us (How to Scale Your
 # Model, Google 2025, part 3); the others are orders of magnitude.
-LATENCY = {"ici": 1e-6, "nvlink": 2e-6, "ib": 5e-6, "dcn": 1e-4, "memory": 1e-6}
+_LATENCY = {"ici": 1e-6, "nvlink": 2e-6, "ib": 5e-6, "dcn": 1e-4, "memory": 1e-6}
 
 
 def link_of(axes: tuple[str, ...], sizes: dict[str, int], hardware: Hardware) -> str:
@@ -78,7 +78,7 @@ def transfer_seconds(
     rate, hops = chip.network_bandwidth, 1
   else:
     rate = chip.link_bandwidth
-  return sent / rate + collective.count * hops * LATENCY[collective.link]
+  return sent / rate + collective.count * hops * _LATENCY[collective.link]
 
 
 def dimensions(n: int, topology: str) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from flaxlm.planning.roofline import Prediction
 from flaxlm.planning.table import Plan, digits, gib, plan_rows
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 720, 420, 80, 50  # of the scaling plot, in SVG units
-COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
-STYLE = """
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 420, 80, 50  # of the scaling plot, in SVG units
+_COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
   padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 0.5em 0 }
@@ -42,7 +42,7 @@ def _document(title: str, body: str) -> str:
   title = html.escape(title)
   return (
     f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-    f"<style>{STYLE}</style><h1>{title}</h1>{body}</html>\n"
+    f"<style>{_STYLE}</style><h1>{title}</h1>{body}</html>\n"
   )
 
 
@@ -57,7 +57,7 @@ def bars(tracks, limit: float, name: str, show: Callable[[float], str]) -> str:
   left, width, height = 110, 640, 28
   whole = max([limit, *(sum(parts.values()) for _, parts in tracks)]) or 1.0
   names = list(dict.fromkeys(part for _, parts in tracks for part in parts))
-  color = {part: COLORS[i % len(COLORS)] for i, part in enumerate(names)}
+  color = {part: _COLORS[i % len(_COLORS)] for i, part in enumerate(names)}
   shapes = []
   for i, (label, parts) in enumerate(tracks):
     x, y = float(left), 24 + i * (height + 6)
@@ -109,24 +109,24 @@ def _scaling_svg(series: dict[str, list[tuple[int, Prediction]]]) -> str:
     return first + (math.log(value) - low) / ((high - low) or 1.0) * (last - first)
 
   def at(n: float, rate: float) -> str:
-    x = place(n, chips, LEFT, WIDTH - 20)
-    y = place(rate, rates, HEIGHT - BOTTOM, 20)
+    x = place(n, chips, _LEFT, _WIDTH - 20)
+    y = place(rate, rates, _HEIGHT - _BOTTOM, 20)
     return f"{x:.1f},{y:.1f}"
 
   shapes = []
   for n in sorted(set(chips)):
-    x = place(n, chips, LEFT, WIDTH - 20)
-    y = HEIGHT - BOTTOM + 20
+    x = place(n, chips, _LEFT, _WIDTH - 20)
+    y = _HEIGHT - _BOTTOM + 20
     shapes.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{n:,}</text>')
   low, high = (math.log10(f(rates)) for f in (min, max))
   for power in range(math.ceil(low), math.floor(high) + 1):
-    y = place(10.0**power, rates, HEIGHT - BOTTOM, 20)
+    y = place(10.0**power, rates, _HEIGHT - _BOTTOM, 20)
     shapes.append(
-      f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-      f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10**power:,}</text>'
+      f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+      f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10**power:,}</text>'
     )
   for i, (name, found) in enumerate(series.items()):
-    color = COLORS[i % len(COLORS)]
+    color = _COLORS[i % len(_COLORS)]
     upper = [at(n, one.tokens / one.low) for n, one in found]
     lower = [at(n, one.tokens / one.high) for n, one in found]
     middle = " ".join(at(n, one.tokens_per_second) for n, one in found)
@@ -140,11 +140,11 @@ def _scaling_svg(series: dict[str, list[tuple[int, Prediction]]]) -> str:
       f'<polyline points="{middle}" fill="none" stroke="{color}" stroke-width="2"/>'
       f'<polyline points="{at(start, ideal * start)} {at(end, ideal * end)}" '
       f'fill="none" stroke="{color}" stroke-dasharray="4 4"/>'
-      f'<text x="{LEFT + 10}" y="{30 + 18 * i}" fill="{color}">'
+      f'<text x="{_LEFT + 10}" y="{30 + 18 * i}" fill="{color}">'
       f"{html.escape(name)}</text>"
     )
   shapes.append(
-    f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+    f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
     "chips (vertical: tokens per second; band: error of the prediction)</text>"
   )
-  return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(shapes)}</svg>'
+  return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(shapes)}</svg>'

@@ -44,7 +44,7 @@ ASSUMPTIONS = {
   "mid": Assumptions(0.75, 0.45, 0.80, 0.80, 0.70, 0.8, 1.1),
   "high": Assumptions(0.60, 0.30, 0.65, 0.60, 0.45, 0.4, 1.4),
 }
-STEP_OVERHEAD = 1e-3  # seconds: dispatch and stragglers, where nothing was measured
+_STEP_OVERHEAD = 1e-3  # seconds: dispatch and stragglers, where nothing was measured
 
 
 class Terms(NamedTuple):
@@ -162,7 +162,7 @@ def _step_seconds(ops, collectives, config, sizes, hardware, assumed: Assumption
   work = sum(spent.values()) + sum(exposed.values())
   beside = max(hidden.values(), default=0.0)  # links work at the same time
   busy = work + beside - assumed.overlap * min(work, beside)
-  overhead = STEP_OVERHEAD
+  overhead = _STEP_OVERHEAD
   if hardware.calibration:
     overhead = hardware.calibration.dispatch_seconds
   waits = 0.0
@@ -254,9 +254,9 @@ def _describe_assumptions(hardware: Hardware) -> tuple[str, ...]:
 
 # PUE: 1.09 to 1.10 in Google's fleet (2024), elsewhere 1.2 to 1.5 (Uptime Institute:
 # 1.56 on average). Chips that wait for memory or links draw less than their limit.
-PUE = (1.08, 1.15, 1.5)
-DRAW = (0.6, 0.8, 1.0)  # of a chip's watts
-HOST = 1.2  # host, network and fans, as a factor of the chips
+_PUE = (1.08, 1.15, 1.5)
+_DRAW = (0.6, 0.8, 1.0)  # of a chip's watts
+_HOST = 1.2  # host, network and fans, as a factor of the chips
 
 
 def budget(
@@ -275,8 +275,8 @@ def budget(
   rate = chip.price if price is None else price / chip.devices_per_chip
   note = chip.price_note if price is None else "as given"
   energy = [
-    device * chip.watts * draw * HOST * pue / 1000
-    for device, draw, pue in zip(devices, DRAW, PUE, strict=True)
+    device * chip.watts * draw * _HOST * pue / 1000
+    for device, draw, pue in zip(devices, _DRAW, _PUE, strict=True)
   ]
   return Budget(
     tuple(hour / 24 for hour in hours),
@@ -285,9 +285,9 @@ def budget(
     tuple(energy),
     (
       f"{rate:.2f} USD per device and hour ({note})",
-      f"{chip.watts:.0f} W per device at {DRAW[1]:.0%} "
-      f"({DRAW[0]:.0%} to {DRAW[2]:.0%}), "
-      f"host and network x {HOST}, PUE {PUE[1]} ({PUE[0]} to {PUE[2]})",
+      f"{chip.watts:.0f} W per device at {_DRAW[1]:.0%} "
+      f"({_DRAW[0]:.0%} to {_DRAW[2]:.0%}), "
+      f"host and network x {_HOST}, PUE {_PUE[1]} ({_PUE[0]} to {_PUE[2]})",
       "no restarts, evaluation or compilation",
     ),
   )

@@ -24,10 +24,10 @@ def scaling(
 
 # Chips in the largest slice to rent; the network joins slices to more.
 _LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
-COUNTS = (8, 32, 128, 512, 2048, 8192)
+_COUNTS = (8, 32, 128, 512, 2048, 8192)
 
 
-def weak_scaling(config, hardware: Hardware, counts=COUNTS) -> list:
+def weak_scaling(config, hardware: Hardware, counts=_COUNTS) -> list:
   """Returns `scaling` of a config with the same rows per chip on each number of chips.
 
   The axes keep their sizes, but fsdp shrinks on fewer chips, `data` grows on more, and
