@@ -144,7 +144,7 @@ def test_training_in_8_bits_ends_where_bfloat16_does(learner):
   assert abs(final["int8"] - final["none"]) < 0.02 * descent
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("fp8", marks=pytest.mark.slow), "int8"])
 def test_eight_devices_compute_what_one_does(learner, kind):
   learner.model.quantize, learner.model.dtype = kind, "float32"
   learner.model.remat = "full"
@@ -155,7 +155,7 @@ def test_eight_devices_compute_what_one_does(learner, kind):
   np.testing.assert_allclose(train(learner, 4, mesh), expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("fp8", marks=pytest.mark.slow), "int8"])
 def test_decoding_depends_on_no_other_prompt(tiny, kind):
   from flax import nnx
 

@@ -28,7 +28,7 @@ def config(tiny):
   ("backend", "split"),
   [
     ("ring", {"context": 2, "tensor": 2, "data": 2}),
-    ("xla", {"context": 2, "tensor": 2, "fsdp": 2}),
+    pytest.param("xla", {"context": 2, "tensor": 2, "fsdp": 2}, marks=pytest.mark.slow),
     ("xla", {"stage": 2, "tensor": 2, "data": 2}),
   ],
 )
@@ -39,8 +39,9 @@ def test_sinks_and_chunks_on_a_mesh(config, backend, split, one_device, monkeypa
   monkeypatch.setattr(chunked, "LARGEST_BLOCK", 8)
   monkeypatch.setattr(attention, "chunks_pay", lambda *_: True)
   config.model.attention = backend
-  assert_same_gradient(gradient(config, one_device), expected)
-  assert_same_gradient(gradient(*mesh_of(config, **split)), expected)
+  model = expected[3]
+  assert_same_gradient(gradient(config, one_device, model), expected)
+  assert_same_gradient(gradient(*mesh_of(config, **split), model), expected)
 
 
 def test_sinks_have_a_name_and_do_not_decay(config):
