@@ -1,61 +1,91 @@
-"""Writes text with a trained run: prompt in, streamed text out."""
+"""From prompts to texts: encodes, decodes and streams; prints nothing.
 
-import pathlib
+A text ends at the tokenizer's end-of-text token, which is not part of it.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from flaxlm.errors import ConfigError
+from flaxlm.inference.decoding import for_decoding, generate
+from flaxlm.inference.sampling import Sampling
+from flaxlm.models.transformer import Transformer
+from flaxlm.parallel.mesh import one_device
+from flaxlm.runs.weights import restore_model
+from flaxlm.tokenizer.files import AnyTokenizer
+from flaxlm.tokenizer.sentencepiece import Decoder
 
 
-def write_text(config, args) -> None:
-  """Samples and prints; the model lives on one device, in the type of its training."""
-  import numpy as np
+def load_for_decoding(
+  workdir: str | os.PathLike, config, step: int | None = None
+) -> Transformer:
+  """Restores a run's model on one device, in the type of its training."""
+  rules = config.mesh.rules.to_dict()
+  model, _ = restore_model(workdir, config, one_device(), rules, step)
+  return for_decoding(model)  # here, so that the stacked weights are freed
 
-  from flaxlm.inference.decoding import for_decoding, generate
-  from flaxlm.inference.sampling import Sampling
-  from flaxlm.parallel.mesh import one_device
-  from flaxlm.runs import weights
-  from flaxlm.tokenizer.files import load_tokenizer
-  from flaxlm.tokenizer.pieces import Decoder
 
-  sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-  workdir = pathlib.Path(args.workdir)
-  tokenizer = load_tokenizer(workdir)
-  prompts = [text for text in args.prompt or [""] for _ in range(args.num_samples)]
-  begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-  ids = [begin + tokenizer.encode(text) for text in prompts]
-  if not all(ids):
-    raise ConfigError(
-      "--prompt", "none", "a text: this tokenizer has no bos token to begin with"
-    )
-  mesh = one_device()
-  model, _ = weights.restore_model(
-    workdir, config, mesh, config.mesh.rules.to_dict(), args.step
-  )
-  model = for_decoding(model)  # here, so that the stacked weights are freed
-  # Ids that stand for text, and the end of it; the embedding may have rows to spare.
-  allowed = np.zeros(config.model.vocab_size, bool)
+def tokenize_prompt(tokenizer: AnyTokenizer, text: str) -> list[int]:
+  """Returns the ids of a prompt, after the beginning-of-text token if there is one.
+
+  Raises:
+    ConfigError: there are none, so nothing to decode from.
+  """
+  ids = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+  ids += tokenizer.encode(text)
+  if not ids:
+    needed = "a text: this tokenizer has no bos token to begin with"
+    raise ConfigError("the prompt", "none", needed)
+  return ids
+
+
+def text_ids(tokenizer: AnyTokenizer, vocab_size: int) -> np.ndarray:
+  """Returns which ids stand for text or end it, bool V.
+
+  Args:
+    vocab_size: the model's; its embedding may have rows to spare.
+  """
+  allowed_V = np.zeros(vocab_size, bool)
   for i, piece in enumerate(tokenizer.pieces()):
-    allowed[i] = i == tokenizer.eos_id or (piece != b"" and i != tokenizer.unk_id)
+    allowed_V[i] = i == tokenizer.eos_id or (piece != b"" and i != tokenizer.unk_id)
+  return allowed_V
 
-  streaming = len(ids) == 1
-  decoders = [Decoder(tokenizer) for _ in ids]
-  texts, done = list(prompts), [False] * len(ids)
-  if streaming:
-    print(prompts[0], end="", flush=True)
-  for new in generate(model, ids, args.max_tokens, sampling, allowed):
-    for i, row in enumerate(new.tolist()):
-      if done[i]:
-        continue
-      if tokenizer.eos_id in row:
-        row, done[i] = row[: row.index(tokenizer.eos_id)], True
-      text = decoders[i](row)
-      texts[i] += text
-      if streaming:
-        print(text, end="", flush=True)
-    if all(done):
+
+class TextStream:
+  """The text of one row, as its tokens arrive."""
+
+  def __init__(self, tokenizer: AnyTokenizer):
+    self.is_done = False  # the end-of-text token has come; what follows is ignored
+    self._eos_id = tokenizer.eos_id
+    self._decoder = Decoder(tokenizer)
+
+  def __call__(self, ids: Sequence[int], final: bool = False) -> str:
+    """Returns the text that is complete now; `final` also flushes what is not."""
+    ids = [] if self.is_done else list(ids)
+    if self._eos_id in ids:
+      ids, self.is_done = ids[: ids.index(self._eos_id)], True
+    return self._decoder(ids, final)
+
+
+def write_texts(
+  model: Transformer,
+  tokenizer: AnyTokenizer,
+  prompts: list[list[int]],
+  max_tokens: int,
+  sampling: Sampling | Sequence[Sampling],
+) -> Iterator[list[str]]:
+  """Yields what is new of each text, until all have ended or have `max_tokens`.
+
+  Args:
+    prompts: as `tokenize_prompt` returns them; their text is not yielded.
+    sampling: of each prompt, or one for all, as in `generate`.
+  """
+  allowed_V = text_ids(tokenizer, model.config.vocab_size)
+  streams = [TextStream(tokenizer) for _ in prompts]
+  for new in generate(model, prompts, max_tokens, sampling, allowed_V):
+    yield [stream(row) for stream, row in zip(streams, new.tolist(), strict=True)]
+    if all(stream.is_done for stream in streams):
       break
-  tails = [decoder([], final=True) for decoder in decoders]
-  if streaming:
-    print(tails[0])
-    return
-  for i, (text, tail) in enumerate(zip(texts, tails, strict=True), 1):
-    print(f"--- {i} of {len(texts)} ---\n{text}{tail}")
+  yield [stream([], final=True) for stream in streams]

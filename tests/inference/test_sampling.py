@@ -14,7 +14,6 @@ from flaxlm.inference.sampling import (
   sample,
 )
 
-
 sample_rows = jax.jit(sample)
 
 
