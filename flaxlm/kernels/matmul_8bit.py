@@ -1,34 +1,46 @@
-"""Matrix products of 8-bit numbers, with a gradient, for the layers of a model.
+"""Matrix products in 8 bits, with gradients, for the layers of a model.
 
-Scales are found from the numbers at hand, in the step itself; there is no history to
-keep. Activations have a scale for each row: what a token becomes then depends on no
-other token, so packed documents stay apart and decoding does not notice its batch.
+Scales come from the current numbers, in the step itself; there is no history to keep.
+Activations have one scale per row. A token's result therefore depends on no other
+token: packed documents stay apart, and decoding does not depend on the batch.
 
 fp8: e4m3 forward, gradients in e5m2, which has more range and fewer digits
-(Micikevicius et al. 2022, arXiv 2209.05433). int8: forward alone, with a scale for each
-column of the weight too; the gradient is that of the exact product (straight-through).
+(Micikevicius et al. 2022, arXiv 2209.05433). int8: the forward pass alone, with one
+scale per column of the weight as well; the gradient is that of the exact product
+(straight-through).
 """
 
 import jax
 import jax.numpy as jnp
 
+from flaxlm.errors import ConfigError
+
 
 def quantized_matmul(x_TI: jax.Array, w_IO: jax.Array, kind: str) -> jax.Array:
-  """x times w, both in 8 bits and summed in 32; in the type of x. kind: fp8 | int8."""
-  return {"fp8": _fp8_matmul, "int8": _int8_matmul}[kind](x_TI, w_IO)
+  """Returns x times w in the dtype of x, multiplied in 8 bits and summed in 32.
+
+  Args:
+    kind: fp8 | int8.
+  """
+  if kind == "fp8":
+    return _fp8_matmul(x_TI, w_IO)
+  elif kind == "int8":
+    return _int8_matmul(x_TI, w_IO)
+  else:
+    raise ConfigError("config.model.quantize", kind, "fp8 or int8")
 
 
 def quantize(x: jax.Array, dtype, axis: int | None) -> tuple[jax.Array, jax.Array]:
-  """Returns (x / scale in `dtype`, scale: float32, of size 1 along `axis`).
+  """Returns (x / scale in `dtype`, scale in float32, of size 1 along `axis`).
 
-  The largest number of each row, column (`axis` runs along it) or, with None, of all
-  becomes the largest of the type.
+  The largest magnitude along `axis`, or of the whole array if it is None, becomes the
+  largest number of the dtype.
   """
   whole = jnp.issubdtype(dtype, jnp.integer)
   largest = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / largest
-  scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)  # of zeros alone
+  scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)  # in case all are zero
   x = x / scale
   return (jnp.round(x) if whole else x).astype(dtype), scale
 
@@ -54,7 +66,7 @@ def _fp8_backward(kept, g_TO):
   x8_TI, x_scale_T1, w8_IO, w_scale, like = kept
   g8_TO, g_scale_T1 = quantize(g_TO, jnp.float8_e5m2, 1)
   dx_TI = _dot("TO,IO->TI", g8_TO, w8_IO) * (g_scale_T1 * w_scale)
-  # Scales of the rows that are summed over cannot wait until after the sum.
+  # The sum runs over rows, so their scales cannot be applied after it.
   h8_TO, h_scale = quantize(g_TO * x_scale_T1, jnp.float8_e5m2, None)
   dw_IO = _dot("TI,TO->IO", x8_TI, h8_TO) * h_scale
   return dx_TI.astype(like.dtype), dw_IO.astype(like.dtype)

@@ -121,9 +121,9 @@ def compiled(T, D, V, which=(0, 1), split=WHOLE, place=lambda *axes: None, **opt
   def array(shape, dtype, *axes):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
 
-  tokens, words = split.tokens or None, split.words or None
+  tokens, vocab = split.tokens or None, split.vocab or None
   arrays = (
-    array((T, D), jnp.float32, tokens), array((D, V), jnp.float32, None, words),
+    array((T, D), jnp.float32, tokens), array((D, V), jnp.float32, None, vocab),
     array((T,), jnp.int32, tokens), array((T,), jnp.float32, tokens),
   )  # fmt: skip
 
@@ -145,10 +145,10 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
   monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1 << 27)
   tokens, width = 8192, 8
 
-  def temporary(words):
-    memory = compiled(tokens, width, words).memory_analysis()
+  def temporary(vocab):
+    memory = compiled(tokens, width, vocab).memory_analysis()
     # The sum of the gradient over chunks, and what a chunk adds to it.
-    return memory.temp_size_in_bytes - 2 * 4 * width * words
+    return memory.temp_size_in_bytes - 2 * 4 * width * vocab
 
   small, large = temporary(8192), temporary(131_072)
   assert small < 2.2 * (1 << 27)  # logits and their gradient, of a chunk
@@ -197,7 +197,7 @@ def test_eight_devices_compute_what_one_does(sizes, monkeypatch):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
 def test_no_device_gets_logits_or_tokens_of_others(sizes, monkeypatch):
-  """Only sums travel: of gradients, and two numbers a token where words are split."""
+  """Only sums travel: of gradients, and two numbers per token of a split vocabulary."""
   monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 128 * 4 * V)
   mesh, split = placed(sizes)
 
@@ -208,9 +208,9 @@ def test_no_device_gets_logits_or_tokens_of_others(sizes, monkeypatch):
     text = compiled(2048, D, V, (0, 1), split, place).as_text()
   assert "all-gather" not in text and "all-to-all" not in text
   assert "collective-permute" not in text
-  # Each product is of a device's own tokens and words.
+  # Each product is of a device's own tokens and vocabulary.
   tokens = 2048 // np.prod([mesh.shape[a] for a in split.tokens], dtype=int)
-  words = V // np.prod([mesh.shape[a] for a in split.words], dtype=int)
-  size = chunk_tokens(int(tokens), int(words))
-  assert f"f32[{size},{words}]" in text
-  assert f"f32[{2 * size},{words}]" not in text
+  vocab = V // np.prod([mesh.shape[a] for a in split.vocab], dtype=int)
+  size = chunk_tokens(int(tokens), int(vocab))
+  assert f"f32[{size},{vocab}]" in text
+  assert f"f32[{2 * size},{vocab}]" not in text
