@@ -1,7 +1,7 @@
 """All commands in one: `flaxlm train …` is `python -m flaxlm.train …`.
 
-The overview reads the commands' docstrings from their files: importing them takes
-seconds.
+The overview reads the commands' docstrings from their files, because importing them
+takes seconds.
 """
 
 import ast
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def overview() -> str:
-  """Returns one line per command, and how to go on."""
+  """Returns the usage, one line per command, and how to get help for each."""
   lines = [flaxlm.__doc__.strip(), "", "usage: flaxlm COMMAND [arguments]"]
   lines += ["       python -m flaxlm.COMMAND [arguments]", ""]
   for command in COMMANDS:
@@ -67,7 +67,7 @@ def _refuse(command: str) -> None:
 
 
 def _completed_command() -> str:
-  """Completes the command in a shell, or returns it so that it completes its flags.
+  """Completes the command for a shell, or returns it to complete its own flags.
 
   The protocol is argcomplete's: `eval "$(register-python-argcomplete flaxlm)"`.
   """
@@ -78,7 +78,7 @@ def _completed_command() -> str:
   line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
   words = line.split(" ")  # the last one is incomplete
   if len(words) > 2 and words[1] in COMMANDS:
-    os.environ["_ARGCOMPLETE"] = "2"  # the command line starts at the second word
+    os.environ["_ARGCOMPLETE"] = "2"  # argcomplete: the second word starts the line
     return words[1]
   parser = argparse.ArgumentParser()
   parser.add_argument("command", choices=COMMANDS)

@@ -1,6 +1,7 @@
-"""What the commands share: the command line, the exit codes, the end of the process.
+"""What the commands share: command lines, exit codes, the end of the process.
 
-No JAX here: `--help` and a refused config answer before anything slow is imported.
+No JAX here: `--help` and errors in a config are answered before anything slow is
+imported.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from flaxlm.machine import choose_platform, keep_programs
 
 
 def make_parser(doc: str, command: str) -> argparse.ArgumentParser:
-  """Returns a parser that describes itself by the docstring of the command."""
+  """Returns a parser whose description is the docstring of the command."""
   as_module = sys.orig_argv[1:2] == ["-m"]
   return argparse.ArgumentParser(
     prog=f"python -m flaxlm.{command}" if as_module else f"flaxlm {command}",
@@ -28,7 +29,7 @@ def make_parser(doc: str, command: str) -> argparse.ArgumentParser:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
-  """Returns (args, overrides): an override is what follows `--config.`: `key=value`."""
+  """Returns (args, overrides); each `--config.key=value` is an override `key=value`."""
   if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions; this exits
     import argcomplete
 
@@ -43,13 +44,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
 
 
 def run_command(main: Callable[[], None], cache: bool = True) -> None:
-  """Runs a command and ends the process with the exit code of what happened.
+  """Runs a command and ends the process with the exit code for what happened.
 
-  A process of a distributed job leaves by `os._exit`: JAX's shutdown barrier would make
-  the others wait five minutes for one that failed.
+  If it fails in a distributed job, it leaves by `os._exit`: at JAX's shutdown barrier
+  the other processes would wait five minutes for this one.
 
   Args:
-    cache: keep the programs that the command compiles, for the next time.
+    cache: keep compiled programs for the next run.
   """
   code = 0
   choose_platform()
@@ -61,7 +62,7 @@ def run_command(main: Callable[[], None], cache: bool = True) -> None:
     print(errors.terminal_text(error), file=sys.stderr)
     code = error.exit_code
   except BrokenPipeError:
-    code = 141  # the reader of our output has gone, as in `| head`
+    code = 141  # the reader of our output is gone, as in `| head`
   except SystemExit as stop:
     code = stop.code or 0
   except KeyboardInterrupt:

@@ -1,8 +1,8 @@
-"""How numbers and tables look on a terminal."""
+"""Numbers, progress bars and tables for a terminal."""
 
 
 def short(number: float) -> str:
-  """1234567 -> "1.23M"."""
+  """Returns three digits and a unit: 1234567 is "1.23M"."""
   for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
     if abs(number) >= 0.9995 * unit:
       return f"{number / unit:.3g}{name}"
@@ -10,6 +10,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+  """Returns the two largest units: 7260 seconds are "2h01m"."""
   minutes, hours = int(seconds + 0.5) // 60, int(seconds + 0.5) // 3600
   if hours >= 48:
     return f"{hours // 24}d{hours % 24:02}h"
@@ -19,6 +20,7 @@ def duration(seconds: float) -> str:
 
 
 def live_bar(stream, first_step: int, num_steps: int):
+  """Starts and returns a progress bar, which disappears when it is stopped."""
   from rich import console, progress
 
   bar = progress.Progress(
@@ -36,7 +38,7 @@ def live_bar(stream, first_step: int, num_steps: int):
 
 
 def print_card(rows: list[tuple[str, str]], stream) -> None:
-  """Prints labelled lines, as a table on a terminal."""
+  """Prints lines with labels; on a terminal the labels are bold."""
   if stream.isatty():
     from rich import console, table
 

@@ -1,12 +1,12 @@
-"""What this machine has, and which attention kernels are right and fast on it.
+"""Show what this machine has, and which attention kernels are right and fast on it.
 
   python -m flaxlm.doctor
 
-Prints versions, devices and memory; compares every attention backend that can run here
-with the definition, for every mask, and disturbs tokens that must not be seen; measures
-the speed of each. `attention=auto` then goes by what was found on this kind of device,
-which is kept for this user. Takes less than a minute. Exit codes: 0 all that run
-conform, 1 one does not.
+Prints versions, devices and memory. Compares every attention backend that can run here
+with the definition for every mask, changes tokens that must not be seen, and measures
+the speed. The results are kept for this user and kind of device, and `attention=auto`
+follows them. Takes less than a minute. Exit codes: 0 all that run conform, 1 one does
+not.
 """
 
 import json
@@ -21,7 +21,7 @@ from flaxlm import cli, machine
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__, "doctor")
   parser.epilog = None  # no config is read
-  parser.add_argument("--json", metavar="FILE", help="also write what was found")
+  parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
   args = parser.parse_args(argv)
   found = {"machine": describe_machine()}
   for name, value in found["machine"].items():
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe_machine() -> dict[str, str]:
-  """Versions, devices and memory, in words."""
+  """Returns versions, devices and memory, in words."""
   import jax
   import jaxlib
 
@@ -42,9 +42,9 @@ def describe_machine() -> dict[str, str]:
 
   devices, gib = jax.devices(), 2**30
   statistics = devices[0].memory_stats() or {}
-  memory = f"{host_memory() / gib:.1f} GiB of the host"
+  memory = f"{host_memory() / gib:.1f} GiB on the host"
   if "bytes_limit" in statistics:
-    memory = f"{statistics['bytes_limit'] / gib:.1f} GiB a device, {memory}"
+    memory = f"{statistics['bytes_limit'] / gib:.1f} GiB per device, {memory}"
   return {
     "python": f"{platform.python_version()}, {platform.platform()}",
     "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
@@ -57,15 +57,15 @@ def describe_machine() -> dict[str, str]:
 
 
 def check_attention() -> dict[str, dict]:
-  """Checks and times each backend; prints a line for each, and what failed."""
+  """Checks and times each backend; prints one line for each, and what failed."""
   import jax
 
   from flaxlm.kernels.attention import choice, conformance
 
   device, measured = jax.devices()[0], {}
   print(
-    f"\n{'attention':10} {'masks':>9}  largest error, of the tolerance; "
-    "TFLOP/s forward + backward, causal FLOPs, by tokens a row"
+    f"\n{'attention':10} {'masks':>9}  largest error / tolerance; TFLOP/s "
+    "forward + backward (causal FLOPs) by tokens per row"
   )
   for backend in choice.KERNELS:
     row = measured[backend] = conformance.examine(backend, device.platform)
@@ -78,7 +78,7 @@ def check_attention() -> dict[str, dict]:
     print("".join(f"  FAILED {text}\n" for text in row["failed"]), end="")
   right = {name: row for name, row in measured.items() if row["checked"]}
   path = choice.save_measured(device.device_kind, jax.__version__, right)
-  print(f"\nattention=auto on {device.device_kind} goes by {path}")
+  print(f"\nattention=auto on {device.device_kind} follows {path}")
   return measured
 
 

@@ -1,7 +1,7 @@
 """The errors that a user can cause or must act on, each with its exit code.
 
-All are `ValueError`s: a caller in Python may catch that alone. `cli.run_command` prints
-them in at most five lines without a traceback; all else is our bug and keeps its
+All are `ValueError`s, which a caller in Python may catch. `cli.run_command` prints them
+in at most five lines without a traceback. Any other exception is our bug and keeps its
 traceback.
 """
 
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
   Args:
     what: what is wrong, in one line.
-    given: what was found; None leaves the line out.
+    given: what was found; None omits the line.
     needed: what would have worked.
     hint: what to try, such as the flag to change.
   """
@@ -35,7 +35,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-  """Data was read and is wrong: corrupt, empty, or not what the run started with."""
+  """Data is wrong: corrupt, empty, or not what the run started with."""
 
   exit_code = 65
 
@@ -71,8 +71,8 @@ class NumericsError(UserError):
 
 
 def terminal_text(error: UserError) -> str:
-  """Returns what a command prints of an error: its name, and at most five lines."""
+  """Returns what a command prints of an error: at most five lines."""
   return "flaxlm: " + "\n".join(str(error).splitlines()[:5])
 
 
-HANG_EXIT_CODE = 85  # the watchdog ends the process itself: nobody is left to catch
+HANG_EXIT_CODE = 85  # the watchdog ends the process itself: nothing is left to catch it

@@ -3,8 +3,9 @@
   python -m flaxlm.evaluate --workdir=runs/quickstart
   python -m flaxlm.evaluate --workdir=runs/quickstart --config.data.store=data/other
 
-Prints loss (nats per token), perplexity and bits per byte, beside those of a model that
-knows only word frequencies. The same checkpoint and store give the same numbers again.
+Prints the loss (nats per token), perplexity and bits per byte, beside those of a model
+that knows only token frequencies. The same checkpoint and store always give the same
+numbers.
 """
 
 import json
@@ -33,19 +34,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe_result(result: dict) -> str:
-  """The numbers in two lines: the loss, and what it is worth."""
-  unit = "nats/token" if "perplexity" in result else "nats/label"
-  line = f"step {result['step']}: loss {result['loss']:.4f} {unit}, "
+  """Returns two lines: the loss, and what to compare it with."""
+  unit = "token" if "perplexity" in result else "label"
+  line = f"step {result['step']}: loss {result['loss']:.4f} nats/{unit}, "
   if "perplexity" in result:
     line += f"perplexity {result['perplexity']:.2f}, "
-  line += f"on {result['tokens']:,} of them\n"
+  line += f"on {result['tokens']:,} {unit}s\n"
   if "bits_per_byte" in result:
     line += (
       f"bits per byte {result['bits_per_byte']:.4f} "
-      f"(word frequencies alone: {result['unigram_bits_per_byte']:.4f})"
+      f"(token frequencies alone: {result['unigram_bits_per_byte']:.4f})"
     )
   elif "unigram_loss" in result:
-    line += f"word frequencies alone: {result['unigram_loss']:.4f} nats/token"
+    line += f"token frequencies alone: {result['unigram_loss']:.4f} nats/token"
   else:
     known = ("step", "loss", "tokens", "perplexity")
     scores = {name: value for name, value in result.items() if name not in known}

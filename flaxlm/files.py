@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and that survive a loss of power.
 
-Content goes to a draft beside the file, which is then renamed: POSIX makes a rename
-atomic, on the local and network file systems that a run may use. fsync makes content
+Content goes to a draft beside the file, which is then renamed. A rename is atomic on
+the local and network file systems that a run may use (POSIX). fsync makes content
 durable, and fsync of the directory makes the name durable.
 """
 
@@ -18,7 +18,7 @@ def write_atomically(
 ) -> None:
   """Writes `content`, text as UTF-8, to `path`.
 
-  A reader, or a process that is killed here, sees the old file or all of the new one.
+  A reader sees the old file or all of the new one, even if this process is killed.
   On return the new file survives a loss of power.
 
   Args:

@@ -1,4 +1,4 @@
-"""What this process finds and sets on its machine: platform, allocator, cache, memory.
+"""What a process finds and sets on its machine: platform, allocator, program cache.
 
 No JAX here: `choose_platform` and `keep_programs` must run before it is imported.
 """
@@ -19,9 +19,10 @@ from flaxlm.errors import UserError
 
 
 def choose_platform() -> None:
-  """Keeps JAX from asking a libtpu for TPUs that are not there: it complains at length.
+  """Chooses CUDA or the CPU where libtpu is installed but there is no TPU.
 
-  `plan` needs libtpu on machines without a TPU; JAX_PLATFORMS, if set, is left alone.
+  `plan` needs libtpu on such machines, and JAX would let it complain at length. If
+  JAX_PLATFORMS is set, it is left alone.
   """
   if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
     return
@@ -31,11 +32,12 @@ def choose_platform() -> None:
 
 
 def keep_programs() -> None:
-  """Has JAX keep compiled programs in the user's cache directory, 4 GiB at most.
+  """Makes JAX keep compiled programs in the user's cache directory, 4 GiB at most.
 
-  The directory is one kind of processor's own: in a home that machines share, none
-  loads instructions that it lacks. JAX's variables rule: JAX_COMPILATION_CACHE_DIR is
-  another place, with no limit of ours, and JAX_ENABLE_COMPILATION_CACHE=false is none.
+  Each kind of processor has its own directory, so that machines that share a home never
+  load instructions that they lack. JAX's variables take precedence:
+  JAX_COMPILATION_CACHE_DIR names another directory, without our limit, and
+  JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
   """
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
@@ -43,7 +45,7 @@ def keep_programs() -> None:
   programs = pathlib.Path(cache) / "flaxlm" / "programs" / processor()
   try:
     programs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # JAX writes the time of use last. Without it an entry is torn, and would stay so.
+    # JAX writes the time of use last. An entry without it was cut short, for good.
     for entry in programs.glob("*-cache"):
       used = entry.with_name(entry.name.removesuffix("cache") + "atime")
       if not used.exists() and time.time() - entry.stat().st_mtime > 60:
@@ -56,7 +58,7 @@ def keep_programs() -> None:
 
 
 def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-  """A name for the instructions and the model of this machine's processor."""
+  """Returns a hash of the model and instruction set of this machine's processor."""
   words = [platform.machine(), platform.processor()]
   with contextlib.suppress(OSError):
     lines = pathlib.Path(cpuinfo).read_text().split("\n\n")[0].splitlines()
@@ -69,7 +71,7 @@ def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
 def quiet_stderr():
   """Holds back what C++ libraries write to stderr; shows it if an exception follows.
 
-  Some of it (absl before it is initialised, for one) obeys no log level.
+  No log level stops some of it, such as absl's lines before it is initialised.
   """
   sys.stderr.flush()
   saved = os.dup(2)
@@ -77,7 +79,7 @@ def quiet_stderr():
     os.dup2(held.fileno(), 2)
     try:
       yield
-    except UserError:  # says itself what was wrong
+    except UserError:  # it says itself what was wrong
       raise
     except BaseException:
       held.seek(0)
@@ -91,12 +93,12 @@ def quiet_stderr():
 def keep_freed_memory() -> str:
   """Tells glibc to reuse what XLA:CPU frees; returns a line that says so, or why not.
 
-  XLA:CPU frees its large temporaries after every step, glibc gives them back to the
-  kernel, and the kernel zeroes each page again: up to 1.7 times the time of a step.
-  Steps run in the thread that asks for them, one after the other: glibc keeps large
-  blocks for the main thread alone, and two steps at once would take twice the memory.
-  Call this before anything large is allocated. An explicit MALLOC_ environment variable
-  is left alone.
+  XLA:CPU frees its large temporaries after every step, glibc returns them to the
+  kernel, and the kernel zeroes each page again: a step takes up to 1.7 times as long.
+  Steps then run one after the other, in the thread that asks for them: glibc keeps
+  large blocks only for the main thread, and two steps at once would take twice the
+  memory. Call this before anything large is allocated. If MALLOC_MMAP_MAX_ is set,
+  nothing is changed.
   """
   import jax
 
@@ -116,6 +118,7 @@ def keep_freed_memory() -> str:
 
 
 def host_memory() -> float:
+  """Returns the bytes of memory of this machine."""
   import psutil
 
   return float(psutil.virtual_memory().total)

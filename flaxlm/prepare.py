@@ -5,7 +5,7 @@
     --config.data.sources.main.kind=text \\
     --config.data.sources.main.path='texts/**/*.txt'
 
-Killed, it continues where it was; finished, it says so and does nothing.
+The same command continues after a kill. If the store is complete, it only says so.
 """
 
 import sys
@@ -17,7 +17,7 @@ from flaxlm.config.load import load_config
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__, "prepare")
-  parser.add_argument("--config", required=True, help="a file of configs/")
+  parser.add_argument("--config", required=True, help="a config file")
   args, overrides = cli.parse_arguments(parser, argv)
   settings = load_config(args.config, overrides)
 
@@ -33,7 +33,7 @@ def log(line: str) -> None:
 
 
 def store_summary(report, seconds: float) -> str:
-  """The table of sources and the lines under it."""
+  """Returns the table of sources and the lines under it."""
   store, tokenizer = report.store, report.tokenizer
   row = "{:<18}{:>12}{:>10}{:>16}{:>14}".format
   lines = [row("source", "documents", "MB", "tokens", "bytes/token")]

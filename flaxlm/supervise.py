@@ -1,11 +1,12 @@
-"""Run a command again and again until it is done: restarts after crash or preemption.
+"""Restart a command after crashes and preemptions until it is done.
 
   python -m flaxlm.supervise -- python -m flaxlm.train --config=... --workdir=runs/a
   python -m flaxlm.supervise --max_restarts=3 -- bash launch/local.sh -n 4 --config=...
 
-A command that was preempted (75) starts again at once; one that crashed, after a delay
-that doubles each time. Codes that a restart cannot mend (2, 65, 66, 73, 86) are passed
-on at once. SIGTERM and SIGINT go to the command, which saves; the exit code is then 75.
+A command that was preempted (75) is restarted at once; one that crashed, after a delay
+that doubles each time. Exit codes that a restart cannot help (2, 65, 66, 73, 86) are
+passed on at once. SIGTERM and SIGINT go to the command, which saves; the exit code is
+then 75.
 """
 
 import random
@@ -27,7 +28,7 @@ PREEMPTED = errors.Preempted.exit_code
 
 
 class Child:
-  """The command while it runs, and whether we were told to stop."""
+  """The running command, and whether we were told to stop."""
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -44,7 +45,7 @@ class Child:
       self.process.send_signal(number)
 
   def run(self) -> int:
-    """Runs the command to its end; returns its exit code, 128 + n for signal n."""
+    """Runs the command to its end; returns its exit code (128 + n for signal n)."""
     try:
       self.process = subprocess.Popen(self.command)
     except OSError as error:
@@ -57,20 +58,20 @@ class Child:
     return code if code >= 0 else 128 - code
 
   def sleep(self, seconds: float) -> None:
-    """Waits, but not when told to stop."""
+    """Waits, or returns early when told to stop."""
     deadline = time.monotonic() + seconds
     while not self.stopped_by and (left := deadline - time.monotonic()) > 0:
       time.sleep(min(left, 0.2))
 
 
 def delay(code: int, attempt: int, backoff: float, max_backoff: float) -> float:
-  """Seconds to wait before restart number `attempt` (from 1) in a row.
+  """Returns the seconds to wait before the `attempt`-th restart in a row (from 1).
 
-  Half of it is random, so that the many hosts of a job do not all return at once
+  Half of the delay is random, so that a job's many hosts do not all return at once
   (Brooker, "Exponential backoff and jitter", 2015).
   """
   if code == PREEMPTED:
-    attempt -= 1  # the first time nothing is wrong: it is only the machine that went
+    attempt -= 1  # nothing is wrong the first time: only the machine went away
   if attempt == 0:
     return 0.0
   longest = min(max_backoff, backoff * 2.0 ** min(attempt - 1, 30))
@@ -81,11 +82,12 @@ def supervise(
   command: list[str], *, max_restarts: int, backoff: float, max_backoff: float,
   healthy: float, final: tuple[int, ...],
 ) -> int:  # fmt: skip
-  """Runs `command` until it succeeds or cannot be helped; returns the exit code.
+  """Runs `command` until it succeeds or a restart cannot help; returns the exit code.
 
   Args:
-    max_restarts: restarts in a row, none of them healthy, before giving up.
-    backoff, max_backoff: seconds before the first restart after a crash; at most.
+    max_restarts: restarts in a row, without a healthy run, before giving up.
+    backoff: seconds before the first restart after a crash; it doubles each time.
+    max_backoff: the longest delay, seconds.
     healthy: seconds after which a run counts as healthy and the count starts anew.
     final: exit codes that are passed on without a restart.
   """
@@ -122,23 +124,29 @@ def main(argv: list[str] | None = None) -> None:
   parser.epilog = "What follows `--` is the command."
   number = {"type": float, "metavar": "SECONDS"}
   parser.add_argument(
-    "--max_restarts", type=int, default=10, help="in a row, without a healthy run (10)"
+    "--max_restarts",
+    type=int,
+    default=10,
+    help="in a row, without a healthy run between them (10)",
   )
   parser.add_argument(
     "--backoff",
     default=5.0,
-    help="before the first restart after a crash (5)",
+    help="delay before the first restart after a crash (5)",
     **number,
   )
   parser.add_argument(
     "--max_backoff", default=300.0, help="longest delay (300)", **number
   )
   parser.add_argument(
-    "--healthy", default=1800.0, help="such a run resets the count (1800)", **number
+    "--healthy",
+    default=1800.0,
+    help="a run this long resets the count (1800)",
+    **number,
   )
   parser.add_argument(
     "--final", type=int, action="append", default=[], metavar="CODE",
-    help="pass this exit code on too, without a restart; may be repeated",
+    help="another exit code to pass on without a restart; may be repeated",
   )  # fmt: skip
   args = parser.parse_args(argv[:at])
   if not argv[at + 1 :]:

@@ -4,7 +4,7 @@
   python -m flaxlm.train --config=configs/gpt3_175b.py --describe
 
 The same command continues a run that was stopped or killed; without --config it uses
-the config that the run stored. Exit codes: 0 done, 2 config, 65 data, 66 missing input,
+the config stored in the run. Exit codes: 0 done, 2 config, 65 data, 66 missing input,
 73 the directory cannot be used, 74 storage, 75 stopped and saved (run it again), 85
 hang, 86 numerics. The loop is in flaxlm/runs/loop.py.
 """
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   args, overrides = cli.parse_arguments(parser, argv)
   if not args.workdir and not (args.describe and args.config):
-    needed = "a directory, new or of a run (with --describe: or --config)"
+    needed = "a new directory or one of a run (--describe needs only --config)"
     raise ConfigError("--workdir", "nothing", needed, "runs/a")
   if args.config:
     config = load_config(args.config, overrides)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     print(weight_table(config))
     return
   with StopSignal() as stop:  # from here on a signal is never lost
-    # JAX and its friends take seconds to import.
+    # JAX takes seconds to import.
     from flaxlm.planning.calibrate import expected_seconds
     from flaxlm.runs.loop import train
 
