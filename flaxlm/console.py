@@ -1,7 +1,7 @@
 """Numbers, progress bars and tables for a terminal."""
 
 
-def short(number: float) -> str:
+def short_number(number: float) -> str:
   """Returns three digits and a unit: 1234567 is "1.23M"."""
   for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
     if abs(number) >= 0.9995 * unit:

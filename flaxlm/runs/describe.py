@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from flaxlm.console import short
+from flaxlm.console import short_number
 from flaxlm.models.cost import flops_per_token
 from flaxlm.models.transformer import describe_weights
 from flaxlm.parallel import AXES
@@ -60,7 +60,7 @@ def _totals(config, model, mesh: AbstractMesh, rules: dict) -> list[str]:
   flops = flops_per_token(config.model, config.data.seq_len)
   return [
     f"parameters       {count:,}",
-    f"FLOPs per token  {short(flops)} to train (forward and backward, at "
+    f"FLOPs per token  {short_number(flops)} to train (forward and backward, at "
     f"config.data.seq_len={config.data.seq_len})",
     f"per device       {bytes_per_device(model) / 1e9:,.3f} GB of weights, "
     f"{bytes_per_device(moments) / 1e9:,.3f} GB of "

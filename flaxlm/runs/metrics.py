@@ -17,7 +17,7 @@ from typing import Self
 import jax
 import numpy as np
 
-from flaxlm.console import duration, live_bar, short
+from flaxlm.console import duration, live_bar, short_number
 from flaxlm.errors import StorageError
 from flaxlm.runs.directory import RunFiles, drop_lines_after
 
@@ -169,7 +169,7 @@ class MetricsWriter:
     per_device = rest.pop("tokens_per_second_per_device", None)
     if per_device is not None and jax.device_count() > 1:
       at = next(i for i, part in enumerate(parts) if part.endswith("tok/s"))
-      parts[at] += f" ({short(per_device)}/device)"
+      parts[at] += f" ({short_number(per_device)}/device)"
     parts += [f"{name} {_show(value)}" for name, value in rest.items()]
     return "  ".join(parts)
 
@@ -228,7 +228,7 @@ _COLUMNS = (
   ("loss", "loss", lambda v: f"{v:.4f}"),
   ("grad_norm", "grad", lambda v: f"{v:.3g}"),
   ("learning_rate", "lr", lambda v: f"{v:.2e}"),
-  ("tokens_per_second", "", lambda v: f"{short(v)} tok/s"),
+  ("tokens_per_second", "", lambda v: f"{short_number(v)} tok/s"),
   ("mfu", "MFU", lambda v: f"{v:.1%}"),
   ("device_memory_gib", "mem", lambda v: f"{v:.2f} GiB"),
   ("host_memory_gib", "rss", lambda v: f"{v:.2f} GiB"),

@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from flaxlm.console import print_card, short
+from flaxlm.console import print_card, short_number
 from flaxlm.data.feed import Feed
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.pipeline import bubble
@@ -111,7 +111,9 @@ def print_summary(
     pipeline, xla: in words; "" if there is none. XLA's settings are for CPUs.
   """
   stream = stream or sys.stdout
-  groups = ", ".join(f"{name} {short(count)}" for name, count in parameters.items())
+  groups = ", ".join(
+    f"{name} {short_number(count)}" for name, count in parameters.items()
+  )
   total_tokens = tokens_per_step * num_steps
   axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
   devices = f"{math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})"
@@ -123,7 +125,8 @@ def print_summary(
     ("parameters", f"{sum(parameters.values()):,} ({groups})"),
     (
       "tokens",
-      f"{tokens_per_step:,} per step x {num_steps:,} steps = {short(total_tokens)}",
+      f"{tokens_per_step:,} per step x {num_steps:,} steps = "
+      + short_number(total_tokens),
     ),
     (
       "compute",
