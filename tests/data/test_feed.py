@@ -1,158 +1,175 @@
-"""Feed: the data that a config names, on the devices that hold it."""
+"""What a run is fed: the rows of its data, on its devices, from any step on."""
+
+import json
 
 import jax
 import numpy as np
 import pytest
 
+from flaxlm.config import base
+from flaxlm.config.load import config_to_json
 from flaxlm.data.feed import Feed
 from flaxlm.data.store.build import build_store
-from flaxlm.data.store.shards import Store
-from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.ring import zigzag
 from flaxlm.parallel.mesh import make_mesh
+from flaxlm.tokenizer.files import file_name
 
 
 def open_feed(config, mesh=None, **options) -> Feed:
-  mesh = mesh or make_mesh()
-  groups = config.data, config.objective, config.task, config.model, config.mesh
-  return Feed(*groups, mesh, seed=3, **options)
+  groups = (config.data, config.objective, config.task, config.model, config.mesh)
+  mesh = mesh or make_mesh(data=-1, fsdp=1, tensor=1)
+  return Feed(*groups, mesh, seed=config.seed, **options)
+
+
+def assert_equal(batch: dict, rows: dict) -> None:
+  assert batch.keys() == rows.keys()
+  for name, array in batch.items():
+    np.testing.assert_array_equal(array, rows[name])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, make_tiny):
+  """The directory of a store of 300 lines, in characters."""
+  root, config = tmp_path_factory.mktemp("feed"), make_tiny()
+  (root / "text.txt").write_text("".join(f"line {n} of {n % 7}\n" for n in range(300)))
+  config.data.store = str(root / "store")
+  config.data.sources.main.update(
+    kind="text", path=str(root / "text.txt"), document="line"
+  )
+  config.data.validation_fraction = 0.25
+  config.tokenizer.kind, config.tokenizer.vocab_size = "char", 400
+  build_store(config.data, config.tokenizer, lambda line: None)
+  return root
 
 
 @pytest.fixture
-def stored(text_config, tmp_path):
-  """A config whose store is prepared: lines of text in rows of 32 tokens."""
-  lines = [f"line {number} of some text" for number in range(200)]
-  (tmp_path / "texts/a.txt").write_text("\n".join(lines))
-  data = text_config.data
-  data.seq_len, data.batch_size, data.loader = 32, 8, "numpy"
-  build_store(data, text_config.tokenizer, lambda line: None)
-  return text_config
+def config(tiny, prepared):
+  tiny.data.store, tiny.data.loader = str(prepared / "store"), "numpy"
+  tiny.tokenizer.vocab_size = 400
+  return tiny
 
 
-@pytest.fixture
-def labelled(tiny, bpe, tmp_path):
-  """A config of sentences in two classes, and the path of its tokenizer."""
-  rows = "".join(f"{i % 2},sentence {i}\n" for i in range(60))
-  (tmp_path / "a.csv").write_text("label,text\n" + rows)
-  (tmp_path / "tokenizer.model").write_bytes(bpe.model)
-  tiny.task.kind, tiny.task.path = "classify", str(tmp_path / "a.csv")
-  tiny.model.update(vocab_size=1024, num_labels=2, causal=False)
-  tiny.data.validation_fraction = 0.3
-  return tiny, tmp_path / "tokenizer.model"
-
-
-def assert_equal(batches, expected):
-  batches, expected = list(batches), list(expected)
-  assert len(batches) == len(expected)
-  for batch, rows in zip(batches, expected, strict=True):
-    assert batch.keys() == rows.keys()
-    for name in rows:
-      np.testing.assert_array_equal(batch[name], rows[name])
-
-
-def test_batches_are_spread_over_the_devices(tiny):
+def test_batches_follow_from_the_step_and_lie_on_all_devices(tiny):
   feed = open_feed(tiny)
-  batches = list(feed.read_train(0, 3))
-  assert_equal(batches, [feed.train[step] for step in range(3)])
-  tokens = batches[0]["tokens"]
-  assert isinstance(tokens, jax.Array) and len(tokens.sharding.device_set) == 8
-  assert tokens.addressable_shards[0].data.shape == (1, 32)
+  batches = list(feed.read_train(2, 5))
+  assert len(batches) == 3
+  for step, batch in enumerate(batches, 2):
+    assert_equal(batch, feed.train[step])
+    tokens = batch["tokens"]
+    assert isinstance(tokens, jax.Array) and len(tokens.sharding.device_set) == 8
+    assert tokens.addressable_shards[0].data.shape == (1, 32)
+  assert not np.array_equal(batches[0]["tokens"], batches[1]["tokens"])
+  (again,) = open_feed(tiny).read_train(4, 5)
+  assert_equal(again, batches[2])
+  tiny.seed = 1
+  (other,) = open_feed(tiny).read_train(4, 5)
+  assert not np.array_equal(other["tokens"], again["tokens"])
 
 
-def test_reading_begins_at_any_step(tiny):
+def test_random_tokens_have_no_validation_and_no_tokenizer(tiny):
   feed = open_feed(tiny)
-  assert_equal(feed.read_train(2, 5), list(feed.read_train(0, 5))[2:])
-  assert list(feed.read_train(5, 5)) == []
-
-
-def test_random_tokens_have_no_data_to_continue_with(tiny):
-  feed = open_feed(tiny)
-  assert feed.fingerprint == "synthetic" and feed.tokenizer == b""
   assert feed.validation is None and feed.num_eval_batches == 0
+  assert (feed.fingerprint, feed.tokenizer) == ("synthetic", b"")
   assert feed.describe(10) == ("synthetic tokens", None)
 
 
-@pytest.mark.parametrize("kind", ["masked", "span", "prefix", "fim"])
-def test_random_tokens_of_each_objective(tiny, kind):
-  tiny.objective.kind = kind
-  tiny.objective.num_sentinels = 8
-  (batch,) = open_feed(tiny).read_train(0, 1)
-  assert (np.asarray(batch["targets"]) >= 0).any()
-
-
-def test_a_store_gives_training_and_validation_rows(stored):
-  store = Store(stored.data.store)
-  feed = open_feed(stored)
-  assert feed.fingerprint == store.fingerprint
-  assert feed.tokenizer == store.tokenizer
-  assert feed.tokenizer_sha256 == store.tokenizer_sha256
-  train, validation = (store.stream("main", s) for s in ("train", "validation"))
-  # Each token but the first of a document is predicted once in an evaluation.
-  targets = [np.asarray(batch["targets"]) for batch in feed.read_validation()]
-  count = sum((target >= 0).sum() for target in targets)
-  assert count == validation.num_tokens - validation.num_documents
-  assert feed.bytes_per_token() == pytest.approx(validation.num_bytes / count)
-  text, epochs = feed.describe(2 * len(feed.train))
-  assert f"{train.num_tokens:,} training tokens" in text and 1.9 < epochs < 2.5
-
-
-def test_an_evaluation_has_the_same_batches_each_time(stored):
-  every = list(open_feed(stored).read_validation())
-  feed = open_feed(stored, eval_batches=2)
-  assert len(every) > 2 == feed.num_eval_batches
-  for _ in range(2):
-    assert_equal(feed.read_validation(), every[:2])
-  assert open_feed(stored, eval_batches=10**6).num_eval_batches == len(every)
-
-
-def test_a_store_without_validation_text_is_only_trained_on(stored, tmp_path):
-  stored.data.store, stored.data.validation_fraction = str(tmp_path / "other"), 0.0
-  build_store(stored.data, stored.tokenizer, lambda line: None)
-  feed = open_feed(stored)
-  assert feed.validation is None and feed.num_eval_batches == 0
-  assert len(list(feed.read_train(0, 2))) == 2
-
-
-def test_ring_attention_gets_its_order_of_columns(tiny):
-  plain = open_feed(tiny)
-  tiny.model.attention, tiny.mesh.context = "ring", 2
-  mesh = make_mesh(context=2)
-  (batch,), rows = open_feed(tiny, mesh).read_train(0, 1), plain.train[0]
+def test_a_ring_gets_its_columns_in_its_order(tiny):
+  tiny.model.attention = "ring"
+  mesh = make_mesh(data=4, fsdp=1, tensor=1, context=2)
+  tiny.mesh.data, tiny.mesh.context = 4, 2
+  feed = open_feed(tiny, mesh)
   order = zigzag(32, 2)
-  assert_equal([batch], [{name: row[:, order] for name, row in rows.items()}])
-
-
-def test_labelled_examples_and_their_tokenizer(labelled, bpe):
-  config, path = labelled
-  feed = open_feed(config, tokenizer_path=path)
-  assert feed.tokenizer == bpe.model and feed.store is None
-  assert feed.fingerprint == feed.examples.fingerprint
-  assert len(feed.train.examples) + len(feed.validation.examples) == 60
-  rows = len(feed.train.examples)
-  assert feed.describe(1)[0].endswith(f": {rows} rows to classify, 2 classes")
-  assert feed.bytes_per_token() is None
+  assert list(order) != list(range(32))
   (batch,) = feed.read_train(0, 1)
-  assert batch["labels"].shape == (8, 1)
-  only = open_feed(config, tokenizer_path=path, training=False)
-  assert only.train is None and only.examples is only.validation.examples
+  assert_equal(batch, {name: x[:, order] for name, x in feed.train[0].items()})
+  assert batch["tokens"].addressable_shards[0].data.shape == (2, 16)
+  tiny.model.attention = "xla"  # whole rows: in the order of the text
+  (batch,) = open_feed(tiny, mesh).read_train(0, 1)
+  assert_equal(batch, feed.train[0])
 
 
-def test_what_does_not_fit_together_is_named(stored, labelled, tmp_path):
-  config, path = labelled
-  with pytest.raises(ConfigError, match=r"config\.tokenizer\.path"):
+def test_a_store_gives_its_splits_and_validation_is_always_the_same(config):
+  feed = open_feed(config)
+  assert feed.fingerprint == feed.store.fingerprint != "synthetic"
+  assert feed.tokenizer == feed.store.tokenizer
+  (batch,) = feed.read_train(3, 4)
+  assert_equal(batch, feed.train[3])
+  first, again = list(feed.read_validation()), list(feed.read_validation())
+  assert len(first) == feed.num_eval_batches == len(feed.validation) > 2
+  for one, other in zip(first, again, strict=True):
+    assert_equal(one, other)
+  assert open_feed(config, eval_batches=2).num_eval_batches == 2
+  assert open_feed(config, eval_batches=10**6).num_eval_batches == len(first)
+  text, epochs = feed.describe(100)
+  rows = sum(feed.train.rows_per_source)
+  assert "main" in text and epochs == pytest.approx(800 / rows)
+  assert 0.9 < feed.bytes_per_token() < 1  # one byte per character, and the end tokens
+
+
+def test_a_source_without_held_out_text_has_no_validation(config, prepared):
+  config.data.store = str(prepared / "all")
+  config.data.sources.main = base.source(
+    "text", str(prepared / "text.txt"), document="line"
+  )
+  config.data.validation_fraction, config.tokenizer.kind = 0.0, "char"
+  build_store(config.data, config.tokenizer, lambda line: None)
+  feed = open_feed(config)
+  assert feed.validation is None and feed.num_eval_batches == 0
+
+
+@pytest.fixture
+def labelled(config, prepared, tmp_path):
+  """The config of a classifier, and the file of its tokenizer."""
+  tokenizer = tmp_path / file_name(open_feed(config).tokenizer)
+  tokenizer.write_bytes(open_feed(config).tokenizer)
+  records = [
+    {"text": f"line {n}", "label": "odd" if n % 2 else "even"} for n in range(40)
+  ]
+  path = tmp_path / "records.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  config.task.update(kind="classify", path=str(path))
+  config.model.update(head="sequence", num_labels=2)
+  config.data.validation_fraction = 0.25
+  return config, tokenizer
+
+
+def test_labelled_examples_bring_their_names_and_take_the_models_tokenizer(labelled):
+  config, tokenizer = labelled
+  before = config_to_json(config)
+  feed = open_feed(config, tokenizer_path=tokenizer)
+  assert feed.examples.label_names == ("even", "odd")
+  assert feed.tokenizer == tokenizer.read_bytes() and feed.store is None
+  (batch,) = feed.read_train(0, 1)
+  assert set(np.unique(batch["labels"])) <= {-1, 0, 1} and batch["labels"].shape == (
+    8,
+    1,
+  )
+  assert feed.bytes_per_token() is None
+  assert config_to_json(config) == before  # the names are for runs/resolve.py to set
+
+
+def test_a_named_chat_template_is_read_unless_the_model_has_one(config):
+  config.task.chat_template = "asked.jinja"
+  assert open_feed(config).template_path == "asked.jinja"
+  feed = open_feed(config, template_path="of_the_model.jinja")
+  assert feed.template_path == "of_the_model.jinja"
+
+
+def test_what_does_not_fit_is_refused(config, labelled):
+  config.task.kind = "none"
+  config.model.vocab_size = 8
+  with pytest.raises(ConfigError, match=r"vocab_size.*\n.*8\n.*at least the .* of the"):
+    open_feed(config)
+  config.model.vocab_size, config.data.loader = 400, "torch"
+  with pytest.raises(ConfigError, match=r"loader.*\n.*torch"):
+    open_feed(config)
+  config.data.loader, config.data.batch_size = "numpy", 12
+  with pytest.raises(ConfigError, match="a multiple of 8"):
+    open_feed(config)
+  config.data.batch_size, config.task.kind = 8, "classify"
+  with pytest.raises(ConfigError, match=r"tokenizer\.path"):
     open_feed(config)
   config.model.num_labels = 3
-  with pytest.raises(ConfigError, match=r"num_labels(?s:.*)2, the classes"):
-    open_feed(config, tokenizer_path=path)
-  config.model.vocab_size = 512
-  with pytest.raises(ConfigError, match=r"vocab_size(?s:.*)at least the 1000"):
-    open_feed(config, tokenizer_path=path)
-  stored.model.vocab_size = 8
-  with pytest.raises(ConfigError, match=r"vocab_size(?s:.*)try:    320"):
-    open_feed(stored)
-  stored.data.store = str(tmp_path / "nothing")
-  with pytest.raises(MissingInputError, match=r"flaxlm\.prepare"):
-    open_feed(stored)
-  stored.data.loader = "torch"
-  with pytest.raises(ConfigError, match="tfdata, numpy or synthetic"):
-    open_feed(stored)
+  with pytest.raises(ConfigError, match="2, the classes of"):
+    open_feed(config, tokenizer_path=labelled[1])

@@ -1,0 +1,144 @@
+"""The loop: when it evaluates, what it saves, how it stops; what it leaves alone.
+
+Started, killed and resumed processes are in tests/test_end_to_end.py.
+"""
+
+import json
+import shutil
+import types
+
+import pytest
+
+from flaxlm.config.load import config_from_json, config_to_json
+from flaxlm.config.tree import flatten
+from flaxlm.errors import DataError, Preempted
+from flaxlm.runs import loop, program
+from flaxlm.runs.directory import load_run_config
+from flaxlm.training.checkpoint import list_steps, read_meta
+
+
+class Stop:
+  """Asks for a stop after a step, or in the evaluation after it."""
+
+  def __init__(self, after: int = 10**9, in_evaluation: bool = False):
+    self.after, self.in_evaluation, self.step = after, in_evaluation, 0
+    self.requested = False
+
+  def should_stop(self, step: int | None = None) -> bool:
+    if step is None:
+      return self.in_evaluation and self.step >= self.after
+    self.step = step
+    return step >= self.after and not self.in_evaluation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hold_out():
+  """Holds out two of the batches that are trained on."""
+
+  def open_feed(*arguments, **options):
+    feed = program.open_feed(*arguments, **options)
+    feed.validation, feed.num_eval_batches = feed.train, 2
+    feed.bytes_per_token = lambda: None
+    return feed
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "open_feed", open_feed)
+    yield
+
+
+def four_steps(config):
+  config.num_steps, config.eval.every, config.checkpoint.every = 4, 2, 3
+  config.log.every, config.checkpoint.keep_last = 1, 9
+  config.model.num_layers = 1
+  return config
+
+
+@pytest.fixture
+def config(tiny):
+  return four_steps(tiny)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_tiny):
+  """A run that nothing stopped: (its config, the config as it was, its directory)."""
+  config, workdir = four_steps(make_tiny()), tmp_path_factory.mktemp("finished")
+  asked = config_to_json(config)
+  run(config, workdir)
+  return config, asked, workdir
+
+
+def run(config, workdir, stop=None) -> dict[str, dict[int, float]]:
+  """Trains; returns all losses in the log, by kind and step."""
+  loop.train(config, workdir, stop or Stop())
+  return logged(workdir)
+
+
+def logged(workdir) -> dict[str, dict[int, float]]:
+  found = {"train": {}, "eval": {}}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    record = json.loads(line)
+    assert record["step"] not in found[record["kind"]], "a step is logged twice"
+    found[record["kind"]][record["step"]] = record["loss"]
+  return found
+
+
+def test_a_run_evaluates_and_saves_on_time_and_leaves_its_config_alone(finished):
+  config, asked, workdir = finished
+  assert config_to_json(config) == asked == (workdir / "config.json").read_text()
+  losses = logged(workdir)
+  assert [*losses["train"]] == [1, 2, 3, 4] and [*losses["eval"]] == [2, 4]
+  checkpoints = workdir / "checkpoints"
+  assert list_steps(checkpoints) == [3, 4]
+  meta = read_meta(checkpoints)
+  assert (meta["step"], meta["tokens"]) == (4, 4 * 8 * 32)
+  stored = config_from_json(json.dumps(meta["config"]))
+  assert flatten(stored) == flatten(config)
+
+
+def test_a_run_that_is_done_does_only_what_it_owes(finished, tmp_path, capsys):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[2], workdir)
+  losses = logged(workdir)
+  assert run(load_run_config(workdir), workdir) == losses
+  assert "nothing to do: step 4 of 4 is reached" in capsys.readouterr().out
+  # Killed between the last checkpoint and its evaluation, a run still owes the latter.
+  lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
+  assert [*logged(workdir)["eval"]] == [2]
+  assert run(load_run_config(workdir), workdir) == losses
+
+
+def test_other_data_is_refused(finished, tmp_path, monkeypatch):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[2], workdir)
+  monkeypatch.setattr("flaxlm.data.feed.Feed.fingerprint", "of other data")
+  with pytest.raises(DataError, match="started with other data"):
+    run(load_run_config(workdir), workdir)
+
+
+def test_a_stopped_run_has_saved_and_continues_where_it_was(
+  finished, config, tmp_path, capsys
+):
+  with pytest.raises(Preempted, match="stopped after step 1 of 4"):
+    run(config, tmp_path, Stop(after=1))
+  assert list_steps(tmp_path / "checkpoints") == [1]
+  # The next signal comes in the evaluation after step 2, which is then not logged.
+  with pytest.raises(Preempted, match=r"step 2 of 4\n.*checkpoints/2\n"):
+    run(config, tmp_path, Stop(after=2, in_evaluation=True))
+  assert list_steps(tmp_path / "checkpoints") == [1, 2]
+  assert not logged(tmp_path)["eval"]
+  config.log.every = 2
+  assert run(config, tmp_path) == logged(finished[2])
+  assert "changed since step 2: config.log.every 1 -> 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("every", "due"), [(2, [2, 4, 6, 7]), (0, [7]), (7, [7]), (9, [7])]
+)
+def test_an_evaluation_is_due_on_time_and_at_the_end(tiny, every, due):
+  tiny.num_steps, tiny.eval.every = 7, every
+  feed = types.SimpleNamespace(validation=[])
+  steps = [n for n in range(8) if loop.evaluation_is_due(tiny, feed, n)]
+  assert steps == due
+  feed.validation = None
+  assert not any(loop.evaluation_is_due(tiny, feed, step) for step in range(8))
