@@ -29,6 +29,21 @@ def pytest_addoption(parser):
   parser.addoption(
     "--update-golden", action="store_true", help="rewrite tests/golden from this code"
   )
+  parser.addoption(
+    "--share",
+    default="0/1",
+    metavar="I/N",
+    help="run every N-th test, from the I-th on",
+  )
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that -m and -k leave
+def pytest_collection_modifyitems(config, items):
+  first, every = map(int, config.getoption("--share").split("/"))
+  config.hook.pytest_deselected(
+    items=[item for i, item in enumerate(items) if i % every != first]
+  )
+  items[:] = items[first::every]
 
 
 @pytest.fixture(scope="session")
