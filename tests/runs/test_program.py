@@ -52,7 +52,9 @@ def compiled(config, axes):
   built = program.build_program(config, mesh)
   with program.use_config_mesh(config, mesh):
     batch = program.abstract_batch(config, mesh)
-    return built.train_step.lower(built.target, batch, None).compile(), built.target
+    lowered = built.train_step.lower(built.target, batch, None)
+    # As users compile: tests do it with other emitters (tests/quick.py).
+    return lowered.compile({"xla_cpu_use_fusion_emitters": True}), built.target
 
 
 def instructions(computations, name, times=1):
