@@ -11,8 +11,8 @@ sdpa with a compiled static cache. A token needs every weight once: bytes / seco
 the rate at which this machine reads memory is the share of the limit (one read serves
 all rows of a batch; weights that fit in the processor's cache can pass 100%).
 
-All must write the same tokens; where float32 rounding decides between two words, texts
-part, and how many tokens came before is shown.
+All must write the same tokens. Where float32 rounding decides between two tokens, the
+texts differ from there on; the number of equal tokens before that is shown.
 """
 
 import argparse
