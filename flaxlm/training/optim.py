@@ -87,31 +87,43 @@ def make_optimizer(
   elif name == "lion":
     tx = optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decays)
   elif name == "adafactor":
-    # Adafactor does not multiply its decay by the rate: it is scaled here, so that one
-    # value means the same for all optimizers.
-    tx = optax.adafactor(
-      rate,
-      multiply_by_parameter_scale=False,
-      weight_decay_rate=weight_decay * peak_learning_rate,
-      weight_decay_mask=decays,
-    )
+    tx = _adafactor(rate, peak_learning_rate, weight_decay)
   elif name == "muon":
-    tx = optax.contrib.muon(
-      rate,
-      beta=b1,
-      weight_decay=weight_decay,
-      weight_decay_mask=decays,
-      adam_b1=b1,
-      adam_b2=b2,
-      adam_weight_decay=weight_decay,
-      muon_weight_dimension_numbers=_muon_dimensions,
-      consistent_rms=0.2,  # updates as large as Adam's at one rate: arXiv 2502.16982
-    )
+    tx = _muon(rate, b1, b2, weight_decay)
   else:
     raise ValueError(f"there is no optimizer {name!r}")
   if max_grad_norm:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
   return tx, rate
+
+
+def _adafactor(
+  rate: Callable, peak_learning_rate: float, weight_decay: float
+) -> optax.GradientTransformation:
+  # Adafactor does not multiply its decay by the rate: it is scaled here, so that one
+  # value means the same for all optimizers.
+  return optax.adafactor(
+    rate,
+    multiply_by_parameter_scale=False,
+    weight_decay_rate=weight_decay * peak_learning_rate,
+    weight_decay_mask=decays,
+  )
+
+
+def _muon(
+  rate: Callable, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+  return optax.contrib.muon(
+    rate,
+    beta=b1,
+    weight_decay=weight_decay,
+    weight_decay_mask=decays,
+    adam_b1=b1,
+    adam_b2=b2,
+    adam_weight_decay=weight_decay,
+    muon_weight_dimension_numbers=_muon_dimensions,
+    consistent_rms=0.2,  # updates as large as Adam's at one rate: arXiv 2502.16982
+  )
 
 
 def leaf_name(path: tuple) -> str:
