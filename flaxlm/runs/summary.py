@@ -111,10 +111,9 @@ def print_summary(
     pipeline, xla: in words; "" if there is none. XLA's settings are for CPUs.
   """
   stream = stream or sys.stdout
-  groups = ", ".join(
-    f"{name} {short_number(count)}" for name, count in parameters.items()
-  )
+  groups = ", ".join(f"{name} {short_number(n)}" for name, n in parameters.items())
   total_tokens = tokens_per_step * num_steps
+  tokens = f"{tokens_per_step:,} per step x {num_steps:,} steps"
   axes = " x ".join(f"{name} {size}" for name, size in mesh.items())
   devices = f"{math.prod(mesh.values())} x {device_kind} ({socket.gethostname()})"
   held = ", ".join(
@@ -123,11 +122,7 @@ def print_summary(
   rows = [
     ("model", model),
     ("parameters", f"{sum(parameters.values()):,} ({groups})"),
-    (
-      "tokens",
-      f"{tokens_per_step:,} per step x {num_steps:,} steps = "
-      + short_number(total_tokens),
-    ),
+    ("tokens", f"{tokens} = {short_number(total_tokens)}"),
     (
       "compute",
       f"{flops_per_token / 1e9:.4g} GFLOP per token (attention: visible pairs), "
