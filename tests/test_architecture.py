@@ -96,6 +96,19 @@ def test_rooms_import_only_to_their_right():
         assert level[target] > level[room], f"{path}: {room} may not import {target}"
 
 
+def test_below_runs_functions_take_the_groups_of_a_config_that_they_need():
+  from flaxlm.config import base
+
+  config = base.get_config()
+  groups = {name for name in config if hasattr(config[name], "items")}
+  for path, room, tree in package_files():
+    if room in ("training", "data", "models", "tokenizer", "parallel", "kernels"):
+      for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+          whole = node.value.id == "config" and node.attr in groups
+          assert not whole, f"{path}:{node.lineno} takes the whole config"
+
+
 def test_kernels_and_parallel_need_jax_and_numpy_alone():
   allowed = {"jax", "numpy", "flaxlm"} | sys.stdlib_module_names
   for path, room, tree in package_files():

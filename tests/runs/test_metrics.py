@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from flaxlm import console
 from flaxlm.errors import StorageError
-from flaxlm.runs import metrics, summary
+from flaxlm.runs import metrics
 from flaxlm.runs.metrics import MetricsWriter
 
 
@@ -203,49 +202,3 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
   with writer(tmp_path, tensorboard=True, stream=out) as log:
     log.log(1, {"loss": 1.0})
   assert not list(tmp_path.iterdir()) and not out.getvalue()
-
-
-def test_short_numbers_and_durations():
-  shown = [
-    console.short_number(n) for n in (0, 12.3, 999, 999_600, 1234, 124e6, 3.2e12)
-  ]
-  assert shown == ["0", "12.3", "999", "1M", "1.23k", "124M", "3.2T"]
-  times = [console.duration(s) for s in (0.2, 59.4, 59.6, 61, 3600, 90000, 200000)]
-  assert times == ["0s", "59s", "1m00s", "1m01s", "1h00m", "25h00m", "2d07h"]
-
-
-@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_summary_card(stream, monkeypatch):
-  monkeypatch.setenv("COLUMNS", "160")
-  monkeypatch.setenv("TERM", "xterm")  # not one without colours
-  out = stream()
-  summary.print_summary(
-    model="6 layers x 384",
-    parameters={"blocks": 10_000_000, "embedding": 1_572_864},
-    tokens_per_step=4096,
-    num_steps=1000,
-    flops_per_token=7e7,
-    mesh={"data": 4, "fsdp": 2, "tensor": 1},
-    device_kind="cpu",
-    bytes_per_device={"parameters": 2**20, "optimizer": 2**21},
-    data="stdlib [train] 8.1M tokens",
-    epochs=0.5,
-    tokenizer="bpe 4096",
-    workdir="runs/a",
-    resume="new run",
-    xla="M_MMAP_MAX=0",
-    stream=out,
-  )
-  lines = out.getvalue().splitlines()
-  assert len(lines) == 10
-  for text in (
-    "11,572,864 (blocks 10M, embedding 1.57M)",
-    "4,096 per step x 1,000 steps = 4.1M",
-    "data 4 x fsdp 2 x tensor 1 on 8 x cpu",
-    "parameters 1.0 MiB, optimizer 2.0 MiB",
-    "stdlib [train] 8.1M tokens; 0.5 epochs",
-    "runs/a (new run)",
-    "0.07 GFLOP per token",
-  ):
-    assert text in out.getvalue()
-  assert ("\x1b" in out.getvalue()) == out.isatty()

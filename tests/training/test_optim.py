@@ -1,9 +1,17 @@
-"""Unknown names are refused, and schedules end where they should."""
+"""Unknown names are refused; schedules reach their marks. Updates: test_state.py."""
 
 import pytest
 
 from flaxlm.config import base
 from flaxlm.training.optim import make_optimizer, make_schedule
+
+SCHEDULE = {
+  "peak_learning_rate": 1.0,
+  "num_steps": 100,
+  "warmup_steps": 10,
+  "decay_fraction": 0.2,
+  "end_factor": 0.1,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), [("name", "adam"), ("schedule", "step")])
@@ -14,10 +22,19 @@ def test_an_unknown_choice_raises(key, value):
 
 
 @pytest.mark.parametrize(
-  ("schedule", "last"),
-  [("cosine", 0.1), ("linear", 0.1), ("wsd", 0.1), ("constant", 1.0)],
+  ("schedule", "halfway", "last"),
+  [
+    ("cosine", 0.55, 0.1),
+    ("linear", 0.55, 0.1),
+    ("wsd", 1.0, 0.1),
+    ("constant", 1.0, 1.0),
+  ],
 )
-def test_schedules_warm_up_and_end(schedule, last):
-  rate = make_schedule(1.0, schedule, 100, 10, 0.2, 0.1)
-  assert rate(0) == pytest.approx(0.1) and rate(9) == pytest.approx(1.0)
-  assert rate(99) == pytest.approx(last, abs=1e-6)
+def test_schedules_reach_their_marks(schedule, halfway, last):
+  rate = make_schedule(schedule=schedule, **SCHEDULE)
+  assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(1.0)
+  assert float(rate(54)) == pytest.approx(halfway)
+  assert float(rate(99)) == pytest.approx(last)
+  assert (
+    float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
+  )

@@ -16,16 +16,8 @@ from flaxlm.models.layers import dropout
 from flaxlm.training import losses as objectives
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.losses import summed_loss
-from flaxlm.training.optim import decays, leaf_name, make_optimizer, make_schedule
+from flaxlm.training.optim import decays, leaf_name, make_optimizer
 from flaxlm.training.state import init_state, make_train_step
-
-SCHEDULE = {
-  "peak_learning_rate": 1.0,
-  "num_steps": 100,
-  "warmup_steps": 10,
-  "decay_fraction": 0.2,
-  "end_factor": 0.1,
-}
 
 
 def build(config):
@@ -111,25 +103,6 @@ def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest(tiny):
       held["mu"].add(leaf_name(path))
   assert held["mu"] == {"down", "gate", "key", "out", "query", "up", "value"}
   assert held["nu"] == {"embed", "scale"}
-
-
-@pytest.mark.parametrize(
-  ("schedule", "halfway", "last"),
-  [
-    ("cosine", 0.55, 0.1),
-    ("linear", 0.55, 0.1),
-    ("wsd", 1.0, 0.1),
-    ("constant", 1.0, 1.0),
-  ],
-)
-def test_schedules_reach_their_marks(schedule, halfway, last):
-  rate = make_schedule(schedule=schedule, **SCHEDULE)
-  assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(1.0)
-  assert float(rate(54)) == pytest.approx(halfway)
-  assert float(rate(99)) == pytest.approx(last)
-  assert (
-    float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
-  )
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
