@@ -16,7 +16,7 @@ import numpy as np
 from flaxlm.errors import ConfigError
 from flaxlm.inference.sampling import Sampling, SamplingRows, sample
 from flaxlm.models.cache import KVCache
-from flaxlm.models.layers import turn
+from flaxlm.models.layers import transpose_weight
 from flaxlm.models.moe import MoeMlp
 from flaxlm.models.transformer import Block, Transformer
 
@@ -81,7 +81,7 @@ def _turn_weights(block: Block) -> None:
     for name in ("query", "key", "value", "out", "up", "gate", "down"):
       weight = getattr(module, name, None)
       if weight is not None and not isinstance(module, MoeMlp):
-        setattr(module, name, turn(weight, 2 if name == "out" else 1))
+        setattr(module, name, transpose_weight(weight, 2 if name == "out" else 1))
 
 
 def generate(

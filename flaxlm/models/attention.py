@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.attention import attention, choose_kernel
 from flaxlm.kernels.attention.choice import (
   BACKENDS,
@@ -31,9 +32,9 @@ class View(NamedTuple):
   """What decides which tokens see each other, and how far apart they are."""
 
   segment_ids_BL: jax.Array
-  prefix_BL: jax.Array | None  # 1: all of its segment see this token (prefix LM)
-  angles: tuple | None  # rotary, of global layers
-  local_angles: tuple | None  # rotary, of local layers, where these differ
+  prefix_BL: jax.Array | None  # 1: its whole segment sees this token (prefix LM)
+  angles: tuple | None  # rotary angles of global layers
+  local_angles: tuple | None  # of local layers, if they differ
 
   @classmethod
   def of(cls, config: TransformerConfig, positions_BL, segment_ids_BL, prefix_BL):
@@ -45,7 +46,7 @@ class View(NamedTuple):
     return cls(segment_ids_BL, prefix_BL, angles, local_angles)
 
   def angles_of(self, window):
-    """The rotary angles of a layer that sees `window` tokens, a number or an array."""
+    """Returns the rotary angles of a layer with this window, a number or an array."""
     if self.local_angles is None:
       return self.angles
     return jax.tree.map(
@@ -56,7 +57,7 @@ class View(NamedTuple):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention (Ainslie et al. 2023); K = N is the ordinary kind."""
+  """Grouped-query attention (Ainslie et al. 2023); ordinary attention if K = N."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, H = config.embed_dim, config.head_dim
@@ -70,8 +71,8 @@ class Attention(nnx.Module):
     self.key_bias = bias((K, H), ("heads", None)) if qkv_bias else None
     self.value_bias = bias((K, H), ("heads", None)) if qkv_bias else None
     self.out_bias = bias((D,), ("norm",)) if config.use_bias else None
-    self.query_norm = head_norm(config, N)
-    self.key_norm = head_norm(config, K)
+    self.query_norm = _make_head_norm(config, N)
+    self.key_norm = _make_head_norm(config, K)
     self.sinks = bias((N,), ("heads",)) if config.attention_sinks else None
     self.config = config
 
@@ -95,14 +96,14 @@ class Attention(nnx.Module):
     k_BMKH, v_BMKH = checkpoint_name(k_BMKH, "key"), checkpoint_name(v_BMKH, "value")
 
     if cache is None:
-      out_BLNH = attend(
-        self.config, q_BLNH, k_BMKH, v_BMKH, value_of(self.sinks), view, window
+      out_BLNH = _attend(
+        self.config, q_BLNH, k_BMKH, v_BMKH, _array_or_none(self.sinks), view, window
       )
     else:
       offset = cache.length
       cache, groups = cache.append(layer, k_BMKH, v_BMKH)
       k_prefix_BM = None
-      if view.prefix_BL is not None:  # tokens of the cache come before: seen anyway
+      if view.prefix_BL is not None:  # cached tokens come earlier: seen anyway
         none_BM = jnp.zeros_like(cache.segment_ids_BM)
         k_prefix_BM = jax.lax.dynamic_update_slice(none_BM, view.prefix_BL, (0, offset))
       outs = [
@@ -110,9 +111,9 @@ class Attention(nnx.Module):
           q_BLNH[rows], k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL[rows],
           k_segment_ids_BM=cache.segment_ids_BM[rows],
           k_prefix_BM=None if k_prefix_BM is None else k_prefix_BM[rows],
-          q_offset=offset, sinks_N=value_of(self.sinks), window=window,
+          q_offset=offset, sinks_N=_array_or_none(self.sinks), window=window,
           backend=backend_with_cache(self.config.attention),
-          **mask_and_scale(self.config),
+          **_mask_and_scale(self.config),
         )
         for rows, k_BMKH, v_BMKH in groups
       ]  # fmt: skip
@@ -122,16 +123,19 @@ class Attention(nnx.Module):
     return add_bias(out_TD, self.out_bias), cache
 
 
-def head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:
-  """The RMSNorm of queries or keys: of each head, or of all heads together."""
+def _make_head_norm(config: TransformerConfig, num_heads: int) -> Norm | None:
+  """Returns the RMSNorm of queries or keys: over each head, or over all heads."""
   if config.qk_norm == "none":
     return None
-  if config.qk_norm == "head":
+  elif config.qk_norm == "head":
     return Norm((config.head_dim,), config, ("norm",), rms=True)
-  return Norm((num_heads, config.head_dim), config, ("heads", None), rms=True)
+  elif config.qk_norm == "full":
+    return Norm((num_heads, config.head_dim), config, ("heads", None), rms=True)
+  else:
+    raise ConfigError("config.model.qk_norm", config.qk_norm, "none, head or full")
 
 
-def mask_and_scale(config: TransformerConfig) -> dict:
+def _mask_and_scale(config: TransformerConfig) -> dict:
   """Returns the arguments of `attention` that the model's config decides."""
   return {
     "causal": config.causal,
@@ -141,12 +145,12 @@ def mask_and_scale(config: TransformerConfig) -> dict:
   }
 
 
-def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, window):
-  """Attention within the rows of a batch, by the backend and the mesh of the config.
+def _attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, window):
+  """Computes attention within the rows of a batch, with the config's backend.
 
-  Where the mesh splits rows and the backend does not, each device gets whole rows of
-  some heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al.
-  2023, arXiv 2309.14509).
+  If the mesh splits rows and the backend does not, each device gets whole rows of some
+  heads: XLA exchanges them all-to-all, before and after (Ulysses, Jacobs et al. 2023,
+  arXiv 2309.14509).
   """
   now = current_layout()
   split = now is not None and now.ways("length") > 1
@@ -166,10 +170,10 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, win
     return attention(
       q, k, v, q_segment_ids_BL=ids, k_segment_ids_BM=ids, k_prefix_BM=prefix,
       sinks_N=sinks, window=window if traced is None else traced, backend=backend,
-      axis_name=axis_name, **mask_and_scale(config),
+      axis_name=axis_name, **_mask_and_scale(config),
     )  # fmt: skip
 
-  # The layers of a scan have windows that are not known when it is traced.
+  # In a scan over layers, the window is an array: unknown when the scan is traced.
   traced = None if isinstance(window, int) else window
   arrays = (q_BLNH, k_BMKH, v_BMKH, ids_BL, view.prefix_BL, sinks_N, traced)
   if now is None or not row.per_device:
@@ -179,7 +183,7 @@ def attend(config: TransformerConfig, q_BLNH, k_BMKH, v_BMKH, sinks_N, view, win
 
 
 def _kernel_for_rows(config: TransformerConfig, view: View, L: int, split: bool) -> str:
-  """Returns the kernel for whole rows, by config, device and shape.
+  """Returns the kernel for whole rows, from config, device and shape.
 
   Raises:
     UserError: the config names a backend that cannot compute this.
@@ -187,7 +191,7 @@ def _kernel_for_rows(config: TransformerConfig, view: View, L: int, split: bool)
   now, backend = current_layout(), config.attention
   if backend == CONTEXT_PARALLEL and not split:  # as in decoding
     backend = "auto"
-  # Of the mesh, which may be that of a machine that is not here.
+  # A device of the mesh, which may belong to a machine that is not here.
   device = jax.devices()[0] if now is None else now.mesh.devices.flat[0]
   case = Case(
     device.platform, config.dtype, L, L, config.head_dim, config.attention_softcap,
@@ -196,5 +200,5 @@ def _kernel_for_rows(config: TransformerConfig, view: View, L: int, split: bool)
   return choose_kernel(backend, case, device.device_kind)
 
 
-def value_of(weight: nnx.Param | None) -> jax.Array | None:
+def _array_or_none(weight: nnx.Param | None) -> jax.Array | None:
   return None if weight is None else weight[...]

@@ -14,12 +14,12 @@ from flaxlm.models.config import TransformerConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-  """Keys and values of the tokens seen so far: for each layer arrays KHM and KMH.
+  """Keys and values of the tokens seen so far: for each layer, arrays KHM and KMH.
 
-  There is a pair of them for each group of rows, with B in front if it is not 1, and
-  K is left out if it is 1: of other arrays XLA:CPU makes a copy for each token. It
-  computes the product of one group on one core. Slots from `length` on are empty;
-  their segment id is -1, which no query has.
+  Each group of rows has one pair, with B in front if it is not 1 and without K if it is
+  1: XLA:CPU would copy other arrays for each token. It also computes the product of one
+  group on one core, so there is a group for each core. Slots from `length` on are
+  empty; their segment id is -1, which no query has.
   """
 
   k: tuple[tuple[jax.Array, ...], ...]
@@ -29,6 +29,7 @@ class KVCache:
 
   @classmethod
   def empty(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
+    """Returns a cache without tokens, with room for `max_len` per row."""
     cores = os.cpu_count() if jax.default_backend() == "cpu" else 1
     bounds = np.linspace(0, batch_size, min(batch_size, cores) + 1).astype(int).tolist()
 
@@ -46,7 +47,7 @@ class KVCache:
     return cls(k, v, segment_ids_BM, jnp.zeros((), jnp.int32))
 
   def append(self, layer: int, k_BLKH, v_BLKH):
-    """Returns (the cache with these at its end; rows, k and v of each group, BMKH)."""
+    """Appends L tokens: returns (cache, [(rows, k BMKH, v BMKH) of each group])."""
     L, K, H = k_BLKH.shape[1:]
     M = self.segment_ids_BM.shape[1]
     k, v, groups, first = [], [], [], 0

@@ -1,6 +1,8 @@
-"""The shape of a model: the dataclasses that `config.model` is passed to."""
+"""The shape of a model: frozen dataclasses with the fields of `config.model`."""
 
 import dataclasses
+
+from flaxlm.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,9 @@ class TransformerConfig:
 
   @property
   def windows(self) -> tuple[int, ...]:
-    """How many tokens each layer sees; 0 is all."""
+    """The window of each layer, in tokens; 0 means no window."""
     kinds = [self.layer_pattern[i % len(self.layer_pattern)] for i in self.layers]
-    return tuple(self.sliding_window if kind == "local" else 0 for kind in kinds)
+    return tuple(window_of(kind, self.sliding_window) for kind in kinds)
 
   @property
   def layers(self) -> range:
@@ -110,6 +112,16 @@ class TransformerConfig:
 
   @property
   def num_first_layers(self) -> int:
-    """Layers at the beginning that are built otherwise than the rest."""
+    """How many of the first layers differ in structure from the rest."""
     dense = self.moe.first_dense_layers if self.moe.num_experts else 0
     return max(dense, 0 if self.first_norm else 1)
+
+
+def window_of(kind: str, sliding_window: int) -> int:
+  """Returns the window of a kind of layer, in tokens; 0 means no window."""
+  if kind == "local":
+    return sliding_window
+  elif kind == "global":
+    return 0
+  else:
+    raise ConfigError("config.model.layer_pattern", kind, "local or global")

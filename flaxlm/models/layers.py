@@ -1,4 +1,4 @@
-"""The small parts: weights with named dimensions, norms, rotary positions, the MLP."""
+"""The small parts: weights with named dimensions, products, norms, dropout, the MLP."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from flaxlm.errors import ConfigError
 from flaxlm.kernels.matmul_8bit import quantized_matmul
 from flaxlm.models.config import TransformerConfig
 from flaxlm.parallel.sharding import constrain, gather
@@ -22,10 +23,10 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def weight(rngs: nnx.Rngs, shape: tuple, axes: tuple, scale: float = 0.02) -> nnx.Param:
-  """A float32 array, normal with deviation `scale`; `axes` names each dimension.
+  """Returns a float32 weight from a normal distribution; `axes` names its dimensions.
 
-  GPT-2's initialisation (Radford et al. 2019): 0.02, and less by sqrt(2 * layers) where
-  a matrix writes into the residual stream.
+  The scales are GPT-2's (Radford et al. 2019): 0.02, divided by sqrt(2 * layers) for
+  matrices that write into the residual stream.
   """
   return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
 
@@ -38,41 +39,41 @@ def residual_scale(config: TransformerConfig) -> float:
   return 0.02 * (2 * config.num_layers) ** -0.5
 
 
-class Turned(nnx.Param):
-  """A weight whose summed dimensions are its last, where few rows meet it (decoding).
+class Transposed(nnx.Param):
+  """A weight with its summed dimensions last, for products with few rows (decoding).
 
-  XLA:CPU copies the right-hand matrix of a product into blocks; here the few rows are
-  on the right, and 2 to 32 of them take half to two thirds of the time.
+  XLA:CPU copies the right-hand matrix of a product into blocks. Here that matrix is the
+  few rows: 2 to 32 of them take half to two thirds of the time.
   """
 
 
-def turn(weight: nnx.Param, num_summed: int = 1) -> Turned:
-  """Returns the weight as `project` wants it for few rows, in a copy."""
+def transpose_weight(weight: nnx.Param, num_summed: int = 1) -> Transposed:
+  """Returns a copy of the weight in the layout that is fast for few rows."""
   first = jnp.moveaxis(weight[...], range(num_summed), range(-num_summed, 0))
   axes = (*weight.axes[num_summed:], *weight.axes[:num_summed])
-  return Turned(first, axes=axes)
+  return Transposed(first, axes=axes)
 
 
 def project(
   x: jax.Array, weight: nnx.Param, num_summed: int = 1, quantize: str = "none"
 ) -> jax.Array:
-  """Product of the last `num_summed` dimensions of `x` with the first of a weight.
+  """Returns the product over the last `num_summed` dimensions of `x`.
 
-  As one product of two matrices, in the type of `x` or in 8 bits (quantize = fp8 |
-  int8): with heads as dimensions of their own, XLA transposes the weights and their
-  gradients in every step.
+  It is one product of two matrices, in the dtype of `x` or in 8 bits (quantize = fp8 |
+  int8). With heads as a dimension of their own, XLA would transpose the weights and
+  their gradients in every step.
   """
   w = gather(weight[...].astype(x.dtype), weight.axes)
-  turned, rows = isinstance(weight, Turned), x.shape[: x.ndim - num_summed]
-  out = w.shape[: w.ndim - num_summed] if turned else w.shape[num_summed:]
+  transposed, rows = isinstance(weight, Transposed), x.shape[: x.ndim - num_summed]
+  out = w.shape[: w.ndim - num_summed] if transposed else w.shape[num_summed:]
   x_TI = x.reshape(-1, math.prod(x.shape[len(rows) :]))
-  if turned:
+  if transposed:
     w_OI = w.reshape(-1, x_TI.shape[1])
     w_IO = w_OI.T
   else:
     w_IO = w.reshape(x_TI.shape[1], -1)
-  if turned and quantize == "none":
-    # Behind a barrier, or XLA would turn the product round.
+  if transposed and quantize == "none":
+    # Without the barrier, XLA would transpose the product back.
     y_TO = jax.lax.optimization_barrier(jnp.einsum("OI,TI->OT", w_OI, x_TI)).T
   elif quantize == "none":
     y_TO = jnp.einsum("TI,IO->TO", x_TI, w_IO)
@@ -82,7 +83,7 @@ def project(
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-  """Adds a bias of the last dimensions, in the type of the activations."""
+  """Adds a bias over the last dimensions, in the dtype of the activations."""
   if bias is None:
     return x
   b = bias[...].astype(x.dtype)
@@ -100,12 +101,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 class Norm(nnx.Module):
   """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), in float32.
 
-  Over all dimensions of `shape`; `rms` asks for RMSNorm whatever the config's kind.
+  It runs over all dimensions of `shape`; `rms` makes it RMSNorm whatever the config.
   """
 
   def __init__(
     self, shape: tuple, config: TransformerConfig, axes: tuple, rms: bool = False
   ):
+    if config.norm not in ("layernorm", "rmsnorm"):
+      raise ConfigError("config.model.norm", config.norm, "rmsnorm or layernorm")
     self.center = config.norm == "layernorm" and not rms
     self.zero_centered = config.zero_centered_norm
     initial = jnp.zeros if self.zero_centered else jnp.ones
@@ -116,7 +119,7 @@ class Norm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.scale[...]
     dims = tuple(range(x.ndim - scale.ndim, x.ndim))
-    # The rank is spelt out: no silent broadcasting anywhere in the package.
+    # The rank is explicit: nothing in the package broadcasts silently.
     rank = (1,) * (x.ndim - scale.ndim)
     y = x.astype(jnp.float32)
     if self.center:

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from flaxlm.kernels.cross_entropy import chunk_tokens
+from flaxlm.models.config import window_of
 from flaxlm.models.cost import mean_keys
 
 
@@ -102,7 +103,7 @@ def _attention_ops(config, sizes, part: Share, flash: bool) -> list[Op]:
   # with batch dimensions, so all of them compute attention again.
   products, again = (7, 2 / 7) if flash else (6, 1 / 3)
   again *= model.remat != "none"
-  windows = [model.sliding_window * (kind == "local") for kind in model.layer_pattern]
+  windows = [window_of(kind, model.sliding_window) for kind in model.layer_pattern]
   queries = max(round(L / sizes["context"]), 1)
   for window in set(windows):
     keys = mean_keys(L, window, model.causal) if flash else L

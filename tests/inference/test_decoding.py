@@ -15,7 +15,7 @@ from flaxlm.inference.decoding import (
 )
 from flaxlm.inference.sampling import Sampling
 from flaxlm.models.config import TransformerConfig
-from flaxlm.models.layers import Turned, project, turn
+from flaxlm.models.layers import Transposed, project, transpose_weight
 from flaxlm.models.transformer import Transformer
 
 PROMPTS = [[5, 9, 11], [7], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -122,7 +122,7 @@ def test_only_allowed_ids_are_drawn(model):
 def test_a_turned_weight_gives_the_same_product(quantize, shape, num_summed):
   weight = nnx.Param(jax.random.normal(jax.random.key(0), shape), axes=(None,) * 3)
   x = jax.random.normal(jax.random.key(1), (5, *shape[:num_summed]))
-  turned = turn(weight, num_summed)
+  turned = transpose_weight(weight, num_summed)
   assert turned[...].shape == (*shape[num_summed:], *shape[:num_summed])
   plain = project(x, weight, num_summed, quantize)
   assert plain.shape == (5, *shape[num_summed:])
@@ -134,11 +134,11 @@ def test_a_turned_weight_gives_the_same_product(quantize, shape, num_summed):
 def test_a_model_for_decoding_is_turned_and_split_and_the_stack_is_left(model):
   ours = for_decoding(model)
   assert len(ours.blocks) == model.config.num_layers
-  assert isinstance(ours.blocks[1].mlp.down, Turned)
+  assert isinstance(ours.blocks[1].mlp.down, Transposed)
   np.testing.assert_array_equal(
     ours.blocks[1].mlp.down[...], model.blocks.mlp.down[...][1].T
   )
-  assert not isinstance(model.blocks.mlp.down, Turned)
+  assert not isinstance(model.blocks.mlp.down, Transposed)
 
 
 def test_lengths_are_rounded_to_few_numbers_a_little_above():
