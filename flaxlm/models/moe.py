@@ -1,9 +1,9 @@
 """Mixtures of experts: a router sends each token to a few of many small MLPs.
 
 Dropless by default: tokens are sorted by expert and multiplied group by group
-(`jax.lax.ragged_dot`, as MegaBlocks does; Gale et al. 2022), so nothing is lost however
-uneven the load. With `capacity_factor`, each expert takes its fair share times that and
-drops the rest (GShard, Lepikhin et al. 2020): fixed shapes, and tokens lost for them.
+(`jax.lax.ragged_dot`, as in MegaBlocks, Gale et al. 2022), so no token is lost however
+uneven the load. With `capacity_factor`, each expert takes that many times its fair
+share and drops the rest (GShard, Lepikhin et al. 2020): shapes are fixed, tokens lost.
 """
 
 import math
@@ -13,30 +13,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxlm.errors import ConfigError
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.layers import ACTIVATIONS, Mlp, bias, project, residual_scale, weight
 from flaxlm.parallel.sharding import constrain, current_layout, gather, shard_map
 
 
 class Routing(NamedTuple):
-  """What the routers of all layers did; leading dimension S after the scan."""
+  """What the routers did; with a leading S after the scan over layers."""
 
-  load_E: jax.Array  # tokens sent to each expert, padding not counted, float32
-  loss: jax.Array  # what balancing and the router's z-loss add to the loss
+  load_E: jax.Array  # tokens sent to each expert, without padding, float32
+  loss: jax.Array  # what load balancing and the router's z-loss add
   dropped: jax.Array  # (token, expert) pairs without room, float32
 
 
 def route(scores_TE, balance_bias_E, config: TransformerConfig):
   """Returns (chosen experts TK, their weights TK, probabilities TE), from logits.
 
-  The balancing bias decides who is chosen and is no part of the weights, so it gets no
+  The balancing bias changes which experts are chosen, not their weights, so it gets no
   gradient (Wang et al. 2024, arXiv 2408.15664).
   """
   moe = config.moe
   if moe.router == "softmax":
     probability_TE = jax.nn.softmax(scores_TE)
-  else:
+  elif moe.router == "sigmoid":
     probability_TE = jax.nn.sigmoid(scores_TE)
+  else:
+    raise ConfigError("config.model.moe.router", moe.router, "softmax or sigmoid")
   ranked_TE = probability_TE
   if balance_bias_E is not None:
     ranked_TE = probability_TE + jax.lax.stop_gradient(balance_bias_E)[None, :]
@@ -47,19 +50,19 @@ def route(scores_TE, balance_bias_E, config: TransformerConfig):
   return chosen_TK, weight_TK * moe.routed_scale, probability_TE
 
 
-def routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, config):
-  """Returns (tokens of each expert E, loss).
+def _routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, config):
+  """Returns (tokens per expert E, loss).
 
-  Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e), whose
-  least value, k, is that of equal loads (Switch, Fedus et al. 2021, eq. 4, for top k).
-  z: mean log(Z)^2 of the router (ST-MoE, Zoph et al. 2022, eq. 5).
+  Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e). Its least
+  value, k, means equal loads (Switch, Fedus et al. 2021, eq. 4, for top k). z: the mean
+  of log(Z)^2 over the tokens (ST-MoE, Zoph et al. 2022, eq. 5).
   """
   moe, E = config.moe, config.moe.num_experts
   sent_TE = jnp.sum(jax.nn.one_hot(chosen_TK, E), axis=1) * is_token_T[:, None]
   load_E, count = jnp.sum(sent_TE, axis=0), jnp.maximum(jnp.sum(is_token_T), 1.0)
   loss = jnp.zeros(())
   if moe.balance == "loss" and moe.aux_loss:
-    # Sigmoids do not add up to 1, and the loss speaks of shares.
+    # The loss needs shares, and sigmoids do not sum to 1.
     share_TE = probability_TE / jnp.sum(probability_TE, axis=1, keepdims=True)
     mean_E = jnp.sum(share_TE * is_token_T[:, None], axis=0) / count
     loss += moe.aux_loss * E * jnp.sum(load_E / count * mean_E)
@@ -70,7 +73,7 @@ def routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, config):
 
 
 class MoeMlp(nnx.Module):
-  """In the place of `Mlp`: returns (output TD, Routing of this layer)."""
+  """Replaces `Mlp`; returns (output TD, Routing of this layer)."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     moe, D, E = config.moe, config.embed_dim, config.moe.num_experts
@@ -81,6 +84,8 @@ class MoeMlp(nnx.Module):
     self.expert_up = weight(rngs, (E, D, X), into)
     self.expert_gate = weight(rngs, (E, D, X), into) if config.gated_mlp else None
     self.expert_down = weight(rngs, (E, X, D), out, residual_scale(config))
+    if moe.balance not in ("loss", "bias", "none"):
+      raise ConfigError("config.model.moe.balance", moe.balance, "loss, bias or none")
     self.balance_bias = bias((E,), (None,)) if moe.balance == "bias" else None
     self.shared = Mlp(config, rngs, moe.shared_dim) if moe.shared_dim else None
     self.shared_gate = (
@@ -94,7 +99,7 @@ class MoeMlp(nnx.Module):
     )  # fmt: skip
     offset_E = None if self.balance_bias is None else self.balance_bias[...]
     chosen_TK, weight_TK, probability_TE = route(scores_TE, offset_E, self.config)
-    load_E, loss = routing_loss(
+    load_E, loss = _routing_loss(
       scores_TE, probability_TE, chosen_TK, is_token_T, self.config
     )
     if self.config.moe.capacity_factor:
@@ -110,12 +115,12 @@ class MoeMlp(nnx.Module):
     return out_TD, Routing(load_E, loss, dropped)
 
   def weights(self, dtype) -> tuple[jax.Array, ...]:
-    """Up, down, and the gate if there is one; in the type of the activations."""
+    """Returns up, down and the gate, if there is one, in the dtype of activations."""
     matrices = (self.expert_up, self.expert_down, self.expert_gate)
     return tuple(m[...].astype(dtype) for m in matrices if m is not None)
 
   def experts(self, x, weights, multiply) -> jax.Array:
-    """The MLPs of all experts; `multiply(x, weight)` picks the right one of each."""
+    """Applies the experts' MLPs; `multiply(x, weight)` uses each row's own expert."""
     activate = ACTIVATIONS[self.config.activation]
     up, down, *gate = weights
     hidden = multiply(x, up)
@@ -123,7 +128,7 @@ class MoeMlp(nnx.Module):
     return multiply(hidden, down)
 
   def dropless(self, x_TD, chosen_TK, weight_TK) -> jax.Array:
-    """Each device sorts its own tokens; those of other devices' experts travel."""
+    """Returns output TD; tokens travel to the devices of their experts, if need be."""
     weight_TK, weights = weight_TK.astype(x_TD.dtype), self.weights(x_TD.dtype)
     now = current_layout()
     if now is None or now.mesh.size == 1:
@@ -134,7 +139,7 @@ class MoeMlp(nnx.Module):
 
     def on_device(x_TD, chosen_TK, weight_TK, *weights):
       up, down, *gate = weights
-      if gathered:  # one layer's, as everywhere with fsdp
+      if gathered:  # of this layer, as elsewhere with fsdp
         up, *gate = (
           jax.lax.all_gather(w, gathered, axis=1, tiled=True) for w in (up, *gate)
         )
@@ -148,7 +153,7 @@ class MoeMlp(nnx.Module):
     return shard_map(on_device, dims, tokens)(x_TD, chosen_TK, weight_TK, *weights)
 
   def local(self, x_TD, chosen_TK, weight_TK, weights, axes=()) -> jax.Array:
-    """The experts' sum for the tokens of one device; `axes` split the experts."""
+    """Returns output TD for one device's tokens; the mesh `axes` split the experts."""
     T, K = chosen_TK.shape
     expert_P = chosen_TK.reshape(-1)  # P = T*K pairs of token and expert
     order_P = jnp.argsort(expert_P)
@@ -156,32 +161,32 @@ class MoeMlp(nnx.Module):
     x_PD = x_TD[order_P // K]
     if axes:
       room = T * min(K, len(weights[0]))
-      out_PD = exchange(
+      out_PD = _exchange(
         x_PD, sizes_E, room, axes, lambda x, sizes: self.grouped(x, weights, sizes)
       )
     else:
       out_PD = self.grouped(x_PD, weights, sizes_E)
-    # Back to the order of the tokens by a gather: sums in a fixed order.
+    # A gather restores the order of tokens, so that sums have a fixed order.
     out_TKD = out_PD[jnp.argsort(order_P)].reshape(T, K, -1)
     return jnp.einsum("TKD,TK->TD", out_TKD, weight_TK)
 
   def grouped(self, x_PD, weights, sizes_E) -> jax.Array:
-    """Rows sorted by expert, each through its own; rows beyond sum(sizes) are 0."""
+    """Applies each row's expert, to rows sorted by expert; surplus rows become 0."""
     return self.experts(x_PD, weights, lambda x, w: jax.lax.ragged_dot(x, w, sizes_E))
 
   def with_capacity(self, x_TD, chosen_TK, weight_TK, is_token_T):
-    """Returns (output TD, pairs dropped). First choices go before second ones."""
+    """Returns (output TD, dropped pairs). All first choices come before second ones."""
     (T, K), E = chosen_TK.shape, self.config.moe.num_experts
     C = min(math.ceil(self.config.moe.capacity_factor * T * K / E), T)
     expert_KT = chosen_TK.T
     wanted_KTE = jax.nn.one_hot(expert_KT, E, dtype=jnp.int32)
     wanted_KTE *= is_token_T.astype(jnp.int32)[None, :, None]  # padding takes no room
-    turn_PE = jnp.cumsum(wanted_KTE.reshape(K * T, E), axis=0) - 1
-    turn_P = jnp.take_along_axis(turn_PE, expert_KT.reshape(-1, 1), axis=1)[:, 0]
+    rank_PE = jnp.cumsum(wanted_KTE.reshape(K * T, E), axis=0) - 1
+    rank_P = jnp.take_along_axis(rank_PE, expert_KT.reshape(-1, 1), axis=1)[:, 0]
     real_P = jnp.tile(is_token_T > 0, K)
-    kept_P = real_P & (turn_P < C)
-    # The slot after the last takes what is dropped.
-    slot_P = jnp.where(kept_P, expert_KT.reshape(-1) * C + turn_P, E * C)
+    kept_P = real_P & (rank_P < C)
+    # Dropped pairs go to one extra slot at the end.
+    slot_P = jnp.where(kept_P, expert_KT.reshape(-1) * C + rank_P, E * C)
     token_P = jnp.tile(jnp.arange(T), K)
     slots_SD = jnp.zeros((E * C + 1, x_TD.shape[1]), x_TD.dtype)
     slots_SD = slots_SD.at[slot_P].set(x_TD[token_P])
@@ -196,17 +201,17 @@ class MoeMlp(nnx.Module):
     return jnp.einsum("KTD,TK->TD", out_KTD, weight_TK.astype(x_TD.dtype)), dropped
 
 
-def exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:
+def _exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:
   """Sends rows to the devices of their experts, and the results back.
 
-  Every pair of devices has room for the worst case, so that no row is ever dropped and
-  the shapes are known: most of what is sent is empty unless experts are few.
+  Each pair of devices has room for the worst case, so that no row is ever dropped and
+  shapes are static. Unless experts are few, most of what is sent is empty.
 
   Args:
-    x_PD: rows sorted by expert; sizes_E: how many each expert has, over all devices'
-      experts.
-    room: rows that one device can have for another.
-    axes: mesh axes that split the experts, E / X a device.
+    x_PD: rows sorted by expert.
+    sizes_E: rows of each expert, including those on other devices.
+    room: the most rows that one device can have for another.
+    axes: mesh axes that split the experts, E / X per device.
     compute: (rows sorted by local expert, rows of each) -> rows.
   """
   X = jax.lax.axis_size(axes)
@@ -221,7 +226,7 @@ def exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:
     return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
 
   received_XSD, sizes_XE = swap(send_XSD), swap(sizes_XE)
-  # Which local expert each slot is for; empty slots count as one after the last.
+  # The local expert of each slot; empty slots count as one after the last.
   ends_XE = jnp.cumsum(sizes_XE, axis=1)
   expert_XS = jnp.sum(jnp.arange(room)[None, :, None] >= ends_XE[:, None, :], axis=2)
   order = jnp.argsort(expert_XS.reshape(-1))
@@ -233,8 +238,8 @@ def exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:
 def rebalance(model, load_SE: jax.Array, rate: float):
   """Returns the model with its balancing biases moved one step against the loads.
 
-  b += rate * sign(mean load - load), after each step and without a gradient (Wang et
-  al. 2024, algorithm 1).
+  After each training step, without a gradient: b += rate * sign(mean load - load) (Wang
+  et al. 2024, algorithm 1).
   """
   change_SE = rate * jnp.sign(jnp.mean(load_SE, axis=1, keepdims=True) - load_SE)
 

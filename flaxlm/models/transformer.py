@@ -1,10 +1,11 @@
-"""The transformer: GPT, Llama, Gemma, mixtures of experts and BERT by its config.
+"""The transformer: its config makes it GPT, Llama, Gemma, a mixture of experts or BERT.
 
-Activations are flat, (B*L, D), between attentions: every projection is one 2-D matrix
-product, which XLA:CPU runs 1.3 times as fast as the same product with B and L apart.
-Layers are stacked along a leading axis and run by `jax.lax.scan`: compile time does not
-grow with depth. What differs between layers (window, rotary base) is scanned beside the
-weights; layers of another build (dense before experts) are a stack of their own.
+Between attention layers, activations are flat, (B*L, D): each projection is then one
+2-D matrix product, which XLA:CPU runs 1.3 times as fast as with B and L apart. Layers
+are stacked along a leading dimension and run by `jax.lax.scan`, so that compile time
+does not grow with depth. What differs between layers (window, rotary base) is scanned
+beside the weights; layers of another structure (dense before experts) have their own
+stack.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxlm.errors import ConfigError
 from flaxlm.models.attention import Attention, View
 from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
@@ -32,25 +34,30 @@ from flaxlm.parallel.sharding import (
   split_rows,
 )
 
-TOKENS, STREAM = ("tokens", None), ("stream", None)
+_TOKENS, _STREAM = ("tokens", None), ("stream", None)
 
 
-def remat_policy(config: TransformerConfig):
-  """What `jax.checkpoint` keeps of a layer; the rest is computed again."""
+def _remat_policy(config: TransformerConfig):
+  """Returns what `jax.checkpoint` keeps of a layer; the rest is computed again."""
   if config.remat == "dots":
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=list(config.keep),
-    names_which_can_be_offloaded=list(config.offload),
-    offload_src="device",
-    offload_dst="pinned_host",
-  )
+  elif config.remat == "full":
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=list(config.keep),
+      names_which_can_be_offloaded=list(config.offload),
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  else:
+    raise ConfigError("config.model.remat", config.remat, "none, full or dots")
 
 
 class Output(NamedTuple):
+  """What a model returns."""
+
   features: jax.Array  # x_BLD after the last norm
   cache: KVCache | None
-  routing: Routing | None  # of the layers that have experts
+  routing: Routing | None  # of the layers with experts
 
 
 class Block(nnx.Module):
@@ -68,50 +75,56 @@ class Block(nnx.Module):
     experts: bool = False,
   ):
     place = config.norm_placement
-    around, after = place != "post", place in ("post", "both")
+    if place not in ("pre", "post", "both", "residual"):
+      needed = "pre, post, both or residual"
+      raise ConfigError("config.model.norm_placement", place, needed)
+    has_norm, has_post_norm = place != "post", place in ("post", "both")
     self.placement, self.dropout = place, config.dropout
-    self.attention_norm = make_norm(config) if around and first_norm else None
+    self.attention_norm = make_norm(config) if has_norm and first_norm else None
     self.attention = Attention(config, rngs)
-    self.attention_post_norm = make_norm(config) if after else None
-    self.mlp_norm = make_norm(config) if around else None
+    self.attention_post_norm = make_norm(config) if has_post_norm else None
+    self.mlp_norm = make_norm(config) if has_norm else None
     if experts:
       self.mlp = MoeMlp(config, rngs)
     else:
       self.mlp = Mlp(config, rngs, config.mlp_dim)
-    self.mlp_post_norm = make_norm(config) if after else None
+    self.mlp_post_norm = make_norm(config) if has_post_norm else None
 
   def __call__(self, x_TD, view: View, window, cache, layer, key):
     keys = (None, None) if key is None else jax.random.split(key)
-    # What is split between blocks is gathered for the matrices, and split again.
-    y_TD = reshard(self.before(x_TD, self.attention_norm), STREAM, TOKENS)
+    # The stream is split between blocks: gathered for the matrices, then split again.
+    y_TD = reshard(self._input(x_TD, self.attention_norm), _STREAM, _TOKENS)
     y_TD, cache = self.attention(y_TD, view, window, cache, layer)
-    x_TD = self.add(x_TD, y_TD, self.attention_norm, self.attention_post_norm, keys[0])
-    y_TD = reshard(self.before(x_TD, self.mlp_norm), STREAM, TOKENS)
+    x_TD = self._add(x_TD, y_TD, self.attention_norm, self.attention_post_norm, keys[0])
+    y_TD = reshard(self._input(x_TD, self.mlp_norm), _STREAM, _TOKENS)
     routing = None
     if isinstance(self.mlp, MoeMlp):
       is_token_T = (join_rows(view.segment_ids_BL) > 0).astype(jnp.float32)
       y_TD, routing = self.mlp(y_TD, is_token_T)
     else:
       y_TD = self.mlp(y_TD)
-    x_TD = self.add(x_TD, y_TD, self.mlp_norm, self.mlp_post_norm, keys[1])
+    x_TD = self._add(x_TD, y_TD, self.mlp_norm, self.mlp_post_norm, keys[1])
     return x_TD, cache, routing
 
-  def before(self, x_TD, norm):
+  def _input(self, x_TD, norm):
     return x_TD if norm is None or self.placement == "residual" else norm(x_TD)
 
-  def add(self, x_TD, y_TD, norm, post_norm, key):
-    y_TD = reshard(y_TD, TOKENS, STREAM)
+  def _add(self, x_TD, y_TD, norm, post_norm, key):
+    y_TD = reshard(y_TD, _TOKENS, _STREAM)
     y_TD = y_TD if post_norm is None else post_norm(y_TD)
     x_TD = x_TD + dropout(y_TD, self.dropout, key)
     if self.placement == "residual":
       x_TD = norm(x_TD)
-    return constrain(x_TD, *STREAM)
+    return constrain(x_TD, *_STREAM)
 
 
 class Transformer(nnx.Module):
-  """A language model, decoder or encoder; a pytree, and a pure function of it."""
+  """A language model, decoder or encoder: a pytree that is called as a function."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    if config.positions not in ("rope", "learned", "none"):
+      needed = "rope, learned or none"
+      raise ConfigError("config.model.positions", config.positions, needed)
     V, D, S = config.vocab_size, config.embed_dim, config.num_layers
     first, experts = config.num_first_layers, config.moe.num_experts > 0
     self.config = config
@@ -123,7 +136,7 @@ class Transformer(nnx.Module):
     types = config.num_segment_types
     self.segment_types = weight(rngs, (types, D), (None, "embed")) if types else None
     self.embedding_norm = make_norm(config) if config.embedding_norm else None
-    # vmap, not a leading dimension in the shapes: each layer draws its own numbers.
+    # By vmap, so that each layer draws its own random numbers.
     keys_S = jax.random.split(rngs.params(), S)
 
     def stack(keys_S, first_norm, experts):
@@ -154,23 +167,23 @@ class Transformer(nnx.Module):
     cache: KVCache | None = None,
     dropout_key: jax.Array | None = None,
   ) -> Output:
-    """Returns features, and what came along.
+    """Returns the features, the cache with these tokens, and the experts' routing.
 
-    Tokens see tokens of their own segment: earlier ones, if the model is causal, and
-    those of the prefix. With a cache, the L tokens are appended to it and see what it
-    holds; positions are the caller's to continue. Without a `dropout_key` nothing is
+    Tokens see tokens of their own segment; if the model is causal, only earlier ones
+    and those of the prefix. With a cache, the L tokens are appended to it and see what
+    it holds; the caller continues the positions. Without a `dropout_key` nothing is
     dropped.
     """
     config = self.config
     B, L = tokens_BL.shape
-    x_BLD = self.embed_tokens(tokens_BL, positions_BL, token_types_BL)
+    x_BLD = self._embed_tokens(tokens_BL, positions_BL, token_types_BL)
     view = View.of(config, positions_BL, segment_ids_BL, prefix_BL)
     if cache is not None:
       segment_ids_BM = jax.lax.dynamic_update_slice(
         cache.segment_ids_BM, segment_ids_BL, (0, cache.length)
       )
       cache = dataclasses.replace(cache, segment_ids_BM=segment_ids_BM)
-    x_TD = constrain(join_rows(x_BLD), *STREAM)
+    x_TD = constrain(join_rows(x_BLD), *_STREAM)
     x_TD = dropout(x_TD, config.dropout, dropout_key)
     first = config.num_first_layers
     routing = None
@@ -179,16 +192,16 @@ class Transformer(nnx.Module):
       (self.blocks, config.layers[first:]),
     ):
       if blocks is not None:
-        x_TD, cache, routing = self.run(blocks, layers, x_TD, view, cache, dropout_key)
+        x_TD, cache, routing = self._run(blocks, layers, x_TD, view, cache, dropout_key)
     if cache is not None:
       cache = dataclasses.replace(cache, length=cache.length + L)
     if self.final_norm is not None:
       x_TD = self.final_norm(x_TD)
-    return Output(split_rows(reshard(x_TD, STREAM, TOKENS), B), cache, routing)
+    return Output(split_rows(reshard(x_TD, _STREAM, _TOKENS), B), cache, routing)
 
-  def embed_tokens(self, tokens_BL, positions_BL, token_types_BL) -> jax.Array:
+  def _embed_tokens(self, tokens_BL, positions_BL, token_types_BL) -> jax.Array:
     config = self.config
-    # Whole along D, as a row of it is looked up where its token is.
+    # Whole along D: each device looks up whole rows for its own tokens.
     table_VD = gather(self.embed[...].astype(config.dtype), self.embed.axes)
     x_BLD = constrain(table_VD[tokens_BL], "batch", "length", None)
     if config.scale_embeddings:
@@ -204,21 +217,21 @@ class Transformer(nnx.Module):
         x_BLD += types[token_types_BL]
     return x_BLD if self.embedding_norm is None else self.embedding_norm(x_BLD)
 
-  def run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
+  def _run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
     """Runs one stack of layers; returns (x_TD, cache, Routing with a leading S)."""
     if cache is not None:
-      return self.append(blocks, layers, x_TD, view, cache)
+      return self._append(blocks, layers, x_TD, view, cache)
     windows_S = np.array([self.config.windows[i] for i in layers], np.int32)
     stack = blocks, jnp.arange(layers.start, layers.stop), windows_S
     now = current_layout()
     if now is None or now.ways("layer") == 1 or blocks is self.first_blocks:
-      x_TD, routing = self.scan(stack, x_TD, view, dropout_key)
+      x_TD, routing = self._scan(stack, x_TD, view, dropout_key)
     else:
-      x_TD, routing = self.run_pipeline(now, stack, x_TD, view, dropout_key)
+      x_TD, routing = self._run_pipeline(now, stack, x_TD, view, dropout_key)
     return x_TD, None, routing
 
-  def append(self, blocks, layers: range, x_TD, view: View, cache):
-    """`run` with a cache, unrolled: a scan would copy weights and cache every time."""
+  def _append(self, blocks, layers: range, x_TD, view: View, cache):
+    """`_run` with a cache, unrolled: a scan would copy weights and cache each time."""
     for i, number in enumerate(layers):
       if isinstance(blocks, tuple):
         block = blocks[i]
@@ -228,35 +241,35 @@ class Transformer(nnx.Module):
       x_TD, cache, _ = block(x_TD, view, window, cache, number, None)
     return x_TD, cache, None
 
-  def scan(self, stack, x_TD, view: View, dropout_key):
-    """`run`, one layer after the other; stack is (blocks, their numbers, windows)."""
+  def _scan(self, stack, x_TD, view: View, dropout_key):
+    """`_run`, layer by layer; `stack` is (blocks, their numbers, their windows)."""
     windows = self.config.windows
     same = len(set(windows)) == 1
 
     def layer(x_TD, xs):
       block, number, window = xs
-      window = windows[0] if same else window  # a number, where a kernel may want one
+      window = windows[0] if same else window  # a number, which some kernels need
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
       x_TD, _, routing = block(x_TD, view, window, None, number, key)
       return x_TD, routing
 
     if self.config.remat != "none":
-      layer = jax.checkpoint(layer, policy=remat_policy(self.config))
+      layer = jax.checkpoint(layer, policy=_remat_policy(self.config))
     unroll = min(self.config.unroll, len(stack[1]))
     return jax.lax.scan(layer, x_TD, stack, unroll=unroll)
 
-  def run_pipeline(self, now: Layout, stack, x_TD, view: View, dropout_key):
-    """`run`, by the stages of the mesh: returns (x_TD, Routing with a leading S)."""
+  def _run_pipeline(self, now: Layout, stack, x_TD, view: View, dropout_key):
+    """`_run` on the mesh's pipeline stages: (x_TD, Routing with a leading S)."""
     B, M = view.segment_ids_BL.shape[0], now.microbatches
 
     def cut(x_BL):
-      # Rows m, m + M ... are microbatch m: each device keeps the rows that it has.
+      # Microbatch m has rows m, m + M, ...: so each device keeps its own rows.
       x = jnp.swapaxes(x_BL.reshape(-1, M, *x_BL.shape[1:]), 0, 1)
       return constrain(x, None, "batch", "length", *(None,) * (x.ndim - 3))
 
     def apply(stack, x_TD, view, number):
       key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-      return self.scan(stack, x_TD, view, key)
+      return self._scan(stack, x_TD, view, key)
 
     x_MTD, routing = pipeline(
       apply, stack, jax.vmap(join_rows)(cut(split_rows(x_TD, B))),
@@ -266,25 +279,26 @@ class Transformer(nnx.Module):
     x_BLD = jnp.swapaxes(x_MBLD, 0, 1).reshape(B, *x_MBLD.shape[2:])
     if routing is not None:  # its loss is a mean over tokens
       routing = routing._replace(loss=routing.loss / M)
-    return constrain(join_rows(x_BLD), *STREAM), routing
+    return constrain(join_rows(x_BLD), *_STREAM), routing
 
   def for_vocabulary(self, x: jax.Array) -> jax.Array:
-    """Features as the output matrix wants them: through the mlm head, if any."""
+    """Returns the features that the output matrix takes: after the mlm head, if any."""
     return self.head.transform(x) if self.config.head == "mlm" else x
 
   def vocab_bias(self) -> jax.Array | None:
+    """Returns the bias of the logits, which only the mlm head has."""
     return self.head.vocab_bias[...] if self.config.head == "mlm" else None
 
   def unembedding(self) -> jax.Array:
-    """The output matrix, DV, in the type of the activations."""
+    """Returns the output matrix, DV, in the dtype of the activations."""
     weight = self.embed if self.unembed is None else self.unembed
     w = gather(weight[...].astype(self.config.dtype), weight.axes)
     return w.T if self.unembed is None else w
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """Scores of the words, float32, BLV."""
+    """Returns the scores of the vocabulary in float32, BLV."""
     weight = self.embed if self.unembed is None else self.unembed
-    # No transpose: for one token XLA:CPU would copy the whole table to make it.
+    # No transpose: in decoding, XLA:CPU would copy the whole table for each token.
     logits_BLV = jnp.einsum(
       "BLD,VD->BLV" if self.unembed is None else "BLD,DV->BLV",
       self.for_vocabulary(x_BLD),
@@ -300,7 +314,7 @@ class Transformer(nnx.Module):
 def describe_weights(model: Transformer) -> list[tuple[str, tuple[int, ...], tuple]]:
   """Returns (path, shape, names of the dimensions) of each parameter, in tree order.
 
-  Works on the abstract model that `jax.eval_shape` makes: no memory is needed.
+  The model may be the abstract one of `jax.eval_shape`, which needs no memory.
   """
   leaves = jax.tree_util.tree_leaves_with_path(
     model, is_leaf=lambda x: isinstance(x, nnx.Variable)

@@ -8,11 +8,11 @@ PyTree = Any
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Returns {"model/blocks/wq": leaf}: the names in files and messages."""
+  """Returns {"model/blocks/wq": leaf}: the names used in files and messages."""
   leaves = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # nnx.Param adds an attribute "value"; a weight that is called so keeps its name.
+    # nnx.Param adds an attribute "value"; a weight of that name keeps it.
     is_attribute = path and isinstance(path[-1], jax.tree_util.GetAttrKey)
     if is_attribute and len(parts) > 1 and parts[-1] == "value":
       parts.pop()
