@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from flaxlm.config.load import load_config
+from flaxlm.errors import UserError
 from flaxlm.models.attention import View
 from flaxlm.models.cache import KVCache
 from flaxlm.models.config import TransformerConfig
@@ -166,3 +167,21 @@ def test_published_parameter_counts(file, parameters):
     lambda key: Transformer(config, nnx.Rngs(key)), jax.random.key(0)
   )
   assert sum(np.prod(shape) for _, shape, _ in describe_weights(model)) == parameters
+
+
+CHOICES = (
+  "activation attention dtype head layer_pattern norm norm_placement positions qk_norm "
+  "quantize remat rope.scaling moe.router moe.balance"
+)
+
+
+@pytest.mark.parametrize("knob", CHOICES.split())
+def test_an_unknown_choice_raises(tiny, knob):
+  if knob.startswith("moe."):
+    tiny.model.moe.update(num_experts=2, experts_per_token=1, expert_dim=8)
+  *groups, name = knob.split(".")
+  group = tiny.model[groups[0]] if groups else tiny.model
+  group[name] = ("other",) if knob == "layer_pattern" else "other"
+  config = TransformerConfig(**tiny.model)
+  with pytest.raises((UserError, KeyError, TypeError), match=f"other|{knob}"):
+    jax.eval_shape(lambda: Transformer(config, nnx.Rngs(0))(*row(TOKENS[:4])))
