@@ -38,8 +38,8 @@ def decode(
   """Makes PORTION tokens per row; returns (tokens BP, logits of the next, cache).
 
   Args:
-    position_B: of the first of these tokens, in its text.
-    count_B: tokens that were drawn for the row before.
+    position_B: position of the row's next token in its text.
+    count_B: tokens drawn for the row so far.
     allowed_V: which ids may be drawn.
   """
   segment_ids_BL = jnp.ones((logits_BV.shape[0], 1), jnp.int32)
@@ -91,14 +91,14 @@ def generate(
   sampling: Sampling | Sequence[Sampling],
   allowed_V: np.ndarray,
 ) -> Iterator[np.ndarray]:
-  """Yields arrays of new tokens, one row per prompt, `max_tokens` of each in all.
+  """Yields arrays of new tokens, one row per prompt, `max_tokens` per row in all.
 
   A text that outgrows the model's context continues from its last half. Rows are
   independent; the caller cuts each at its end-of-text token.
 
   Args:
     prompts: token ids, at least one each (a beginning-of-text token will do).
-    sampling: of each prompt; or one for all, which then differ in their `index`.
+    sampling: one per prompt; or one for all, whose rows then differ in `index`.
     allowed_V: which ids may be drawn.
   Raises:
     ConfigError: the model's context is too short to decode in.

@@ -64,7 +64,7 @@ class SamplingRows:
     )
 
   def keys(self, count_B: jax.Array) -> jax.Array:
-    """Returns the key of each row's token number `count_B`: no other row enters it."""
+    """Returns the key of each row's `count_B`-th token, whatever the other rows are."""
 
     def key(seed, index, count):
       return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), count)
@@ -102,7 +102,7 @@ def _draw_sorted(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
 
 
 def _draw_from_all(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
-  """Draws in the order of ids; as likely as the last of `top_k` stay too."""
+  """Draws in the order of ids; tokens as likely as the `top_k`-th stay too."""
   p_BV = jax.nn.softmax(_scale(logits_BV, rows))
 
   def keep_top_k(p_BV):
@@ -118,25 +118,27 @@ def _draw_from_all(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
 
 
 def _scale(logits_BV, rows: SamplingRows) -> jax.Array:
-  # From the largest down: a tiny temperature makes no infinity of it.
+  # Relative to the largest, so that a tiny temperature gives no infinity.
   logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
   return logits_BV / jnp.where(rows.temperature_B > 0, rows.temperature_B, 1)[:, None]
 
 
 def nucleus(p_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
-  """Keeps the likeliest that together have `mass_B` (Holtzman et al. 2020), 1 is all.
+  """Keeps the likeliest that together have probability `mass_B`; zeroes the others.
 
-  The others become 0. Those as likely as the last that stays stay too.
+  Tokens as likely as the last of them stay too; a mass of 1 keeps all (Holtzman et al.
+  2020).
   """
   kept_BV = _shortest(p_BV, lambda p: jnp.sum(p, axis=1) >= mass_B)
   return jnp.where(mass_B[:, None] < 1, kept_BV, p_BV)
 
 
 def _shortest(p_BV: jax.Array, is_enough: Callable) -> jax.Array:
-  """Keeps the fewest of the likeliest that are enough, and makes the others 0.
+  """Keeps the fewest of the likeliest that are enough; zeroes the others.
 
-  Nothing is sorted, which takes a CPU ten times as long: the smallest probability that
-  stays is found by bisection, among the numbers from 0 to 1 as their bits count them.
+  Nothing is sorted, which takes a CPU ten times as long. The smallest probability that
+  stays is found by bisection over the floats from 0 to 1, which are in the order of
+  their bits.
   """
 
   def halve(_, bounds):
@@ -158,6 +160,6 @@ def draw(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
   """Draws an index per row, int32 B, in proportion to `p_BV`; it need not sum to 1."""
   sums_BV = jnp.cumsum(p_BV, axis=1)
   at_B = jax.vmap(jax.random.uniform)(keys_B) * sums_BV[:, -1]
-  # The first sum above; never one of probability 0, however sums were rounded.
+  # The first sum above; never an index of probability 0, however sums were rounded.
   hit_BV = jnp.where(p_BV > 0, (sums_BV > at_B[:, None]).astype(jnp.int32), -1)
   return jnp.argmax(hit_BV, axis=1).astype(jnp.int32)

@@ -31,7 +31,7 @@ def tokenize_prompt(tokenizer: AnyTokenizer, text: str) -> list[int]:
   """Returns the ids of a prompt, after the beginning-of-text token if there is one.
 
   Raises:
-    ConfigError: there are none, so nothing to decode from.
+    ConfigError: there are no ids, so nothing to decode from.
   """
   ids = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
   ids += tokenizer.encode(text)
@@ -80,7 +80,7 @@ def write_texts(
 
   Args:
     prompts: as `tokenize_prompt` returns them; their text is not yielded.
-    sampling: of each prompt, or one for all, as in `generate`.
+    sampling: one per prompt or one for all, as in `generate`.
   """
   allowed_V = text_ids(tokenizer, model.config.vocab_size)
   streams = [TextStream(tokenizer) for _ in prompts]
