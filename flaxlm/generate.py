@@ -2,8 +2,9 @@
 
   python -m flaxlm.generate --workdir=runs/quickstart --prompt="def main("
 
-One prompt is streamed as it is written; several --prompt or --num_samples are computed
-together. Without --prompt the model begins a document of its own.
+A single text is printed as it is written; with several --prompt or --num_samples, all
+are computed together and printed at the end. Without --prompt the model begins a
+document of its own.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__, "generate")
   parser.add_argument("--workdir", required=True, help="directory of the run")
   parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
-  parser.add_argument("--prompt", action="append", help="text to continue; repeatable")
+  parser.add_argument(
+    "--prompt", action="append", help="text to continue; may be repeated"
+  )
   parser.add_argument("--num_samples", type=int, default=1, help="texts per prompt (1)")
   parser.add_argument(
     "--max_tokens", type=int, default=200, help="new tokens per text (200)"
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
   )
   parser.add_argument(
-    "--top_k", type=int, default=0, help="only the k likeliest tokens; 0: all (0)"
+    "--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is all (0)"
   )
   parser.add_argument(
     "--top_p", type=float, default=0.95,

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     "--max_restarts",
     type=int,
     default=10,
-    help="in a row, without a healthy run between them (10)",
+    help="restarts in a row, without a healthy run between them (10)",
   )
   parser.add_argument(
     "--backoff",
