@@ -50,7 +50,7 @@ def differentiate(loss, arrays, **options):
 
 
 def assert_close(got, expected, relative):
-  """To `relative` of the largest number of each array."""
+  """Asserts equality up to `relative` times the largest number of each array."""
   (total, nats), gradients = expected
   for a, b in zip(
     jax.tree.leaves(got), jax.tree.leaves(((total, nats), gradients)), strict=True
@@ -82,7 +82,7 @@ def test_equals_the_plain_loss_and_all_its_gradients(chunk, options, with_bias):
   arrays = inputs()[: 4 + with_bias]
   got = differentiate(fused, arrays, **options)
   assert_close(got, differentiate(plain, arrays, **options), 1e-6)
-  # And it is the same without a gradient, as evaluation asks for it.
+  # The same without a gradient, as in evaluation.
   total, nats = jax.jit(functools.partial(fused, **options))(*arrays)
   np.testing.assert_allclose(total, got[0][0], rtol=1e-6)
   np.testing.assert_allclose(nats, got[0][1], rtol=1e-6)
@@ -116,7 +116,7 @@ def test_extreme_logits_stay_finite(chunk):
 
 
 def compiled(T, D, V, which=(0, 1), split=WHOLE, place=lambda *axes: None, **options):
-  """The gradient's program, for `which` of x and weight; as XLA runs it."""
+  """Returns the compiled gradient with respect to `which` of x and weight."""
 
   def array(shape, dtype, *axes):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))

@@ -93,7 +93,7 @@ def test_every_matrix_of_the_layers_is_quantised_and_nothing_else(tiny, gated, r
   tiny.model.gated_mlp, tiny.model.remat = gated, remat
   tiny.model.dtype = "bfloat16"
   matrices = 4 + 2 + gated
-  # Made again in the backward pass: all but the last, which nothing there needs.
+  # The backward pass computes all again but the last, which it does not need.
   forward = matrices + (matrices - 1) * (remat == "full")
   plain = products(tiny)
   tiny.model.quantize = "fp8"

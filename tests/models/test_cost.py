@@ -19,7 +19,7 @@ def test_flops_of_gpt2_by_hand():
   weights = 12 * (4 * 589_824 + 2 * 2_359_296) + 38_597_376
   assert weights == 123_532_032
   # One layer and token: a query meets 512.5 keys of 1024 on average; q.k and p.v are
-  # 768 multiply-adds each, 2 FLOPs an operation, and backward is twice forward.
+  # 768 multiply-adds each, of 2 FLOPs, and the backward pass costs twice the forward.
   attention = 12 * 512.5 * (768 + 768) * 2 * 3
   assert flops_per_token(gpt2(), 1024) == 6 * weights + attention == 797_870_592
 

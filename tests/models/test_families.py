@@ -1,4 +1,4 @@
-"""Every shipped family, made small: who sees whom by gradients, and decoding."""
+"""Every shipped family at a small size: who sees whom, by gradients, and decoding."""
 
 import pathlib
 

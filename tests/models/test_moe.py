@@ -1,4 +1,4 @@
-"""Mixtures of experts: nothing is lost, loads even out, devices do not matter."""
+"""Mixtures of experts: no token is lost, loads even out, devices do not matter."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ def layer(config, **moe):
 
 
 def every_expert(mlp, x_TD):
-  """The dense reference: each expert computes each token; the chosen ones are added."""
+  """The dense reference: each expert computes each token; the chosen are summed."""
   moe = mlp.config.moe
   scores_TE = np.asarray(x_TD @ mlp.router[...], np.float64)
   if moe.router == "softmax":

@@ -1,4 +1,4 @@
-"""Attention in a model: sinks, and chunks that each device walks over by itself."""
+"""Attention in a model: sinks, and chunks that each device computes by itself."""
 
 import jax
 import jax.numpy as jnp

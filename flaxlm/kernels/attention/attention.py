@@ -51,7 +51,7 @@ def attention(
   axis_name: str = "",
   interpret: bool = False,
 ) -> jax.Array:
-  """Returns softmax(scale * q k^T) v as BLNH, in the type of `q_BLNH`.
+  """Returns softmax(scale * q k^T) v as BLNH, in the dtype of `q_BLNH`.
 
   Query l has key slot `q_offset + l`. It sees slot m if all of these hold: m is at most
   its own slot, or `k_prefix_BM` is set there (causal); the two slots are less than
@@ -73,12 +73,12 @@ def attention(
   check_shapes(q_BLNH, k_BMKH, v_BMKH)
   check_masks(q_segment_ids_BL, k_segment_ids_BM, k_prefix_BM, causal)
   L, H, M = *q_BLNH.shape[1::2], k_BMKH.shape[1]
-  # Unknown for splash, which is also traced and interpreted where there is no TPU.
-  platform = jax.default_backend() if backend == "cudnn" else ""
+  here = jax.default_backend()
+  platform = "" if choice.find_backend(backend).traces_anywhere else here
   cached = not isinstance(q_offset, int) or q_offset != 0
   given = (k_prefix_BM is not None, sinks_N is not None, cached)
   refuse_case(backend, Case(platform, q_BLNH.dtype.name, L, M, H, softcap, *given))
-  kernel = choice.kernel_of(backend, chunks_pay(jax.default_backend(), L, M))
+  kernel = choice.kernel_of(backend, chunks_pay(here, L, M))
   scale = scale or H**-0.5
   rule = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
   arrays, ids = (q_BLNH, k_BMKH, v_BMKH), (q_segment_ids_BL, k_segment_ids_BM)

@@ -42,6 +42,7 @@ class Backend(NamedTuple):
   fused_on: str = ""  # the platform whose one fused kernel this is
   form_of: str = ""  # the choice that becomes this kernel for some shapes
   keeps_scores: bool = False  # stores L x M numbers per head for the backward pass
+  traces_anywhere: bool = False  # also where it cannot run: `plan` needs that
   per_device: bool = False  # opaque to the compiler: each device runs its own shard
   splits_rows: bool = False  # each device holds a part of every row
   timed: bool = True  # the doctor measures its speed
@@ -91,7 +92,14 @@ BACKENDS = {
     Backend("dense", form_of="xla", keeps_scores=True),
     Backend("chunked", form_of="xla", per_device=True),
     Backend("cudnn", _needs_of_cudnn, "gpu"),
-    Backend("splash", _needs_of_splash, "tpu", per_device=True, trusted=True),
+    Backend(
+      "splash",
+      _needs_of_splash,
+      "tpu",
+      traces_anywhere=True,
+      per_device=True,
+      trusted=True,
+    ),
     Backend("ring", _needs_of_ring, per_device=True, splits_rows=True, timed=False),
   )
 }

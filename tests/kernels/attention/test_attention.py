@@ -75,7 +75,7 @@ def test_backend_equals_the_definition(backend, num_kv_heads, mask):
   np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
   if "window" not in mask:
     arguments["window"] = 0
-  # The layers of a scan have windows that are not known when it is traced.
+  # In a scan over layers, the window is unknown when the scan is traced.
   traced = jax.jit(lambda window: attention(*inputs_, **arguments | {"window": window}))
   out = traced(jnp.int32(arguments["window"]))
   np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Chunks need memory for a block of scores, and compute no block that nobody sees."""
+"""Chunks need memory for a block of scores, and skip blocks that no query sees."""
 
 import functools
 
@@ -78,7 +78,7 @@ def test_blocks_that_nobody_sees_are_not_computed(mask):
   for row in expected:  # from the first that is seen to the last
     first, last = np.flatnonzero(row)[[0, -1]]
     row[first : last + 1] = True
-  # Whatever is computed with a value that is no number is none, even if it weighs 0.
+  # Anything computed with a NaN is NaN, even at weight 0.
   run, computed = program(given, mask), np.zeros((2, 6, 6), bool)
   for block, slots in enumerate(np.arange(L).reshape(6, 16)):
     poisoned = given._replace(v_BMKH=given.v_BMKH.at[:, slots].set(jnp.nan))

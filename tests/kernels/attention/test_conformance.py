@@ -1,4 +1,4 @@
-"""Every backend against the definition in float64, and no bit moves that must not."""
+"""Every backend against the definition in float64, and nothing leaks by one bit."""
 
 import functools
 import importlib.util
@@ -166,7 +166,7 @@ def test_auto_goes_by_platform_shape_and_measurement(tmp_path, monkeypatch):
 
 
 def test_the_definition_is_the_definition():
-  # Against one query by hand, and its gradients against differences.
+  # Against one query by hand, and gradients against finite differences.
   mask = MASKS[-1]
   given = conformance.inputs(mask, "float32", "GQA", 60)
   out, _, dk, _, dsinks = conformance.exact(given, mask)

@@ -16,7 +16,7 @@ B, L, N, K, H = 2, 32, 4, 2, 8
 AXES = ("data", "context", "tensor")
 HEADS, ROWS = PartitionSpec(*AXES), PartitionSpec("data", "context")
 ONES, NONE = np.ones((B, L), np.int32), np.zeros((B, L), np.int32)
-# No border of a document is one of a shard; the rows differ; 0 is padding.
+# No document ends where a shard does; the rows differ; 0 is padding.
 PACKED = np.array(
   [[1] * 5 + [2] * 14 + [3] * 7 + [0] * 6, [1] * 9 + [2] * 23], np.int32
 )
@@ -58,7 +58,7 @@ def loss_and_gradients(function):
 
 @functools.cache
 def whole(**static):
-  """The truth: (w, q, k, v, q segments, k segments, prefix, window) -> loss, out, …"""
+  """The reference: (w, q, k, v, q and k segments, prefix, window) -> loss, out, …"""
 
   def function(q, k, v, q_segments, k_segments, prefix, window):
     return attention(
@@ -70,7 +70,7 @@ def whole(**static):
 
 
 def dealt(C, **static):
-  """`function(q, k, v, masks)` of the whole sequence by a ring of C devices."""
+  """Returns `function(q, k, v, masks)`: the whole sequence, on a ring of C devices."""
 
   def shard(q, k, v, q_segments, k_segments, prefix, window):
     return ring_attention(
@@ -182,7 +182,7 @@ def test_what_nobody_sees_is_not_computed_and_the_work_is_even(name):
   near = np.abs(slots - slots[:, None]) < (mask["window"] or L)
   seen &= near[None] & (mask["segments"][:, None] == mask["segments"][:, :, None])
   expected = seen.reshape(B, 2 * C, L // (2 * C), 2 * C, -1).any((0, 2, 4))
-  # Whatever is computed with a value that is no number is none, even if it weighs 0.
+  # Anything computed with a NaN is NaN, even at weight 0.
   computed = np.zeros((2, 2 * C, 2 * C), bool)
   w, q, k, v = inputs()
   for chunk, slots in enumerate(np.arange(L).reshape(2 * C, -1)):
