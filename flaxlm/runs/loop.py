@@ -72,7 +72,7 @@ def train(
     first_step = int(state.step)
     store_run(files, asked, config, mesh, feed)
     print_run_card(config, workdir, program.target, feed, mesh, first_step, allocator)
-    # Killed between a checkpoint and its evaluation, a run still owes the latter.
+    # A run that was killed between a checkpoint and its evaluation makes up for it.
     owed = evaluation_is_due(config, feed, first_step)
     owed = owed and not is_logged(files.metrics, first_step, "eval")
     if first_step >= config.num_steps and not owed:

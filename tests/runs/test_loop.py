@@ -100,8 +100,9 @@ def test_a_run_that_is_done_does_only_what_it_owes(finished, tmp_path, capsys):
   shutil.copytree(finished[2], workdir)
   losses = logged(workdir)
   assert run(load_run_config(workdir), workdir) == losses
-  assert "nothing to do: step 4 of 4 is reached" in capsys.readouterr().out
-  # Killed between the last checkpoint and its evaluation, a run still owes the latter.
+  said = capsys.readouterr().out
+  assert "nothing to do: step 4 of 4 is reached" in said and "changed" not in said
+  # As if it had been killed between the last checkpoint and its evaluation.
   lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
   (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
   assert [*logged(workdir)["eval"]] == [2]
@@ -119,17 +120,18 @@ def test_other_data_is_refused(finished, tmp_path, monkeypatch):
 def test_a_stopped_run_has_saved_and_continues_where_it_was(
   finished, config, tmp_path, capsys
 ):
-  with pytest.raises(Preempted, match="stopped after step 1 of 4"):
-    run(config, tmp_path, Stop(after=1))
-  assert list_steps(tmp_path / "checkpoints") == [1]
-  # The next signal comes in the evaluation after step 2, which is then not logged.
-  with pytest.raises(Preempted, match=r"step 2 of 4\n.*checkpoints/2\n"):
-    run(config, tmp_path, Stop(after=2, in_evaluation=True))
-  assert list_steps(tmp_path / "checkpoints") == [1, 2]
-  assert not logged(tmp_path)["eval"]
+  with pytest.raises(Preempted, match="stopped after step 2 of 4"):
+    run(config, tmp_path, Stop(after=2))
+  assert list_steps(tmp_path / "checkpoints") == [2]
+  assert not logged(tmp_path)["eval"]  # nothing delays the end of a stopped run
+  # The next signal comes in the evaluation after step 4, which is then not logged.
+  with pytest.raises(Preempted, match=r"step 4 of 4\n.*checkpoints/4\n"):
+    run(config, tmp_path, Stop(after=4, in_evaluation=True))
+  assert list_steps(tmp_path / "checkpoints") == [2, 3, 4]
+  assert [*logged(tmp_path)["eval"]] == [2]
   config.log.every = 2
   assert run(config, tmp_path) == logged(finished[2])
-  assert "changed since step 2: config.log.every 1 -> 2" in capsys.readouterr().out
+  assert "changed since step 4: config.log.every 1 -> 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
