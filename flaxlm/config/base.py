@@ -31,11 +31,11 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of weights and of the order of the data
   config.num_steps = 1000  # optimizer steps
-  config.hardware = ""  # that it is for, as `flaxlm.plan` names it: v5e:16x16, h100x8
-  config.init_from = ""  # a run (or its checkpoints/STEP) whose weights to start from
+  config.hardware = ""  # to run on, as `flaxlm plan` names it: v5e:16x16, h100x8
+  config.init_from = ""  # a run, or its checkpoints/STEP, to take weights from
   config.data = data_knobs()
   config.tokenizer = tokenizer_knobs()
-  # Equal to these by default, and free to be larger.
+  # Equal to these by default, but may be larger.
   vocab_size = config.tokenizer.get_oneway_ref("vocab_size")
   max_len = config.data.get_oneway_ref("seq_len")
   config.model = model_knobs(vocab_size, max_len)
@@ -56,14 +56,14 @@ def data_knobs() -> ConfigDict:
   data = ConfigDict()
   data.store = "data/stdlib"  # directory of the prepared tokens
   data.loader = "tfdata"  # tfdata | numpy (no TensorFlow) | synthetic (no store)
-  data.seq_len = 256  # tokens a row
-  data.batch_size = 16  # rows an optimizer step, over all devices and hosts
+  data.seq_len = 256  # tokens per row
+  data.batch_size = 16  # rows per optimizer step, over all devices and hosts
   data.num_threads = 2  # parallel batch reads
   data.prefetch = 4  # batches kept ready
   data.sources = sources(main=source())
   data.split = "hash"  # hash of each document | tail of each text file
   data.validation_fraction = 0.01  # of the documents (hash) or characters (tail)
-  data.shard_tokens = 16_777_216  # tokens a shard of the store, about
+  data.shard_tokens = 16_777_216  # tokens per shard of the store, about
   return data
 
 
@@ -72,7 +72,7 @@ def tokenizer_knobs() -> ConfigDict:
   # A SentencePiece .model, a tokenizer.json, vocab.json or vocab.txt; "" trains one.
   tokenizer.path = ""
   tokenizer.kind = "bpe"  # bpe | unigram | char
-  tokenizer.vocab_size = 4096  # pieces, special tokens included
+  tokenizer.vocab_size = 4096  # tokens, special ones included
   tokenizer.byte_fallback = True  # spell unknown characters in bytes: lossless
   tokenizer.user_symbols = ()  # extra special tokens, never found in plain text
   tokenizer.train_bytes = 10_000_000  # text to train on, a sample of the corpus
@@ -89,12 +89,12 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.num_kv_heads = 6  # key and value heads; fewer than num_heads is grouped-query
   model.head_dim = 64
   model.mlp_dim = 1024
-  model.causal = True  # False: every position sees the whole text, as in BERT
+  model.causal = True  # False: every position attends to the whole text (BERT)
   model.positions = "rope"  # rope | learned | none
   model.norm = "rmsnorm"  # rmsnorm | layernorm
   model.norm_epsilon = 1e-5
   model.norm_placement = "pre"  # pre | post (OLMo 2) | both (Gemma) | residual (BERT)
-  model.zero_centered_norm = False  # scales are kept as their distance from 1 (Gemma)
+  model.zero_centered_norm = False  # scales are stored minus 1 (Gemma)
   model.first_norm = True  # False: layer 1 has no norm before attention (ModernBERT)
   model.gated_mlp = True  # activation(gate) * up, as in SwiGLU and GeGLU
   model.activation = "silu"  # silu | gelu | gelu_tanh | relu
@@ -109,32 +109,30 @@ def model_knobs(vocab_size, max_len) -> ConfigDict:
   model.layer_pattern = ("local",)  # local | global, repeated over the layers
   model.attention_scale = 0.0  # factor of the scores; 0 = head_dim ** -0.5
   model.attention_softcap = 0.0  # c * tanh(scores / c) (Gemma 2); 0 = none
-  model.attention_sinks = False  # a learned logit a head joins the softmax (gpt-oss)
+  model.attention_sinks = False  # one learned logit per head in the softmax (gpt-oss)
   model.logit_softcap = 0.0
   model.head = "lm"  # lm | mlm | sequence | token | span | choice: what is predicted
   model.num_labels = 0  # classes of the heads sequence and token
-  model.pooling = "first"  # first | mean | last token speaks for its text
-  model.head_dense = (
-    True  # a dense layer before the classes (BERT's pooler); mlm has it
-  )
+  model.pooling = "first"  # first | mean | last token represents the text
+  model.head_dense = True  # a dense layer before the classes (BERT's pooler, mlm)
   model.head_norm = False  # and a norm after it; mlm has it
   model.head_activation = "gelu"  # of that dense layer: gelu | gelu_tanh | silu | tanh
-  model.pair_head = False  # also tells whether sentence B follows A (NSP, SOP)
-  model.dropout = 0.0  # of embeddings and of what each block adds, in training
+  model.pair_head = False  # predicts whether sentence B follows A (NSP, SOP)
+  model.dropout = 0.0  # of embeddings and of what each block adds
   model.rope = rope_knobs()
   model.moe = moe_knobs()
   # auto (the fast one that is known to be right here) | a name of the table in
   # flaxlm/kernels/README.md; `flaxlm doctor` compares them on this machine
   model.attention = "auto"
   model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
-  # Products of the layers' matrices in 8 bits: none | fp8 | int8 (forward alone).
+  # 8-bit matrix products in the layers: none | fp8 | int8 (in the forward pass only).
   model.quantize = "none"
-  model.remat = "none"  # none | full | dots: what the backward pass computes again
+  model.remat = "none"  # none | full | dots: what the backward pass recomputes
   # With remat=full, of query key value attention hidden (of the MLP):
-  model.keep = ()  # kept for the backward pass after all
-  model.offload = ()  # the same, in the memory of the host
-  # Layers a scan iteration. On a CPU num_layers is fastest, and remat is refused then:
-  # XLA:CPU finds that what is to be computed again is there already.
+  model.keep = ()  # not recomputed, but kept on the device
+  model.offload = ()  # not recomputed, but kept in the host's memory
+  # Layers per scan iteration. On a CPU num_layers is fastest, but allows no remat:
+  # XLA:CPU would merge the recomputed values with those that it has.
   model.unroll = 1
   return model
 
@@ -143,8 +141,8 @@ def rope_knobs() -> ConfigDict:
   rope = ConfigDict()
   rope.theta = 10_000.0  # base of the rotary wavelengths
   rope.local_theta = 0.0  # the same in local layers; 0 = theta
-  rope.scaling = "none"  # none | linear | llama3 | yarn: to reach beyond training
-  rope.factor = 1.0  # of the reach
+  rope.scaling = "none"  # none | linear | llama3 | yarn: for longer contexts
+  rope.factor = 1.0  # by which the context grows
   rope.original_max_len = 0  # tokens, before the scaling (llama3, yarn)
   rope.low_frequency_factor = 1.0  # llama3: wavelengths above original / low are scaled
   rope.high_frequency_factor = 4.0  # llama3: those below original / high are not
@@ -163,28 +161,28 @@ def moe_knobs() -> ConfigDict:
   moe.shared_gate = False  # a sigmoid that weighs the shared expert (Qwen 2 MoE)
   moe.first_dense_layers = 0  # of width mlp_dim, before those with experts (DeepSeek)
   moe.router = "softmax"  # softmax | sigmoid of the router's scores
-  moe.renormalize = True  # weights of the chosen experts add up to 1
+  moe.renormalize = True  # the weights of the chosen experts sum to 1
   moe.routed_scale = 1.0  # factor of what the chosen experts add
   moe.balance = "loss"  # loss | bias (DeepSeek-V3: no loss) | none
   moe.aux_loss = 0.01  # weight of the balancing loss, a sum over layers (Switch, eq. 4)
   moe.z_loss = 0.0  # weight of log(Z)^2 of the router (ST-MoE, eq. 5)
-  moe.bias_rate = 1e-3  # a step of the balancing bias
-  moe.capacity_factor = 0.0  # room an expert, of its fair share; 0 drops no token
+  moe.bias_rate = 1e-3  # step size of the balancing bias
+  moe.capacity_factor = 0.0  # an expert's room / its fair share; 0 drops no token
   return moe
 
 
 def objective_knobs() -> ConfigDict:
   objective = ConfigDict()
   objective.kind = "causal"  # causal | masked (BERT) | span (T5, UL2) | prefix | fim
-  objective.mask_rate = 0.15  # of the tokens that are predicted (masked, span)
+  objective.mask_rate = 0.15  # share of the tokens that is predicted (masked, span)
   objective.mask_unit = "token"  # token | word | span: what is masked together
-  objective.mean_span = 3.0  # tokens a span
-  objective.mask_token_rate = 0.8  # of the predicted: shown as [MASK]
-  objective.random_token_rate = 0.1  # of the predicted: shown as another token
+  objective.mean_span = 3.0  # tokens per span
+  objective.mask_token_rate = 0.8  # share of the predicted ones shown as [MASK]
+  objective.random_token_rate = 0.1  # share of them shown as another token
   objective.pairs = "none"  # none | nsp | sop: a second task on sentence pairs
   objective.num_sentinels = 100  # last ids of the vocabulary that mark spans (span)
-  objective.fim_rate = 0.5  # of the documents that are rearranged (fim)
-  objective.spm_rate = 0.5  # of these: suffix first
+  objective.fim_rate = 0.5  # share of the documents that is rearranged (fim)
+  objective.spm_rate = 0.5  # share of these with the suffix first
   return objective
 
 
@@ -202,27 +200,27 @@ def task_knobs() -> ConfigDict:
   task.text = ""
   task.text_pair = ""  # "" = none (classify), context (qa)
   task.label = ""
-  task.choices = ()  # the column that lists the options, or one each; () = choices
+  task.choices = ()  # the column of all options, or one each; () = choices
   task.labels = ()  # names of the classes, in order; () = all that occur, sorted
   task.doc_stride = 128  # tokens between windows of a long context (qa)
-  task.pack = True  # several conversations a row (chat)
+  task.pack = True  # several conversations per row (chat)
   task.chat_template = ""  # a Jinja2 file; "" = the tokenizer's, or ChatML
   return task
 
 
 def lora_knobs() -> ConfigDict:
   lora = ConfigDict()
-  lora.rank = 0  # of the trained additions to frozen weights; 0 trains all weights
-  lora.alpha = 16.0  # additions are scaled by alpha / rank
-  lora.targets = ("query", "value")  # names of the weights that get one
+  lora.rank = 0  # of the adapters of frozen weights; 0 trains all weights
+  lora.alpha = 16.0  # adapters are scaled by alpha / rank
+  lora.targets = ("query", "value")  # names of the weights with adapters
   return lora
 
 
 def step_knobs() -> ConfigDict:
   step = ConfigDict()
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
-  step.accumulation_steps = 1  # micro-batches a step; batch_size is their sum
-  step.offload_optimizer = False  # its state waits in the memory of the host
+  step.accumulation_steps = 1  # micro-batches per step; batch_size is their sum
+  step.offload_optimizer = False  # keep its state in the host's memory
   step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none
   return step
 
@@ -252,10 +250,10 @@ def mesh_knobs() -> ConfigDict:
   mesh.fsdp = 1  # weights split, and gathered layer by layer
   mesh.expert = 1  # experts split; tokens travel to theirs
   mesh.context = 1  # each row split over its length
-  mesh.tensor = 1  # heads, hidden units and words split
+  mesh.tensor = 1  # heads, hidden units and vocabulary split
   mesh.microbatches = 0  # of the pipeline; 0 = as many as stages
-  mesh.stage_repeats = 1  # groups of layers a stage; more make the bubble smaller
-  mesh.start_seconds = 300.0  # to wait for all processes at the start
+  mesh.stage_repeats = 1  # groups of layers per stage; more shrink the bubble
+  mesh.start_seconds = 300.0  # longest wait for all processes at the start
   mesh.multihost = False  # find the other hosts from Slurm, TPU or GKE metadata
   # Logical dimension of a weight or activation -> mesh axes that split it.
   rules = mesh.rules = ConfigDict()
@@ -284,13 +282,13 @@ def checkpoint_knobs() -> ConfigDict:
   checkpoint = ConfigDict()
   checkpoint.every = 500  # steps; the last step is always saved
   checkpoint.keep_last = 2  # newest checkpoints to keep
-  checkpoint.keep_every = 0  # steps; keep multiples for ever; 0 = none
+  checkpoint.keep_every = 0  # steps; multiples are never deleted; 0 = none
   return checkpoint
 
 
 def log_knobs() -> ConfigDict:
   log = ConfigDict()
-  log.every = 10  # steps a line
+  log.every = 10  # steps per line
   log.tensorboard = True
   log.calibration = "calibration.json"  # by `plan --calibrate`; predictions are logged
   log.profile_step = 0  # first step to profile; 0 = never
@@ -301,5 +299,5 @@ def log_knobs() -> ConfigDict:
 def guards_knobs() -> ConfigDict:
   guards = ConfigDict()
   guards.max_bad_steps = 10  # NaN or infinite steps in a row before giving up
-  guards.hang_seconds = 3600  # without progress before stacks are printed; 0 = never
+  guards.hang_seconds = 3600  # s without progress before the run is ended; 0 = never
   return guards

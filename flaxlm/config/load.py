@@ -25,9 +25,7 @@ from flaxlm.errors import ConfigError, DataError, MissingInputError
 # Keys that older versions stored and that no longer choose anything.
 _RETIRED = ("step.chunk_size",)
 _PACKAGE = pathlib.Path(__file__).parents[1]
-_INSTALLED = (
-  _PACKAGE / "configs"
-)  # where a wheel puts the shipped configs: see setup.py
+_INSTALLED = _PACKAGE / "configs"  # where a wheel puts the shipped configs: setup.py
 _CLONE = _PACKAGE.parent
 
 
@@ -163,6 +161,7 @@ def _parse_value(key: str, text: str, current: object) -> object:
 
 
 def config_to_json(config: ConfigDict) -> str:
+  """Returns what `config_from_json` reads, one knob per line."""
   return json.dumps(json.loads(config.to_json()), indent=2) + "\n"
 
 
