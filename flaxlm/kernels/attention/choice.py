@@ -50,7 +50,7 @@ class Backend(NamedTuple):
 
 
 def _needs_of_cudnn(case: Case) -> dict[str, bool]:
-  """jax.nn.dot_product_attention of jax 0.10."""
+  """What jax.nn.dot_product_attention accepts in jax 0.10."""
   L, M, H = case.L, case.M, case.head_dim
   return {
     f"an NVIDIA GPU, and this is a {case.platform}": case.platform in ("", "gpu"),
@@ -63,7 +63,7 @@ def _needs_of_cudnn(case: Case) -> dict[str, bool]:
 
 
 def _needs_of_splash(case: Case) -> dict[str, bool]:
-  """jax.experimental.pallas.ops.tpu.splash_attention of jax 0.10."""
+  """What jax.experimental.pallas.ops.tpu.splash_attention accepts in jax 0.10."""
   L, M, H = case.L, case.M, case.head_dim
   return {
     f"a TPU, and this is a {case.platform}": case.platform in ("", "tpu"),
@@ -86,9 +86,8 @@ BACKENDS = {
   backend.name: backend
   for backend in (
     Backend("reference", keeps_scores=True, timed=False),
-    Backend(
-      "xla", keeps_scores=True
-    ),  # computed by one of the next two: see `kernel_of`
+    # Computed by one of the next two: see `kernel_of`.
+    Backend("xla", keeps_scores=True),
     Backend("dense", form_of="xla", keeps_scores=True),
     Backend("chunked", form_of="xla", per_device=True),
     Backend("cudnn", _needs_of_cudnn, "gpu"),
