@@ -10,7 +10,14 @@ from flax import nnx
 
 from flaxlm.errors import ConfigError
 from flaxlm.models.config import TransformerConfig
-from flaxlm.models.layers import ACTIVATIONS, add_bias, bias, make_norm, project, weight
+from flaxlm.models.layers import (
+  add_bias,
+  bias,
+  find_activation,
+  make_norm,
+  project,
+  weight,
+)
 
 _MAX_ANSWER = 30  # tokens in an extracted answer (as Devlin et al. 2018)
 
@@ -44,7 +51,7 @@ class Head(nnx.Module):
     """Applies the dense layer and the norm, if any, to the last dimension."""
     if self.dense is not None:
       x = add_bias(project(x, self.dense), self.dense_bias)
-      x = ACTIVATIONS[self.activation](x)
+      x = find_activation(self.activation)(x)
     return x if self.norm is None else self.norm(x)
 
   def classify(self, x: jax.Array) -> jax.Array:

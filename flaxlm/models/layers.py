@@ -13,13 +13,20 @@ from flaxlm.kernels.matmul_8bit import quantized_matmul
 from flaxlm.models.config import TransformerConfig
 from flaxlm.parallel.sharding import constrain, gather
 
-ACTIVATIONS: dict[str, Callable] = {
+_ACTIVATIONS: dict[str, Callable] = {
   "silu": jax.nn.silu,
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
   "relu": jax.nn.relu,
   "tanh": jnp.tanh,
 }
+
+
+def find_activation(name: str) -> Callable:
+  """Returns the activation function of this name."""
+  if name not in _ACTIVATIONS:
+    raise ConfigError("config.model.activation", name, " ".join(_ACTIVATIONS))
+  return _ACTIVATIONS[name]
 
 
 def weight(rngs: nnx.Rngs, shape: tuple, axes: tuple, scale: float = 0.02) -> nnx.Param:
@@ -151,7 +158,7 @@ class Mlp(nnx.Module):
     self.down_bias = bias((D,), ("norm",)) if config.use_bias else None
 
   def __call__(self, x_TD: jax.Array) -> jax.Array:
-    activate = ACTIVATIONS[self.activation]
+    activate = find_activation(self.activation)
     hidden_TF = project(x_TD, self.up, quantize=self.quantize)
     hidden_TF = add_bias(hidden_TF, self.up_bias)
     hidden_TF = checkpoint_name(hidden_TF, "hidden")

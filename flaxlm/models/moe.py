@@ -14,8 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxlm.errors import ConfigError
-from flaxlm.models.config import TransformerConfig
-from flaxlm.models.layers import ACTIVATIONS, Mlp, bias, project, residual_scale, weight
+from flaxlm.models.config import MoeConfig, TransformerConfig
+from flaxlm.models.layers import (
+  Mlp,
+  bias,
+  find_activation,
+  project,
+  residual_scale,
+  weight,
+)
 from flaxlm.parallel.sharding import constrain, current_layout, gather, shard_map
 
 
@@ -27,13 +34,12 @@ class Routing(NamedTuple):
   dropped: jax.Array  # (token, expert) pairs without room, float32
 
 
-def route(scores_TE, balance_bias_E, config: TransformerConfig):
+def route(scores_TE, balance_bias_E, moe: MoeConfig):
   """Returns (chosen experts TK, their weights TK, probabilities TE), from logits.
 
   The balancing bias changes which experts are chosen, not their weights, so it gets no
   gradient (Wang et al. 2024, arXiv 2408.15664).
   """
-  moe = config.moe
   if moe.router == "softmax":
     probability_TE = jax.nn.softmax(scores_TE)
   elif moe.router == "sigmoid":
@@ -50,14 +56,14 @@ def route(scores_TE, balance_bias_E, config: TransformerConfig):
   return chosen_TK, weight_TK * moe.routed_scale, probability_TE
 
 
-def _routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, config):
+def _routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, moe: MoeConfig):
   """Returns (tokens per expert E, loss).
 
   Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e). Its least
   value, k, means equal loads (Switch, Fedus et al. 2021, eq. 4, for top k). z: the mean
   of log(Z)^2 over the tokens (ST-MoE, Zoph et al. 2022, eq. 5).
   """
-  moe, E = config.moe, config.moe.num_experts
+  E = moe.num_experts
   sent_TE = jnp.sum(jax.nn.one_hot(chosen_TK, E), axis=1) * is_token_T[:, None]
   load_E, count = jnp.sum(sent_TE, axis=0), jnp.maximum(jnp.sum(is_token_T), 1.0)
   loss = jnp.zeros(())
@@ -98,9 +104,9 @@ class MoeMlp(nnx.Module):
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     offset_E = None if self.balance_bias is None else self.balance_bias[...]
-    chosen_TK, weight_TK, probability_TE = route(scores_TE, offset_E, self.config)
+    chosen_TK, weight_TK, probability_TE = route(scores_TE, offset_E, self.config.moe)
     load_E, loss = _routing_loss(
-      scores_TE, probability_TE, chosen_TK, is_token_T, self.config
+      scores_TE, probability_TE, chosen_TK, is_token_T, self.config.moe
     )
     if self.config.moe.capacity_factor:
       out_TD, dropped = self.with_capacity(x_TD, chosen_TK, weight_TK, is_token_T)
@@ -121,7 +127,7 @@ class MoeMlp(nnx.Module):
 
   def experts(self, x, weights, multiply) -> jax.Array:
     """Applies the experts' MLPs; `multiply(x, weight)` uses each row's own expert."""
-    activate = ACTIVATIONS[self.config.activation]
+    activate = find_activation(self.config.activation)
     up, down, *gate = weights
     hidden = multiply(x, up)
     hidden = activate(multiply(x, gate[0])) * hidden if gate else activate(hidden)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.models.config import TransformerConfig
-from flaxlm.models.layers import ACTIVATIONS
+from flaxlm.models.layers import find_activation
 from flaxlm.models.moe import MoeMlp, rebalance, route
 from flaxlm.parallel import placement
 from flaxlm.parallel.mesh import make_mesh
@@ -59,7 +59,7 @@ def every_expert(mlp, x_TD):
     total = weight_TE[t, chosen].sum() if moe.renormalize else 1.0
     for e in chosen:
       up, down = mlp.expert_up[...][e], mlp.expert_down[...][e]
-      gate = ACTIVATIONS["silu"](x_TD[t] @ mlp.expert_gate[...][e])
+      gate = find_activation("silu")(x_TD[t] @ mlp.expert_gate[...][e])
       expert_D = (gate * (x_TD[t] @ up)) @ down
       out_TD[t] += moe.routed_scale * weight_TE[t, e] / total * np.asarray(expert_D)
   return out_TD
@@ -90,7 +90,7 @@ def test_gradients_equal_those_of_the_dense_reference(config):
 
   def dense(mlp, x_TD):
     scores_TE = jnp.einsum("TD,DE->TE", x_TD, mlp.router[...])
-    chosen_TK, weight_TK, _ = route(scores_TE, None, mlp.config)
+    chosen_TK, weight_TK, _ = route(scores_TE, None, mlp.config.moe)
     one_hot_TKE = jax.nn.one_hot(chosen_TK, E)
     weight_TE = jnp.einsum("TKE,TK->TE", one_hot_TKE, weight_TK)
     hidden = jnp.einsum("TD,EDX->TEX", x_TD, mlp.expert_up[...])
