@@ -78,11 +78,12 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
   What no row asks for is skipped; what is computed for one row changes no other.
   """
   greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+  uniform_B = jax.vmap(jax.random.uniform)(keys_B)
   is_sorted_B = (rows.top_k_B > 0) & (rows.top_k_B <= MAX_SORTED)
 
   def choose(token_B, asks_B, draws):
     drawn_B = jax.lax.cond(
-      jnp.any(asks_B), draws, lambda *_: token_B, logits_BV, keys_B, rows
+      jnp.any(asks_B), draws, lambda *_: token_B, logits_BV, uniform_B, rows
     )
     return jnp.where(asks_B, drawn_B, token_B)
 
@@ -91,17 +92,17 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
   return choose(token_B, is_warm_B & ~is_sorted_B, _draw_from_all)
 
 
-def _draw_sorted(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
+def _draw_sorted(logits_BV, uniform_B, rows: SamplingRows) -> jax.Array:
   """Draws among the `top_k` likeliest, from the likeliest down."""
   size = min(MAX_SORTED, logits_BV.shape[1])
   best_BK, ids_BK = jax.lax.top_k(_scale(logits_BV, rows), size)
   is_kept_BK = jnp.arange(size)[None, :] < rows.top_k_B[:, None]
   p_BK = jax.nn.softmax(jnp.where(is_kept_BK, best_BK, -jnp.inf))
-  choice_B = draw(nucleus(p_BK, rows.top_p_B), keys_B)
+  choice_B = _draw(nucleus(p_BK, rows.top_p_B), uniform_B)
   return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=1)[:, 0]
 
 
-def _draw_from_all(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
+def _draw_from_all(logits_BV, uniform_B, rows: SamplingRows) -> jax.Array:
   """Draws in the order of ids; tokens as likely as the `top_k`-th stay too."""
   p_BV = jax.nn.softmax(_scale(logits_BV, rows))
 
@@ -114,7 +115,7 @@ def _draw_from_all(logits_BV, keys_B, rows: SamplingRows) -> jax.Array:
   p_BV = jax.lax.cond(
     jnp.any(rows.top_p_B < 1), lambda p: nucleus(p, rows.top_p_B), lambda p: p, p_BV
   )
-  return draw(p_BV, keys_B)
+  return _draw(p_BV, uniform_B)
 
 
 def _scale(logits_BV, rows: SamplingRows) -> jax.Array:
@@ -156,10 +157,10 @@ def _shortest(p_BV: jax.Array, is_enough: Callable) -> jax.Array:
   return kept(jax.lax.fori_loop(0, above_1.bit_length(), halve, bounds)[0])
 
 
-def draw(p_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-  """Draws an index per row, int32 B, in proportion to `p_BV`; it need not sum to 1."""
+def _draw(p_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+  """Returns an index per row, int32 B, in proportion to `p_BV`, whatever its sum."""
   sums_BV = jnp.cumsum(p_BV, axis=1)
-  at_B = jax.vmap(jax.random.uniform)(keys_B) * sums_BV[:, -1]
+  at_B = uniform_B * sums_BV[:, -1]
   # The first sum above; never an index of probability 0, however sums were rounded.
   hit_BV = jnp.where(p_BV > 0, (sums_BV > at_B[:, None]).astype(jnp.int32), -1)
   return jnp.argmax(hit_BV, axis=1).astype(jnp.int32)
