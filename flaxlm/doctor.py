@@ -23,17 +23,17 @@ def main(argv: list[str] | None = None) -> None:
   parser.epilog = None  # no config is read
   parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
   args = parser.parse_args(argv)
-  found = {"machine": describe_machine()}
+  found = {"machine": _describe_machine()}
   for name, value in found["machine"].items():
     print(f"{name:12}  {value}", flush=True)
-  found["attention"] = check_attention()
+  found["attention"] = _check_attention()
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
   if not all(row["conforms"] for row in found["attention"].values() if row["checked"]):
     sys.exit(1)
 
 
-def describe_machine() -> dict[str, str]:
+def _describe_machine() -> dict[str, str]:
   """Returns versions, devices and memory, in words."""
   import jax
   import jaxlib
@@ -56,7 +56,7 @@ def describe_machine() -> dict[str, str]:
   }
 
 
-def check_attention() -> dict[str, dict]:
+def _check_attention() -> dict[str, dict]:
   """Checks and times each backend; prints one line for each, and what failed."""
   import jax
 

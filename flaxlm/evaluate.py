@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
   if args.json:
     print(json.dumps(result))
     return
-  print(describe_result(result))
+  print(_describe_result(result))
 
 
-def describe_result(result: dict) -> str:
+def _describe_result(result: dict) -> str:
   """Returns two lines: the loss, and what to compare it with."""
   unit = "token" if "perplexity" in result else "label"
   line = f"step {result['step']}: loss {result['loss']:.4f} nats/{unit}, "

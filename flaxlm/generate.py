@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
   prompts = [text for text in args.prompt or [""] for _ in range(args.num_samples)]
   ids = [tokenize_prompt(tokenizer, text) for text in prompts]
   model = load_for_decoding(args.workdir, config, args.step)
-  print_texts(prompts, write_texts(model, tokenizer, ids, args.max_tokens, sampling))
+  _print_texts(prompts, write_texts(model, tokenizer, ids, args.max_tokens, sampling))
 
 
-def print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> None:
+def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> None:
   """Prints one text as it comes, several when all are complete."""
   if len(prompts) == 1:
     print(prompts[0], end="", flush=True)

@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> None:
   if args.scaling:
     scale(loaded, args)
     return
-  found = [plan_one(path, config, args) for path, config in loaded.items()]
+  found = [_plan_one(path, config, args) for path, config in loaded.items()]
   show(found, args)
 
 
 def show(found: list[tuple], args) -> None:
-  """Prints what `plan_one` returned for each config, and writes the page."""
+  """Prints what `_plan_one` returned for each config, and writes the page."""
   from flaxlm.planning import table
   from flaxlm.planning.page import plan_page
 
@@ -54,7 +54,7 @@ def show(found: list[tuple], args) -> None:
     plan, more = found[0]
     print("\n".join([table.plan_table(plan), *more["advice"]]))
   else:
-    print(summary_table(found))
+    print(_summary_table(found))
 
 
 def scale(loaded: dict, args) -> None:
@@ -64,7 +64,7 @@ def scale(loaded: dict, args) -> None:
 
   series = {}
   for path, config in loaded.items():
-    hardware = hardware_of(path, config, args)
+    hardware = _hardware_of(path, config, args)
     found = scaling.weak_scaling(config, hardware)
     series[f"{pathlib.Path(path).stem} on {hardware.chip.name}"] = found
   for name, found in series.items():
@@ -74,7 +74,7 @@ def scale(loaded: dict, args) -> None:
     pathlib.Path(args.html).write_text(page)
 
 
-def hardware_of(path: str, config, args):
+def _hardware_of(path: str, config, args):
   """Returns the hardware of --hardware, or else that of the config."""
   from flaxlm.parallel import hardware as chips
   from flaxlm.planning import calibrate
@@ -113,7 +113,7 @@ def make_parser():
   return parser
 
 
-def plan_one(path: str, config, args) -> tuple:
+def _plan_one(path: str, config, args) -> tuple:
   """Returns (Plan, what --json prints besides) for one config."""
   import jax
 
@@ -121,7 +121,7 @@ def plan_one(path: str, config, args) -> tuple:
   from flaxlm.planning.compile import compile_apart, count_step
   from flaxlm.planning.table import Plan
 
-  hardware = hardware_of(path, config, args)
+  hardware = _hardware_of(path, config, args)
   if hardware.chip.link == "ici":  # libtpu compiles for it, and never touches it
     jax.config.update("jax_platforms", "cpu")
   step = count_step if args.no_compile else compile_apart
@@ -195,7 +195,7 @@ def advice(result, nearest, found: list):
     yield from (f"  {line}" for line in paste(chosen.changes))
 
 
-def summary_table(found: list[tuple]) -> str:
+def _summary_table(found: list[tuple]) -> str:
   """Returns a Markdown table with one line per config."""
   lines = [
     "| config | hardware | mesh | fits | GiB per chip | predicted MFU | bound by "

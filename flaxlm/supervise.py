@@ -104,16 +104,16 @@ def supervise(
     attempt = 1 if seconds >= healthy else attempt + 1
     what = f"flaxlm.supervise: exit code {code} after {seconds:.0f} s"
     if attempt > max_restarts:
-      report_restart(f"{what}; giving up after {max_restarts} restarts")
+      _report_restart(f"{what}; giving up after {max_restarts} restarts")
       return code
     wait = delay(code, attempt, backoff, max_backoff)
-    report_restart(f"{what}; restart {attempt} of {max_restarts} in {wait:.1f} s")
+    _report_restart(f"{what}; restart {attempt} of {max_restarts} in {wait:.1f} s")
     child.sleep(wait)
     if child.stopped_by:
       return PREEMPTED
 
 
-def report_restart(text: str) -> None:
+def _report_restart(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
