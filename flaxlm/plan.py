@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"measured this machine: {args.calibration}, --hardware=this")
     return
   if args.scaling:
-    scale(loaded, args)
+    _scale(loaded, args)
     return
   found = [_plan_one(path, config, args) for path, config in loaded.items()]
-  show(found, args)
+  _show(found, args)
 
 
-def show(found: list[tuple], args) -> None:
+def _show(found: list[tuple], args) -> None:
   """Prints what `_plan_one` returned for each config, and writes the page."""
   from flaxlm.planning import table
   from flaxlm.planning.page import plan_page
@@ -57,7 +57,7 @@ def show(found: list[tuple], args) -> None:
     print(_summary_table(found))
 
 
-def scale(loaded: dict, args) -> None:
+def _scale(loaded: dict, args) -> None:
   """Prints and draws the predicted speed of each config on 8 to 8,192 chips."""
   from flaxlm.planning import scaling
   from flaxlm.planning.page import scaling_page
@@ -158,12 +158,12 @@ def _plan_one(path: str, config, args) -> tuple:
     "host_bytes": result.host_bytes,
     "nearest": nearest.changes if nearest else None,
     "found": [one.changes | {"seconds": one.prediction.mid} for one in found],
-    "advice": list(advice(result, nearest, found)),
+    "advice": list(_advice(result, nearest, found)),
   }
   return plan, more
 
 
-def advice(result, nearest, found: list):
+def _advice(result, nearest, found: list):
   """Yields what to print below the table: what was found, and lines to paste."""
   from flaxlm.planning.search import paste
 

@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> None:
   from flaxlm.data.store import build  # after --help has been answered
 
   start = time.perf_counter()
-  report = build.build_store(settings.data, settings.tokenizer, log)
+  report = build.build_store(settings.data, settings.tokenizer, _log)
   print(store_summary(report, time.perf_counter() - start))
 
 
-def log(line: str) -> None:
+def _log(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 

@@ -17,17 +17,17 @@ import time
 
 from flaxlm import cli, errors
 
-FINAL = (
+_FINAL = (
   errors.ConfigError.exit_code,
   errors.DataError.exit_code,
   errors.MissingInputError.exit_code,
   errors.OutputError.exit_code,
   errors.NumericsError.exit_code,
 )
-PREEMPTED = errors.Preempted.exit_code
+_PREEMPTED = errors.Preempted.exit_code
 
 
-class Child:
+class _Child:
   """The running command, and whether we were told to stop."""
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -70,7 +70,7 @@ def delay(code: int, attempt: int, backoff: float, max_backoff: float) -> float:
   Half of the delay is random, so that a job's many hosts do not all return at once
   (Brooker, "Exponential backoff and jitter", 2015).
   """
-  if code == PREEMPTED:
+  if code == _PREEMPTED:
     attempt -= 1  # nothing is wrong the first time: only the machine went away
   if attempt == 0:
     return 0.0
@@ -91,7 +91,7 @@ def supervise(
     healthy: seconds after which a run counts as healthy and the count starts anew.
     final: exit codes that are passed on without a restart.
   """
-  child = Child(command)
+  child = _Child(command)
   attempt = 0
   while True:
     started = time.monotonic()
@@ -100,7 +100,7 @@ def supervise(
     if code == 0 or code in final:
       return code
     if child.stopped_by:
-      return PREEMPTED
+      return _PREEMPTED
     attempt = 1 if seconds >= healthy else attempt + 1
     what = f"flaxlm.supervise: exit code {code} after {seconds:.0f} s"
     if attempt > max_restarts:
@@ -110,7 +110,7 @@ def supervise(
     _report_restart(f"{what}; restart {attempt} of {max_restarts} in {wait:.1f} s")
     child.sleep(wait)
     if child.stopped_by:
-      return PREEMPTED
+      return _PREEMPTED
 
 
 def _report_restart(text: str) -> None:
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv[:at])
   if not argv[at + 1 :]:
     raise errors.ConfigError("the command", "none", "a command after --", "-- python …")
-  options = vars(args) | {"final": (*FINAL, *args.final)}
+  options = vars(args) | {"final": (*_FINAL, *args.final)}
   sys.exit(supervise(argv[at + 1 :], **options))
 
 
