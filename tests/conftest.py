@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = f"{eight} {quick.EMITTERS}"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.devices()  # reads XLA_FLAGS, in which libtpu must not find the emitters
 os.environ["XLA_FLAGS"] = eight
@@ -44,6 +45,15 @@ def pytest_collection_modifyitems(config, items):
     items=[item for i, item in enumerate(items) if i % every != first]
   )
   items[:] = items[first::every]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_programs(tmp_path_factory):
+  """Tests of many files compile the same programs: each worker keeps its own."""
+  jax.config.update("jax_enable_compilation_cache", True)
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
