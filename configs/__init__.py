@@ -1,1 +1,1 @@
-"""Run configurations: base.py lists every knob, the others say what they change."""
+"""Run configurations: base.py has every knob; each other file lists its changes."""

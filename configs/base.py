@@ -1,4 +1,4 @@
-"""Every knob of flaxlm: see `flaxlm/config/base.py`, which this passes on."""
+"""Every knob of flaxlm: re-exports `flaxlm/config/base.py`."""
 
 from flaxlm.config.base import get_config, source, sources
 

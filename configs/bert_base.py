@@ -1,11 +1,12 @@
-"""BERT base (Devlin et al. 2018): masked words and next sentences, for one GPU.
+"""BERT base (Devlin et al. 2018): masked tokens and next sentences, for one GPU.
 
   python -m flaxlm.train --config=configs/bert_base.py --workdir=runs/bert_base
 
-Not trained here: no result is claimed. Its published settings, with rows of 512 tokens
-throughout (theirs had 128 for 90% of the steps) and Wikipedia alone (its books are not
-to be had any more). The tokenizer that is trained is no WordPiece: bring that
-(--config.tokenizer.path). On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. The published settings, except that all rows
+have 512 tokens (the original had 128 for 90% of the steps) and the text is Wikipedia
+alone (the books are no longer available). The tokenizer trained here is not WordPiece;
+--config.tokenizer.path takes the original. On n devices, divide accumulation_steps
+by n.
 """
 
 from flaxlm.config import base

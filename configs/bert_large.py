@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/bert_large.py --workdir=runs/bert_large
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On n devices, divide accumulation_steps by n.
 """
 
 from . import bert_base

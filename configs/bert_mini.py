@@ -4,9 +4,9 @@
     --config.data.sources.main.path='texts/*.txt'
   python -m flaxlm.train --config=configs/bert_mini.py --workdir=runs/bert_mini
 
-BERT's task and head (Devlin et al. 2018) with what has been learnt since: no sentence
-pairs, other masks each time (RoBERTa, Liu et al. 2019), 30% masked (Wettig et al.
-2022), packed rows, norms before the blocks and rotary positions (ModernBERT).
+BERT's task and head (Devlin et al. 2018) with later improvements: no sentence pairs,
+new masks each epoch (RoBERTa, Liu et al. 2019), 30% masked (Wettig et al. 2022),
+packed rows, norms before the blocks and rotary positions (ModernBERT).
 """
 
 from flaxlm.config import base

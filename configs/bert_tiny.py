@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/bert_tiny.py --workdir=runs/bert_tiny
 
-Not trained here: no result is claimed. Otherwise as configs/bert_base.py.
+Not trained here: no result is claimed. Everything else is as in configs/bert_base.py.
 """
 
 from . import bert_base

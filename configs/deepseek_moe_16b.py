@@ -1,11 +1,11 @@
-"""DeepSeekMoE 16B (Dai et al. 2024): 6 of 64 experts and 2 shared ones, for 64 devices.
+"""DeepSeekMoE 16B (Dai et al. 2024): 6 of 64 experts plus 2 shared, for 64 devices.
 
   python -m flaxlm.train --config=configs/deepseek_moe_16b.py \
     --workdir=runs/deepseek_moe_16b
 
-Not trained here: no result is claimed. 16.4B parameters, 2.8B of them for a token; the
-first layer is dense. Its published settings: 2T tokens, a rate that stays until 80%
-(then it fell in two steps, ours in a line).
+Not trained here: no result is claimed. 16.4B parameters, of which 2.8B are active per
+token; the first layer is dense. The published settings: 2T tokens, and a learning rate
+that is constant until 80% (then theirs falls in two steps, ours linearly).
 """
 
 from . import llama2_7b
@@ -32,7 +32,7 @@ def get_config():
   model.moe.shared_dim = 2 * 1408
   model.moe.first_dense_layers = 1
   model.moe.renormalize = False
-  model.moe.aux_loss = 0.001 / 6  # theirs is a mean over choices, ours a sum
+  model.moe.aux_loss = 0.001 / 6  # theirs averages over the 6 choices, ours sums
   config.optim.peak_learning_rate = 4.2e-4
   config.optim.schedule = "wsd"
   config.optim.epsilon = 1e-8

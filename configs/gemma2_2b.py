@@ -3,9 +3,9 @@
   python -m flaxlm.train --config=configs/gemma2_2b.py --workdir=runs/gemma2_2b
 
 Not trained here: no result is claimed. Google distilled it from a larger model; this
-trains it on text alone. Its optimizer settings were not published: these are Llama 2's.
-Bring its tokenizer (--config.tokenizer.path), or one of its size is trained. On 8n
-devices divide accumulation_steps by n.
+config trains on text alone. Its optimizer settings were not published; these are Llama
+2's. --config.tokenizer.path takes its tokenizer; otherwise one of its size is trained.
+On 8n devices, divide accumulation_steps by n.
 """
 
 from flaxlm.config import base

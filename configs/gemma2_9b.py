@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/gemma2_9b.py --workdir=runs/gemma2_9b
 
-Not trained here: no result is claimed. On 64n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 64n devices, divide accumulation_steps by n.
 """
 
 from . import gemma2_2b

@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/gemma3_1b.py --workdir=runs/gemma3_1b
 
-Not trained here: no result is claimed. Norms of each query and key in the place of
-Gemma 2's soft caps, five local layers for a global one, and a rotary base for each
-kind. Rows of 8192 tokens: theirs of 32,768 need an attention kernel.
+Not trained here: no result is claimed. Unlike Gemma 2: QK-norm instead of soft caps,
+five local layers per global layer, and a rotary base for each kind. Rows have 8192
+tokens; the original's 32,768 need an attention kernel.
 """
 
 from . import gemma2_2b

@@ -2,8 +2,8 @@
 
   python -m flaxlm.train --config=configs/gemma3_4b.py --workdir=runs/gemma3_4b
 
-Not trained here: no result is claimed. Texts of 131,072 tokens: positions are stretched
-in global layers. The table has 64 rows more than the tokenizer has pieces.
+Not trained here: no result is claimed. For contexts of 131,072 tokens, positions are
+scaled in global layers. The embedding table has 64 rows more than the vocabulary.
 """
 
 from . import gemma3_1b

@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/gpt2_124m.py --workdir=runs/gpt2_124m
 
-Not trained here: no result is claimed. 0.5M tokens a step, as GPT-3 small. 16 rows at a
-time need 13 GiB by the compiler's own count (XLA:CPU; 46 without remat). On n devices
-divide accumulation_steps by n.
+Not trained here: no result is claimed. 0.5M tokens per step, as in GPT-3 small. A
+micro-batch of 16 rows needs 13 GiB by the compiler's count (XLA:CPU; 46 without remat).
+On n devices, divide accumulation_steps by n.
 """
 
 from flaxlm.config import base

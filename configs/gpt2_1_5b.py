@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/gpt2_1_5b.py --workdir=runs/gpt2_1_5b
 
-Not trained here: no result is claimed. On 8n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 8n devices, divide accumulation_steps by n.
 """
 
 from . import gpt2_124m

@@ -2,8 +2,8 @@
 
   python -m flaxlm.train --config=configs/gpt2_355m.py --workdir=runs/gpt2_355m
 
-Not trained here: no result is claimed. GPT-2's learning rates were not published: this
-is GPT-3's of that size. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. GPT-2's learning rates were not published;
+this is GPT-3's at that size. On n devices, divide accumulation_steps by n.
 """
 
 from . import gpt2_124m

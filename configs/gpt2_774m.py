@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/gpt2_774m.py --workdir=runs/gpt2_774m
 
-Not trained here: no result is claimed. On 4n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 4n devices, divide accumulation_steps by n.
 """
 
 from . import gpt2_124m

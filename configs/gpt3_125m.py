@@ -2,10 +2,10 @@
 
   python -m flaxlm.train --config=configs/gpt3_125m.py --workdir=runs/gpt3_125m
 
-Not trained here: no result is claimed. GPT-2's build, rows of 2048 tokens, and every
-second layer sees only the tokens near by, as in the Sparse Transformer (Child et al.
-2019). How near was not published: 256 tokens is GPT-Neo's choice, and ours. Batches do
-not grow at the start, as theirs did. 300B tokens; on n devices divide
+Not trained here: no result is claimed. GPT-2's architecture with rows of 2048 tokens;
+every second layer has local attention, as in the Sparse Transformer (Child et al.
+2019). The window was not published; 256 tokens is GPT-Neo's choice, and ours. The batch
+size is constant, while theirs grew at the start. 300B tokens. On n devices, divide
 accumulation_steps by n.
 """
 

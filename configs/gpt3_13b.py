@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/gpt3_13b.py --workdir=runs/gpt3_13b
 
-Not trained here: no result is claimed. Table 2.1 prints a width of 5140; 40 heads of
-128 and the 12,850M parameters of table D.1 say 5120, as here. On 64n devices divide
-accumulation_steps by n.
+Not trained here: no result is claimed. Table 2.1 prints a width of 5140, but 40 heads
+of 128 and the 12,850M parameters of table D.1 imply 5120, as here. On 64n devices,
+divide accumulation_steps by n.
 """
 
 from . import gpt3_125m

@@ -2,8 +2,8 @@
 
   python -m flaxlm.train --config=configs/gpt3_175b.py --workdir=runs/gpt3_175b
 
-Not trained here: no result is claimed. 50,257 words divide by no number of devices:
-their table stays whole along the tensor axis.
+Not trained here: no result is claimed. A vocabulary of 50,257 divides by no number of
+devices, so the embedding table is not split over the tensor axis.
 """
 
 from . import gpt3_125m
@@ -13,7 +13,7 @@ def get_config():
   config = gpt3_125m.get_config()
   config.hardware = "v5p:8x8x16"
   config.num_steps = 91_600
-  config.data.batch_size = 1536  # 3.1M tokens; the paper's 3.2M divide less well
+  config.data.batch_size = 1536  # 3.1M tokens; the paper's 3.2M divides less well
   model = config.model
   model.num_layers = 96
   model.embed_dim = 12_288

@@ -3,8 +3,8 @@
   python -m flaxlm.train --config=configs/gpt3_1_3b.py --workdir=runs/gpt3_1_3b
 
 Not trained here: no result is claimed. Table 2.1 prints 24 heads of 128, which would be
-1.5B parameters; the 1,320M of table D.1 are those of 16 heads, as here. On 8n devices
-divide accumulation_steps by n.
+1.5B parameters; the 1,320M of table D.1 imply 16 heads, as here. On 8n devices, divide
+accumulation_steps by n.
 """
 
 from . import gpt3_125m

@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/gpt3_2_7b.py --workdir=runs/gpt3_2_7b
 
-Not trained here: no result is claimed. On 8n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 8n devices, divide accumulation_steps by n.
 """
 
 from . import gpt3_125m

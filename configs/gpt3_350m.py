@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/gpt3_350m.py --workdir=runs/gpt3_350m
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On n devices, divide accumulation_steps by n.
 """
 
 from . import gpt3_125m

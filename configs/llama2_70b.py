@@ -1,4 +1,4 @@
-"""Llama 2 70B (Touvron et al. 2023): grouped queries, for two slices of 512 TPUs v5p.
+"""Llama 2 70B (Touvron et al. 2023): grouped-query attention, for 2 × 512 TPUs v5p.
 
   python -m flaxlm.train --config=configs/llama2_70b.py --workdir=runs/llama2_70b
 

@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/llama2_7b.py --workdir=runs/llama2_7b
 
-Not trained here: no result is claimed. Its own optimizer settings, and 2T tokens in
-steps of 4M. Bring its tokenizer (--config.tokenizer.path), or one of its size is
-trained. On 64n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. The published optimizer settings, and 2T tokens
+in steps of 4M. --config.tokenizer.path takes its tokenizer; otherwise one of its size
+is trained. On 64n devices, divide accumulation_steps by n.
 """
 
 from flaxlm.config import base

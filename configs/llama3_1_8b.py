@@ -1,9 +1,9 @@
-"""Llama 3.1 8B (Dubey et al. 2024): Llama 3 for texts of 131,072 tokens.
+"""Llama 3.1 8B (Dubey et al. 2024): Llama 3 for contexts of 131,072 tokens.
 
   python -m flaxlm.train --config=configs/llama3_1_8b.py --workdir=runs/llama3_1_8b
 
-Not trained here: no result is claimed. Rows of 8192 tokens, as in most of its training;
-llama3_1_8b_128k.py is for its last stage.
+Not trained here: no result is claimed. Rows have 8192 tokens, as in most of its
+training; llama3_1_8b_128k.py is its last stage.
 """
 
 from . import llama3_8b

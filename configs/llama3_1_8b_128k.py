@@ -3,8 +3,8 @@
   python -m flaxlm.train --config=configs/llama3_1_8b_128k.py \\
     --config.init_from=runs/llama3_1_8b --workdir=runs/llama3_1_8b_128k
 
-Not trained here: no result is claimed. Each row is split over 16 chips, whose keys and
-values go round a ring; as in the last stage of its training (Dubey et al. 2024).
+Not trained here: no result is claimed. This is the last stage of its training (Dubey
+et al. 2024). Ring attention splits each row over 16 chips.
 """
 
 from . import llama3_1_8b

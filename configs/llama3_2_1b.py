@@ -3,7 +3,7 @@
   python -m flaxlm.train --config=configs/llama3_2_1b.py --workdir=runs/llama3_2_1b
 
 Not trained here: no result is claimed. Meta pruned it from the 8B model and distilled
-it; this trains it from nothing. On 8n devices divide accumulation_steps by n.
+it; this config trains from scratch. On 8n devices, divide accumulation_steps by n.
 """
 
 from . import llama3_1_8b

@@ -1,8 +1,8 @@
-"""Llama 3 8B (Dubey et al. 2024): for 256 TPUs v5e.
+"""Llama 3 8B (Dubey et al. 2024), for 256 TPUs v5e.
 
   python -m flaxlm.train --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
-Not trained here: no result is claimed. Bring a tokenizer: --config.tokenizer.path.
+Not trained here: no result is claimed. --config.tokenizer.path takes its tokenizer.
 """
 
 from flaxlm.config import base

@@ -2,8 +2,8 @@
 
   python -m flaxlm.train --config=configs/mistral_7b.py --workdir=runs/mistral_7b
 
-Not trained here: no result is claimed. Llama 2's build with grouped-query attention,
-and each layer sees the last 4096 tokens. Nothing of its training was published: the
+Not trained here: no result is claimed. Llama 2's architecture with grouped-query
+attention and a sliding window of 4096 tokens. Its training was not published; the
 settings are Llama 2's.
 """
 

@@ -1,10 +1,10 @@
-"""Mixtral 8x7B (Jiang et al. 2024): 2 of 8 experts a token, for 128 TPUs v5p.
+"""Mixtral 8x7B (Jiang et al. 2024): 2 of 8 experts per token, for 128 TPUs v5p.
 
   python -m flaxlm.train --config=configs/mixtral_8x7b.py --workdir=runs/mixtral_8x7b
 
-Not trained here: no result is claimed. 46.7B parameters, 12.9B of them for a token.
-Nothing of its training was published: the settings are Llama 2's, and Switch's weight
-of the balancing loss.
+Not trained here: no result is claimed. 46.7B parameters, of which 12.9B are active per
+token. Its training was not published; the settings are Llama 2's, with Switch
+Transformer's weight for the balancing loss.
 """
 
 from . import mistral_7b

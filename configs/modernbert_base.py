@@ -3,10 +3,10 @@
   python -m flaxlm.train --config=configs/modernbert_base.py \
     --workdir=runs/modernbert_base
 
-Not trained here: no result is claimed. 1.7T tokens in rows of 1024, at a constant rate;
-AdamW in the place of StableAdamW, and no dropout (theirs: 0.1 after attention). Rows of
-8192 came later, and with them the global layers' rotary base of 160,000 that is here
-from the start. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. 1.7T tokens in rows of 1024, at a constant
+learning rate. AdamW replaces StableAdamW, and there is no dropout (theirs: 0.1 after
+attention). The global layers' rotary base is 160,000 from the start; theirs came with
+rows of 8192 in a later stage. On n devices, divide accumulation_steps by n.
 """
 
 from flaxlm.config import base
@@ -50,7 +50,7 @@ def get_config():
   config.optim.peak_learning_rate = 8e-4
   config.optim.schedule = "constant"
   config.optim.warmup_steps = 636  # 3B tokens
-  config.optim.weight_decay = 1e-5 / 8e-4  # theirs is not multiplied by the rate
+  config.optim.weight_decay = 1e-5 / 8e-4  # theirs is not scaled by the rate
   config.optim.b2 = 0.98
   config.optim.epsilon = 1e-6
   config.step.accumulation_steps = 144

@@ -3,8 +3,8 @@
   python -m flaxlm.train --config=configs/modernbert_large.py \
     --workdir=runs/modernbert_large
 
-Not trained here: no result is claimed. After 900B tokens its rate was lowered to 5e-5.
-On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. Theirs was lowered to a learning rate of 5e-5
+after 900B tokens. On n devices, divide accumulation_steps by n.
 """
 
 from . import modernbert_base

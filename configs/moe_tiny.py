@@ -1,11 +1,11 @@
-"""A small mixture of experts: the quickstart's model with 2 of 8 experts a token.
+"""A small mixture of experts: the quickstart's model with 2 of 8 experts per token.
 
   python -m flaxlm.prepare --config=configs/moe_tiny.py
   python -m flaxlm.train --config=configs/moe_tiny.py --workdir=runs/moe_tiny
 
-It takes some minutes on 2 CPU cores, and the quickstart's store of tokens. Experts
-have room for twice their fair share: on CPU that costs half as much as dropping no
-token, and once the loads are even nothing is dropped.
+It uses the quickstart's token store and takes a few minutes on 2 CPU cores. Experts
+have room for twice their fair share. On a CPU that costs half as much as the dropless
+form, and once the loads are even, no token is dropped.
 """
 
 from . import quickstart

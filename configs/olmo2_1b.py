@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/olmo2_1b.py --workdir=runs/olmo2_1b
 
-Not trained here: no result is claimed. On 8n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On 8n devices, divide accumulation_steps by n.
 """
 
 from . import olmo2_7b

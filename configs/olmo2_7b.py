@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/olmo2_7b.py --workdir=runs/olmo2_7b
 
-Not trained here: no result is claimed. Its published settings: a cosine over 5T tokens,
-which was left at 3.9T; its embeddings did not decay, ours do. Norms come after
-attention and MLP, and over all queries and keys of a token. On 64n devices divide
+Not trained here: no result is claimed. The published settings: a cosine over 5T tokens,
+stopped at 3.9T. Their embeddings have no weight decay, ours do. Norms come after
+attention and MLP; QK-norm is over all heads of a token together. On 64n devices, divide
 accumulation_steps by n.
 """
 

@@ -1,9 +1,9 @@
-"""OLMoE 1B-7B (Muennighoff et al. 2024): 8 of 64 experts a token, for 64 devices.
+"""OLMoE 1B-7B (Muennighoff et al. 2024): 8 of 64 experts per token, for 64 devices.
 
   python -m flaxlm.train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe_1b_7b
 
-Not trained here: no result is claimed. 6.9B parameters, 1.3B of them for a token. Its
-published settings; weights of the chosen experts do not add up to 1.
+Not trained here: no result is claimed. 6.9B parameters, of which 1.3B are active per
+token. The published settings; the weights of the chosen experts do not sum to 1.
 """
 
 from . import olmo2_1b
@@ -25,7 +25,7 @@ def get_config():
   model.moe.num_experts = 64
   model.moe.experts_per_token = 8
   model.moe.renormalize = False
-  # Theirs are means over 16 layers and 8 choices, ours are sums.
+  # Theirs average over 16 layers and 8 choices, ours sum.
   model.moe.aux_loss = 0.01 / (16 * 8)
   model.moe.z_loss = 0.001 / (16 * 8)
   config.optim.warmup_steps = 2500

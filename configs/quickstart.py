@@ -24,8 +24,8 @@ def get_config():
   config.model.num_heads = 2
   config.model.num_kv_heads = 2
   config.model.mlp_dim = 352
-  config.model.unroll = 4  # on CPU, layers in a row are faster than a loop over them
-  config.optim.name = "muon"  # half the steps of AdamW to the same loss, at this size
+  config.model.unroll = 4  # on a CPU, unrolled layers are faster than a loop
+  config.optim.name = "muon"  # needs half of AdamW's steps at this size
   config.optim.peak_learning_rate = 1e-2
   config.optim.warmup_steps = 50
   config.eval.every = 250

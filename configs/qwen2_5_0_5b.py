@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/qwen2_5_0_5b.py --workdir=runs/qwen2_5_0_5b
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On n devices, divide accumulation_steps by n.
 """
 
 from . import qwen2_5_7b

@@ -2,10 +2,10 @@
 
   python -m flaxlm.train --config=configs/qwen2_5_7b.py --workdir=runs/qwen2_5_7b
 
-Not trained here: no result is claimed. Its optimizer settings were not published: these
-are Llama 2's. Rows of 4096 tokens, as in most of its training. The table has more rows
-than the tokenizer has pieces: bring it (--config.tokenizer.path), or one of its size is
-trained.
+Not trained here: no result is claimed. Its optimizer settings were not published; these
+are Llama 2's. Rows have 4096 tokens, as in most of its training. The embedding table
+has more rows than the vocabulary. --config.tokenizer.path takes its tokenizer;
+otherwise one of its size is trained.
 """
 
 from flaxlm.config import base

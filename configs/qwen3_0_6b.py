@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/qwen3_0_6b.py --workdir=runs/qwen3_0_6b
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On n devices, divide accumulation_steps by n.
 """
 
 from . import qwen3_8b

@@ -2,9 +2,8 @@
 
   python -m flaxlm.train --config=configs/qwen3_8b.py --workdir=runs/qwen3_8b
 
-Not trained here: no result is claimed. Qwen 2.5's build with norms of each query and
-key in the place of biases. Its optimizer settings were not published: these are Llama
-2's.
+Not trained here: no result is claimed. Qwen 2.5's architecture with QK-norm instead of
+biases. Its optimizer settings were not published; these are Llama 2's.
 """
 
 from . import qwen2_5_7b

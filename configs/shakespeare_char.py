@@ -6,8 +6,8 @@
     --workdir=runs/shakespeare_char
 
 The text is github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt (1,115,394
-bytes); its first 90% are for training. nanoGPT publishes a validation loss of 1.88
-nats/character.
+bytes); the first 90% is for training. nanoGPT publishes a validation loss of 1.88 nats
+per character.
 """
 
 from flaxlm.config import base

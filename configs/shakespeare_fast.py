@@ -1,5 +1,5 @@
-"""Tiny Shakespeare by characters as fast as flaxlm can: shakespeare_char's data, split,
-length and metric; its size, but another block, Muon and another schedule.
+"""Tiny Shakespeare by characters, as fast as flaxlm can: shakespeare_char's data,
+split, row length, metric and size, but with another block, Muon and another schedule.
 
   python -m flaxlm.prepare --config=configs/shakespeare_fast.py \
     --config.data.sources.main.path=FILE

@@ -2,9 +2,9 @@
 
   python -m flaxlm.train --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m
 
-Not trained here: no result is claimed. Its published settings: 2T tokens in rows of
-2048. It was trained with a rotary base of 10,000 and stretched to 8192 tokens at the
-end; the base is that of the end. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. The published settings: 2T tokens in rows of
+2048. The original used a rotary base of 10,000 and was extended to 8192 tokens at the
+end; the base here is the final one. On n devices, divide accumulation_steps by n.
 """
 
 from flaxlm.config import base

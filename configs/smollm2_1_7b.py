@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/smollm2_1_7b.py --workdir=runs/smollm2_1_7b
 
-Not trained here: no result is claimed. 11T tokens. On 8n devices divide
+Not trained here: no result is claimed. 11T tokens. On 8n devices, divide
 accumulation_steps by n.
 """
 

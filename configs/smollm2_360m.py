@@ -2,7 +2,7 @@
 
   python -m flaxlm.train --config=configs/smollm2_360m.py --workdir=runs/smollm2_360m
 
-Not trained here: no result is claimed. On n devices divide accumulation_steps by n.
+Not trained here: no result is claimed. On n devices, divide accumulation_steps by n.
 """
 
 from . import smollm2_135m
