@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tables of all benchmarks, with JSON beside them in runs/bench/; see tests/benchmarks/.
+# Prints the tables of all benchmarks; their JSON goes to runs/bench/. See tests/benchmarks/.
 #   bash launch/bench.sh [--quick] [--nanogpt CLONE] [--maxtext PYTHON] [--shakespeare FILE]
-# All take an hour or more; quick ones 10 minutes, and show no more than that everything runs.
+# It takes an hour or more. --quick takes 10 minutes and only shows that everything runs.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 quick=() nanogpt=() maxtext=() text=()

@@ -1,7 +1,7 @@
-# Sourced by the launchers: --print, names that are safe, secrets that stay secret.
+# Sourced by the launchers: --print, checks of names, and handling of secrets.
 # shellcheck shell=bash
 
-# Environment variables that other machines get when they are set; values are never shown.
+# Environment variables passed on to other machines when set; values are never shown.
 secrets=(HF_TOKEN WANDB_API_KEY)
 printing= # --print sets it
 
@@ -10,12 +10,12 @@ refuse() {
   exit 2
 }
 
-# need WHAT VALUE REGEX: refuses what could be read as an option or run by a shell.
+# need WHAT VALUE REGEX: refuses values that could act as an option or as shell code.
 need() {
   [[ "$2" =~ ^$3$ ]] || refuse "$1 cannot be used: given '$2', needed $3"
 }
 
-# Replaces secrets by their names, where the text is for people.
+# Replaces secrets by their names when the text is only printed.
 hide() {
   local text="$1" name value
   for name in "${secrets[@]}"; do
@@ -35,7 +35,7 @@ quote() {
   hide "${words[*]-}"
 }
 
-# Runs a command; after --print, shows it instead.
+# Runs a command; with --print, shows it instead.
 run() {
   if [ -n "$printing" ]; then
     quote "$@"
@@ -52,7 +52,7 @@ has_secrets() {
   return 1
 }
 
-# Writes NAME=VALUE lines to a file that its owner alone can read.
+# Writes NAME=VALUE lines to a file that only its owner can read.
 write_secrets() {
   local name
   (umask 077 && : >"$1")

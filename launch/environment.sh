@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in the clone, with flaxlm installed.
-# An environment that is already active is used instead, and only completed.
+# Sourced by the other scripts: makes a virtual environment in the clone and installs flaxlm.
+# If an environment is already active, uses that and installs only what is missing.
 # shellcheck shell=bash
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -8,7 +8,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
       "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     if [ "$python" = none ]; then
-      echo "flaxlm needs Python 3.11 or newer; here is $(python3 --version 2>&1)" >&2
+      echo "flaxlm needs Python 3.11 or newer; found $(python3 --version 2>&1)" >&2
       exit 2
     fi
     echo "making a virtual environment in .venv"
@@ -19,7 +19,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 stamp="$VIRTUAL_ENV/.flaxlm-installed"
 if ! cmp -s setup.py "$stamp" || ! python -c 'import flaxlm' 2>/dev/null; then
-  echo "installing flaxlm and what it needs into $VIRTUAL_ENV (a minute or two)"
+  echo "installing flaxlm and its dependencies into $VIRTUAL_ENV (a minute or two)"
   python -m pip install --quiet --disable-pip-version-check -e .
   cp setup.py "$stamp"
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One host's part of a run where no scheduler does it: tpu_vm.sh and sky.yaml start this.
+# Starts one host's share of a run, for tpu_vm.sh and sky.yaml, which have no scheduler.
 #   bash launch/host.sh HARDWARE SLICES TRAINING ARGUMENTS
-# runs/host.status holds "running", then the exit code; the process of runs/host.pid takes
-# signals; runs/.secrets, if there is one, holds NAME=VALUE lines for the environment.
+# runs/host.status holds "running", then the exit code. runs/host.pid holds the process to
+# signal. runs/.secrets, if it exists, holds NAME=VALUE lines for the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs
@@ -20,7 +20,7 @@ shift 2
 python -m flaxlm.supervise -- python -m flaxlm.train "$@" &
 child="$!"
 trap 'kill -TERM "$child"' TERM INT
-while kill -0 "$child" 2>/dev/null; do # a signal ends a wait, not the child
+while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
   code=0
   wait "$child" || code=$?
 done

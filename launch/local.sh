@@ -2,7 +2,7 @@
 # Train on this machine: one process for all its devices, or several that work together.
 #   bash launch/local.sh --config=configs/quickstart.py --workdir=runs/a
 #   bash launch/local.sh -n 2 --config=configs/quickstart.py --workdir=runs/a     # CPU
-#   bash launch/local.sh -n gpus --config=configs/gpt2_124m.py --workdir=runs/a   # one a GPU
+#   bash launch/local.sh -n gpus --config=configs/gpt2_124m.py --workdir=runs/a   # one per GPU
 # --print (first) shows the commands and runs none.
 # The exit code is that of the first process that failed: 75 means "run it again".
 set -euo pipefail
@@ -18,7 +18,7 @@ if [ "${1:-}" = -n ]; then
   shift 2 || refuse "-n needs a number of processes, or gpus"
 fi
 if [ "$processes" = gpus ]; then
-  devices=1 # of each process; JAX would give all of them to every process
+  devices=1 # per process; otherwise JAX would give every process all of them
   processes="$( (nvidia-smi -L 2>/dev/null || true) | wc -l)"
   [ "$processes" -gt 0 ] || refuse "-n gpus: nvidia-smi finds no GPU on this machine"
 fi
@@ -47,7 +47,7 @@ for ((i = 0; i < processes; i++)); do
     run env "${settings[@]}" "${train[@]}"
     continue
   fi
-  env "${settings[@]}" "${train[@]}" & # no function: $! must be python, to be signalled
+  env "${settings[@]}" "${train[@]}" & # not a function: $! must be python, to receive signals
   pids+=($!)
 done
 [ -z "$printing" ] || exit 0
@@ -57,13 +57,13 @@ while [ "$running" -gt 0 ]; do
   result=0
   wait -n || result=$?
   if [ -n "$interrupted" ] && [ "$result" -gt 128 ]; then
-    interrupted= # the signal ended the wait, not a process: they are saving
+    interrupted= # the signal ended the wait, not a process: they are still saving
     continue
   fi
   running=$((running - 1))
   if [ "$result" != 0 ] && [ "$code" = 0 ]; then
     code="$result"
-    [ "$code" = 75 ] || stop # the others cannot go on alone
+    [ "$code" = 75 ] || stop # the others cannot continue alone
   fi
 done
 exit "$code"

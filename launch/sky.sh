@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on any cloud through SkyPilot, as launch/sky.yaml says.
+# Train on any cloud through SkyPilot; the job is launch/sky.yaml.
 #   bash launch/sky.sh [--print] NAME [OPTIONS OF `sky jobs launch`] -- TRAINING ARGUMENTS
 # Then: sky jobs queue, sky jobs logs --name NAME, sky jobs cancel --name NAME
 set -euo pipefail
@@ -16,9 +16,9 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   options+=("$1")
   shift
 done
-[ $# -gt 1 ] || refuse "needed: -- and the training's arguments, after sky's options"
+[ $# -gt 1 ] || refuse "needed: -- and the training arguments, after sky's options"
 shift
-for name in "${secrets[@]}"; do # the name alone: sky takes the value from the environment
+for name in "${secrets[@]}"; do # only the name: sky reads the value from the environment
   [ -z "${!name:-}" ] || options+=(--secret "$name")
 done
 run sky jobs launch "${options[@]}" --env "ARGUMENTS=$(quote "$@")" launch/sky.yaml

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train under Slurm: submits itself with sbatch; in the job, starts the processes.
+# Train under Slurm: submits itself with sbatch, then starts the processes in the job.
 #   bash launch/slurm.sh [--print] [SBATCH OPTIONS] -- TRAINING ARGUMENTS
 #   bash launch/slurm.sh --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --time=24:00:00 -- \
 #     --config=configs/llama3_8b.py --workdir=runs/a
 # One process per GPU (as many tasks as GPUs on a node), or one per node (the default).
 # Never --gpus-per-task or --gpu-bind: JAX picks among all GPUs of the node by local rank.
 #
-# 300 s before the time limit Slurm sends SIGTERM to the job's steps, that is to every
-# training process, and not to this script ("B:" would do the reverse). They save and exit
-# with 75, srun hands that on, and this script asks for the job to be queued again.
+# 300 s before the time limit, Slurm sends SIGTERM to the job's steps, that is, to every
+# training process and not to this script ("B:" would do the reverse). They save and exit
+# with 75, srun passes that on, and this script requeues the job.
 #SBATCH --job-name=flaxlm
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
@@ -29,7 +29,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ "${1:-}" = --print ]; then
     options+=("$1")
     shift
   done
-  [ $# -gt 1 ] || refuse "needed: -- and the training's arguments, after sbatch's options"
+  [ $# -gt 1 ] || refuse "needed: -- and the training arguments, after sbatch's options"
   run sbatch "${options[@]}" launch/slurm.sh "$@"
   [ -n "$printing" ] || exit 0
 else
@@ -40,15 +40,15 @@ else
 fi
 shift # the --
 
-# With one process for a node JAX would use GPU 0 alone.
+# With one process per node, JAX would use only GPU 0.
 if [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then
   JAX_LOCAL_DEVICE_IDS="$(seq -s , 0 "$((SLURM_GPUS_ON_NODE - 1))")"
   export JAX_LOCAL_DEVICE_IDS
 fi
-# Processes that save are not killed because one was faster; two minutes later they are.
+# Processes have two minutes to finish saving after the first one exits.
 step=(srun --kill-on-bad-exit=0 --wait=120 python -m flaxlm.train "$@" --config.mesh.multihost=true)
 code=0
-# A crash starts again within the job, a few times; 75 leaves it to be queued again.
+# A crash restarts within the job, a few times; 75 ends the step so that it is requeued.
 run python -m flaxlm.supervise --final=75 --max_restarts=3 -- "${step[@]}" || code=$?
 if [ -n "$printing" ]; then
   echo "# after exit code 75:"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole test suite, in the same environment as quickstart.sh; arguments go to pytest.
-# One worker per core. Each begins with half of the tests and takes over from the other
-# when it is done, so that what a file prepares is mostly prepared once.
+# Runs the test suite in the same environment as quickstart.sh; arguments go to pytest.
+# One worker per core. Each starts with a consecutive share of the tests and then takes some
+# from slower workers, so that what a file prepares is mostly prepared once.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 python -c 'import argcomplete, pytest, xdist' 2>/dev/null ||

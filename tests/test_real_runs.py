@@ -114,7 +114,7 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
     ["bash", "launch/quickstart.sh"], cwd=clone, env=env, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "lossless" in done.stdout and "everything lies in" in done.stdout
+  assert "lossless" in done.stdout and "everything is in" in done.stdout
   run_dir = clone / "runs/quickstart"
   rows = [
     json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()
