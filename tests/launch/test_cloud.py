@@ -194,7 +194,7 @@ def test_gke_restarts_except_for_codes_that_a_restart_cannot_mend(stubs):
   policy = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]
   (rule,) = policy["rules"]
   assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "In"
-  assert set(rule["onExitCodes"]["values"]) == set(supervise.FINAL)
+  assert set(rule["onExitCodes"]["values"]) == set(supervise._FINAL)
   assert spec["failurePolicy"]["maxRestarts"] > 0
   (rule,) = spec["failurePolicy"]["rules"]
   assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
