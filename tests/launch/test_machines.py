@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from tests import quick
 from tests.launch.stubs import LAUNCH, ODD, ROOT, commands
 
 TINY = (
@@ -205,7 +206,9 @@ def test_slurm_trains_saves_at_its_signal_and_goes_on(stubs, tmp_path):
   stubs.write("srun", SRUN.format(python=sys.executable))
   run = tmp_path / "run"
   arguments = [f"--workdir={run}", *TINY]
-  process, _ = job(stubs, tmp_path, "--", *arguments, "--config.num_steps=100000")
+  quickly = {"XLA_FLAGS": quick.environment()["XLA_FLAGS"]}
+  long = "--config.num_steps=100000"
+  process, _ = job(stubs, tmp_path, "--", *arguments, long, **quickly)
   wait_for(lambda: steps(run) >= 3, process)
   for pid in (stubs.home / "pids").read_text().split():
     os.kill(int(pid), signal.SIGTERM)  # as --signal=TERM does: the step, not the script

@@ -164,7 +164,10 @@ def test_gradients_on_any_mesh_are_those_of_one_device(
   np.testing.assert_array_equal(load, expected["one"][2]["expert_load"])
 
 
-@pytest.mark.parametrize("split", [{"context": 4, "tensor": 2}, {"context": 8}])
+@pytest.mark.parametrize(
+  "split",
+  [{"context": 4, "tensor": 2}, pytest.param({"context": 8}, marks=pytest.mark.slow)],
+)
 def test_ring_attention_in_a_model_of_windows_and_documents(config, split, one_device):
   model = config.model
   model.num_layers, model.layer_pattern = 4, ("local", "global")
@@ -177,7 +180,11 @@ def test_ring_attention_in_a_model_of_windows_and_documents(config, split, one_d
 
 
 @pytest.mark.parametrize(
-  "split", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+  "split",
+  [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_training_on_eight_devices_is_that_on_one(config, split, one_device):
   expected, reference = train(config, one_device)

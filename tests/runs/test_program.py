@@ -117,8 +117,15 @@ def count(config, axes) -> dict:
   } | kinds
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("change", [causal, bert])
+@pytest.mark.parametrize(
+  ("change", "mesh"),
+  [
+    (causal, "fsdp 4 x tensor 2"),
+    (bert, "one device"),
+    pytest.param(causal, "one device", marks=pytest.mark.slow),
+    pytest.param(bert, "fsdp 4 x tensor 2", marks=pytest.mark.slow),
+  ],
+)
 def test_a_step_costs_what_it_did(change, mesh, tiny, request):
   name = f"{change.__name__}, {mesh}"
   now = count(change(tiny), MESHES[mesh])

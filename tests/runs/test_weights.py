@@ -91,7 +91,9 @@ def test_a_new_head_is_initialised_and_said_so(config, base, capsys):
   np.testing.assert_array_equal(model.embed[...], restore(base).embed[...])
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(
+  "use_bias", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_a_classifier_starts_from_the_pooler(make_tiny, tmp_path, use_bias):
   """As in BERT, where the pooler is trained by the task on sentence pairs."""
   config = make_tiny()
