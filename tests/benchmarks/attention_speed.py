@@ -1,12 +1,12 @@
-"""Attention, forward and backward: each form of scores here, and PyTorch's, in turns.
+"""Speed of attention, forward and backward: our variants and PyTorch's, in turns.
 
   python tests/benchmarks/attention_speed.py [--lengths 256 512 1024] [--blocks 64 128]
 
-Causal attention with the heads of GPT-2 124M (12 of 64), 4,096 tokens or one row of
-them, on this device; on a GPU four times as many, in bfloat16. Medians of
-interleaved turns; "faster" is against `dense`. TFLOP/s count the products of visible
-scores, 2 forward and 5 backward (Dao 2023, arXiv 2307.08691). What cannot run here is
-left out. `flaxlm/kernels/attention/chunked.py` goes by what this printed.
+Causal attention with the heads of GPT-2 124M (12 of size 64) on 4,096 tokens in one row
+or more; a GPU takes four times as many, in bfloat16. Medians of interleaved turns;
+"faster" is relative to `dense`. TFLOP/s count the products of visible scores, 2 forward
+and 5 backward (Dao 2023, arXiv 2307.08691). Variants that cannot run here are left out.
+`flaxlm/kernels/attention/chunked.py` is tuned by these results.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def program(backend: str, given: Inputs):
 
 
 def programs_here(given: Inputs, blocks: list[int], platform: str) -> dict:
-  """What computes attention and its gradients, by name: compiled, taking `given`."""
+  """Returns compiled programs for attention and its gradients, by name."""
   programs = {"dense": program("dense", given)}
   for chunked.LARGEST_BLOCK in blocks:
     programs[f"blocks of {chunked.LARGEST_BLOCK}"] = program("chunked", given)
@@ -43,7 +43,7 @@ def programs_here(given: Inputs, blocks: list[int], platform: str) -> dict:
 
 
 def pytorch(shape: tuple, platform: str):
-  """A function: PyTorch's own attention of random numbers, as often as asked."""
+  """Returns a function that repeats PyTorch's attention on random inputs."""
   import torch
   from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -75,7 +75,7 @@ def repeated(compiled, given: Inputs):
 
 
 def seconds_of(runs: dict, turns: int, portion: float) -> dict[str, float]:
-  """Median seconds a call; each turn of each repeats it for about `portion` seconds."""
+  """Returns median seconds per call; a turn repeats calls for `portion` seconds."""
   seconds = {name: [] for name in runs}
   number = {}
   for name, run in runs.items():
@@ -125,9 +125,9 @@ def main() -> None:
   lengths = [128, 256, 512, 1024, 2048, 4096]
   parser.add_argument("--lengths", type=int, nargs="+", help="128 to 4096, GPU 8192")
   parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128, 256])
-  parser.add_argument("--rows", type=int, default=0, help="0: by the tokens of a batch")
+  parser.add_argument("--rows", type=int, default=0, help="0: to fill the tokens")
   parser.add_argument("--turns", type=int, default=5)
-  parser.add_argument("--seconds", type=float, default=0.2, help="a turn of one")
+  parser.add_argument("--seconds", type=float, default=0.2, help="per turn of one")
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   machine.keep_freed_memory()

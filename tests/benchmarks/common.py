@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine that it ran on, its table and its JSON."""
+"""What all benchmarks share: facts about the machine, the table and the JSON."""
 
 import importlib.metadata
 import json
@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # configs are no part of the installed package
+sys.path.insert(0, str(ROOT))  # configs/ is not part of the installed package
 PACKAGES = (
   "jax", "jaxlib", "flax", "optax", "numpy", "sentencepiece", "torch", "transformers",
 )  # fmt: skip
 
 
 def about() -> dict:
-  """Hardware, versions and commit."""
+  """Returns hardware, versions and commit."""
   return {
     "cpu": cpu_name(),
     "cores": len(os.sched_getaffinity(0))
@@ -25,7 +25,7 @@ def about() -> dict:
     "memory_gib": round(
       os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
     ),
-    "load": os.getloadavg()[0],  # of others too: near 0 on a quiet machine
+    "load": os.getloadavg()[0],  # includes other processes; near 0 on a quiet machine
     "system": platform.platform(),
     "python": platform.python_version(),
     "versions": {name: version(name) for name in PACKAGES if version(name)},
@@ -51,13 +51,13 @@ def version(package: str) -> str:
 
 
 def git(*arguments: str) -> str:
-  """What git answers, or "" outside a clone."""
+  """Returns the output of git, or "" outside a clone."""
   done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
   return done.stdout.strip()
 
 
 def report(title: str, rows: list[dict], json_file: str | None, **more) -> None:
-  """Prints `rows` as a table, and writes them with the record of the machine."""
+  """Prints `rows` as a table; writes them and `about()` to `json_file`, if given."""
   record = {"benchmark": title, "about": about(), "rows": rows} | more
   if json_file:
     pathlib.Path(json_file).write_text(json.dumps(record, indent=2) + "\n")
@@ -86,7 +86,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def show(value) -> str:
-  """Three digits that matter; nothing for what was not measured."""
+  """Formats to three significant digits; "-" stands for a missing value."""
   if value is None:
     return "-"
   if isinstance(value, float):

@@ -1,15 +1,14 @@
-"""How much memory import and export take, on a random model of a shape of your choice.
+"""How much memory import and export take, on a random Llama of chosen depth.
 
   python tests/benchmarks/convert_memory.py              # Llama 3.2 1B, 13 GB disk
-  python tests/benchmarks/convert_memory.py --layers=2   # a trial
+  python tests/benchmarks/convert_memory.py --layers=2   # a quick trial
 
-Writes a bfloat16 checkpoint of random numbers, one tensor at a time, then runs each
-part in a process of its own and reads the peak of its resident memory (VmHWM, which
-counts pages of mapped files too). "above" is what that peak has on top of the weights
-in float32 and of a process that has imported the same libraries and does nothing; it
-is to stay below the largest tensor. Export holds one stacked weight at a time, so it
-stays below the size of the model. If Orbax compresses, `import` holds what it has
-compressed, too.
+Writes a bfloat16 checkpoint of random numbers, one tensor at a time. Then runs each
+part in its own process and reads its peak resident memory (VmHWM, which also counts
+pages of mapped files). "above" is that peak minus the float32 weights, and minus a
+process that imports the same libraries and does nothing. It should stay below the
+largest tensor. Export holds one stacked weight at a time, so it stays below the size of
+the model. If Orbax compresses, `import` also holds the compressed data.
 """
 
 import argparse
@@ -56,7 +55,7 @@ PARTS = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--layers", type=int, default=16)
-  parser.add_argument("--directory", help="where there is room for all files")
+  parser.add_argument("--directory", help="with room for all files")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.directory) as directory:
     run(pathlib.Path(directory), LLAMA_3_2_1B | {"num_hidden_layers": args.layers})
@@ -109,7 +108,7 @@ def write_random(directory: pathlib.Path, config: dict) -> list[int]:
 
 
 def measure(code: str) -> int:
-  """The peak of the resident memory of a process that runs `code`, in bytes."""
+  """Returns the peak resident memory of a process that runs `code`, in bytes."""
   result = subprocess.run(
     [sys.executable, "-c", code + PEAK], cwd=ROOT, capture_output=True, text=True
   )

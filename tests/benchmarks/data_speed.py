@@ -1,12 +1,12 @@
-"""Data: tokenising against the sentencepiece library itself, and the batch loader.
+"""Data: speed of tokenising, against the sentencepiece library, and of the loader.
 
   python tests/benchmarks/data_speed.py [--text=corpus.txt] [--json=data.json]
 
-The peer is the library's own batch call on the same documents, with the same model, in
-turns: first on one thread, then on all cores. `prepare` is the whole path of
-flaxlm.prepare: reading files, splits, tokenising, the texts that are decoded again, and
-writing a store. Without --text, documents are the Python standard library's sources.
-The loader makes the quickstart's batches of that store, on one core, without a model.
+The peer is the library's own batch call on the same documents with the same model, in
+turns, first on one thread and then on all cores. `prepare` is all of flaxlm.prepare:
+reading files, splitting, tokenising, checking that texts round-trip, and writing a
+store. Without --text, documents are the sources of the Python standard library. The
+loader makes the quickstart's batches from that store, on one core, without a model.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from flaxlm.data.store.shards import Store
 from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-MOST = 8 << 20  # characters a turn
+MOST = 8 << 20  # characters per turn
 
 
 def read_documents(path: str | None) -> list[str]:
@@ -38,7 +38,7 @@ def read_documents(path: str | None) -> list[str]:
 
 
 def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
-  """MB/s of encode_batch and of the library, on one thread and on all."""
+  """Measures MB/s of encode_batch and of the library, on one thread and on all."""
   lines = sample_lines(documents, 1 << 20)
   model = train_tokenizer(lines, kind, 8192)
   ours = Tokenizer(model)
@@ -65,7 +65,7 @@ def tokenising(documents: list[str], kind: str, turns: int) -> list[dict]:
 
 
 def prepare(documents: list[str], folder: pathlib.Path) -> build.Report:
-  """A store of these documents, prepared as flaxlm.prepare does."""
+  """Makes a store of these documents, as flaxlm.prepare does."""
   (folder / "texts").mkdir()
   for number, text in enumerate(documents):
     (folder / "texts" / f"{number:06}.txt").write_text(text, "utf-8")
@@ -78,7 +78,7 @@ def prepare(documents: list[str], folder: pathlib.Path) -> build.Report:
 
 
 def loader_tokens_per_second(store: Store, loader: str) -> float:
-  """One thread on one core that makes the quickstart's batches, without a model."""
+  """Times one thread that makes the quickstart's batches, without a model."""
   seq_len, batch_size = 128, 16
   streams = {name: store.stream(name, "train") for name in store.manifest["sources"]}
   batches = Batches(
@@ -96,7 +96,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--text", help="a UTF-8 file; empty lines part documents")
+  parser.add_argument("--text", help="a UTF-8 file; empty lines split documents")
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()

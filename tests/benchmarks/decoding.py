@@ -4,12 +4,12 @@
   python tests/benchmarks/decoding.py
   python tests/benchmarks/decoding.py --sizes gpt2_124m --batch 1 --json=decoding.json
 
-Random weights go from transformers through flaxlm.interop. Prompts of 32 tokens, 128
-new ones, greedy, float32, in turns so that all see the same machine; medians are shown.
-The peer is the fastest of what its users choose from: eager, sdpa (its default), and
-sdpa with a compiled static cache. A token needs every weight once: bytes / seconds over
-the rate at which this machine reads memory is the share of the limit (one read serves
-all rows of a batch; weights that fit in the processor's cache can pass 100%).
+Random weights go from transformers through flaxlm.interop. Prompts have 32 tokens, and
+128 are generated, greedily, in float32. All take turns, so that they see the same
+machine; medians are shown. The peers are what users of transformers choose from: eager,
+sdpa (the default), and sdpa with a compiled static cache. Each token reads every weight
+once, for all rows of a batch. So the share of the limit is bytes per second over the
+rate at which this machine reads memory; it can pass 100% if weights fit in the cache.
 
 All must write the same tokens. Where float32 rounding decides between two tokens, the
 texts differ from there on; the number of equal tokens before that is shown.
@@ -60,7 +60,7 @@ PEERS = ("eager", "sdpa", "compiled")
 
 
 def read_rate(megabytes: int = 256) -> float:
-  """GB/s at which all cores together read memory: a dot product each."""
+  """Returns the GB/s that all cores together read, with a dot product on each."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
   parts = [np.ones(megabytes << 18, np.float32) for _ in range(cores)]
   with concurrent.futures.ThreadPoolExecutor(cores) as pool:
@@ -87,7 +87,7 @@ def make_peer(name: str):
 
 
 def peer_writer(model, how: str):
-  """Returns prompts -> new tokens, by generate() as its documentation has it."""
+  """Returns prompts -> new tokens, by generate() as its documentation shows it."""
   import torch
 
   options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
@@ -127,7 +127,7 @@ def our_writer(directory):
 
 
 def bytes_per_token(model) -> int:
-  """Of float32 weights: all but tables of which a token takes one row."""
+  """Returns bytes of float32 weights, without tables where a token reads one row."""
   total = sum(x.size for x in jax.tree.leaves(model))
   if model.positions is not None:
     total -= model.positions[...].size
@@ -137,7 +137,7 @@ def bytes_per_token(model) -> int:
 
 
 def equal_tokens(ours, theirs) -> float:
-  """Mean number of tokens before two texts part."""
+  """Returns the mean number of tokens before two texts differ."""
   differ = ours != theirs
   return float(np.where(differ.any(1), differ.argmax(1), ours.shape[1]).mean())
 
@@ -157,7 +157,7 @@ def measure(name: str, batches: list[int], peers: list[str], turns: int) -> list
       start = time.perf_counter()
       try:
         texts[how] = write(prompts)
-      except Exception as error:  # what a peer cannot do here is reported, not fatal
+      except Exception as error:  # what a peer cannot run is reported, not fatal
         if how == "flaxlm":
           raise
         print(f"{name}, {how}: {type(error).__name__} {str(error)[:200]}")

@@ -1,10 +1,10 @@
-"""From the command to the first step, as users start it: cold, warm and without cache.
+"""Time from the command to the first step: cold, warm and without a cache.
 
   python tests/benchmarks/first_step.py [--sizes char gpt2_124m] [--turns 3]
                                         [--json=first_step.json]
 
-Each start is a process of `python -m flaxlm.train` with random tokens, and its seconds
-are those that it prints. Cold starts with an empty cache; warm is the same once more.
+Each start is a process of `python -m flaxlm.train` on random tokens, which prints the
+seconds. A cold start has an empty cache; a warm one is the same again.
 """
 
 import argparse
@@ -34,7 +34,7 @@ KINDS = ("no cache", "cold", "warm")
 
 
 def first_step(config: pathlib.Path, home: pathlib.Path, kind: str) -> tuple:
-  """Returns (seconds, programs found in the cache, programs asked for)."""
+  """Returns (seconds, programs found in the cache, programs requested)."""
   changes = {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(common.ROOT)}
   if kind == "no cache":
     changes["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -1,14 +1,14 @@
-"""Training speed on one GPU: flaxlm, compiled PyTorch trainers, and the chip's limit.
+"""Training speed on one GPU: flaxlm, compiled PyTorch trainers and the chip's limit.
 
   python tests/benchmarks/gpu_speed.py --nanogpt=CLONE [--sizes gpt2_124m_1k llama_1b]
   python tests/benchmarks/gpu_speed.py --quick          # tiny sizes, on a CPU as well
 
-Each trainer is a process of its own (peers.py), one after the other, as their weights
-do not fit beside each other; medians of its turns are shown. Weights are float32 and
-products bfloat16 for all. MFU counts 6 FLOPs a matrix weight and token and the visible
-half of attention (flaxlm/models/cost.py), against the data sheet's dense bfloat16 rate;
-"of matmul" is against a product of two 8192 x 8192 matrices in this run. `python -m
-flaxlm.doctor` runs first, as `attention=auto` goes by what it finds on the card.
+Each trainer is its own process (peers.py). They run one after the other, because their
+weights do not fit together; medians of turns are shown. All have float32 weights and
+bfloat16 products. MFU counts 6 FLOPs per matrix weight and token plus the visible half
+of attention (flaxlm/models/cost.py), relative to the data sheet's dense bfloat16 rate;
+"of matmul" is relative to a product of two 8192 x 8192 matrices in this run. `python -m
+flaxlm.doctor` runs first, because `attention=auto` uses what it finds.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def names_here(size: str, args) -> list[str]:
 
 
 def rates(name: str, size: str, args) -> tuple[list[float], int, float]:
-  """Returns (steps a second of each turn, most bytes in use, first step's seconds)."""
+  """Returns (steps per second in each turn, peak bytes, seconds to the first step)."""
   peer = train_speed.Peer(name, size, args.nanogpt)
   try:
     peer.turn(args.seconds)  # warms up
@@ -45,7 +45,7 @@ def rates(name: str, size: str, args) -> tuple[list[float], int, float]:
 
 
 def limit(args) -> float:
-  """FLOP/s of the faster of both libraries' products of two large matrices."""
+  """Returns the FLOP/s of a product of large matrices in the faster library."""
   names = ["matmul jax"] + ["matmul torch"] * bool(common.version("torch"))
   found = [statistics.median(rates(name, args.sizes[0], args)[0]) for name in names]
   return max(found) * 2 * peers.matrix_of(args.sizes[0]) ** 3
@@ -82,7 +82,7 @@ def is_rival(row: dict) -> bool:
 
 
 def reason(said: str) -> str:
-  """Out of memory, or the last line of what a trainer said."""
+  """Returns "out of memory", or the last line that the trainer printed."""
   text = said.lower()
   if "out of memory" in text or "resource_exhausted" in text:
     return "out of memory"
@@ -90,7 +90,7 @@ def reason(said: str) -> str:
 
 
 def chip() -> tuple[str, float | None]:
-  """The GPU's name and its bfloat16 FLOP/s; no library here may take its memory."""
+  """Returns the GPU's name and bfloat16 FLOP/s, without allocating its memory."""
   from flaxlm.parallel.hardware import CHIPS, DEVICE_KINDS, OTHER_PEAKS
 
   command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -110,7 +110,7 @@ def main():
   sizes = list(peers.GPU_SIZES)
   parser.add_argument("--sizes", nargs="*", default=sizes, choices=sizes)
   parser.add_argument("--turns", type=int, default=3)
-  parser.add_argument("--seconds", type=float, default=5.0, help="a turn of one peer")
+  parser.add_argument("--seconds", type=float, default=5.0, help="per turn of a peer")
   parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT")
   parser.add_argument("--only", nargs="*", choices=list(peers.GPU_PROGRAMS))
   parser.add_argument("--quick", action="store_true", help="no PyTorch, tiny sizes")

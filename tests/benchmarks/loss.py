@@ -1,4 +1,4 @@
-"""The fused loss against the plain one that JAX differentiates: time and memory.
+"""Time and memory of the fused loss, against the plain one that JAX differentiates.
 
   python tests/benchmarks/loss.py [--sizes char gpt2_124m] [--json=loss.json]
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from flaxlm.kernels.cross_entropy import chunk_tokens, linear_cross_entropy
 
-# name: tokens, width, words, calls a turn
+# name: tokens, width, vocabulary, calls per turn
 SIZES = {
   "char": (768, 128, 65, 40),
   "baby": (2048, 384, 65, 10),

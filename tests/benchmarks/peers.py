@@ -1,13 +1,13 @@
-"""One trainer in a process of its own, which computes when a line on stdin asks it to.
+"""Run one trainer in its own process, which computes when a line on stdin says so.
 
-  python tests/benchmarks/peers.py flaxlm char        # then lines: numbers of steps
+  python tests/benchmarks/peers.py flaxlm char        # then lines with numbers of steps
 
-Answers each line with the seconds that these steps took, and `memory` with the most
-bytes that were in use on a GPU; the first answer, unasked, is the time of the first
-step. `train_speed.py` starts several and gives them turns, `gpu_speed.py` starts one
-after the other. Peers run as their users run them: the documented optimizer, gradients
-clipped at 1, and nothing tuned; float32 on a CPU, and on a GPU float32 weights with
-bfloat16 products. Nothing of theirs is imported by flaxlm.
+Answers each line with the seconds that these steps took, and the line `memory` with the
+peak bytes in use on a GPU. The time of the first step comes first, without a request.
+`train_speed.py` starts several that take turns; `gpu_speed.py` starts one after the
+other. Peers run as their users run them, untuned: the documented optimizer, gradients
+clipped at 1; float32 on a CPU, float32 weights with bfloat16 products on a GPU. flaxlm
+itself imports none of their code.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from flaxlm import machine
 
 
 class Size(NamedTuple):
-  """Of GPT-2's kind, or of Llama's where `kv_heads` are given."""
+  """A GPT-2 model, or a Llama model if `kv_heads` is given."""
 
   layers: int
   heads: int
@@ -30,8 +30,8 @@ class Size(NamedTuple):
   batch: int
   vocabulary: int
   kv_heads: int = 0
-  mlp: int = 0  # 0: four times the width
-  gpu: bool = False  # what is measured on a GPU, with bfloat16 products
+  mlp: int = 0  # 0 means four times the width
+  gpu: bool = False  # measured on a GPU, with bfloat16 products
 
 
 SIZES = {
@@ -39,7 +39,7 @@ SIZES = {
   "baby": Size(6, 6, 384, 256, 8, 65),
   "gpt2_124m": Size(12, 12, 768, 512, 1, 50257),
 }
-# GPT-2's vocabulary is padded as nanoGPT's trainer pads it, for all.
+# All trainers pad GPT-2's vocabulary as nanoGPT's does.
 GPU_SIZES = {
   "gpt2_124m_1k": Size(12, 12, 768, 1024, 32, 50304, gpu=True),
   "gpt2_124m_8k": Size(12, 12, 768, 8192, 4, 50304, gpu=True),
@@ -47,12 +47,12 @@ GPU_SIZES = {
   "llama_1b": Size(16, 32, 2048, 4096, 2, 128256, 8, 8192, gpu=True),
   "llama_3b": Size(28, 24, 3072, 4096, 2, 128256, 8, 8192, gpu=True),
 }
-TINY_SIZES = {  # which a CPU computes as well, to see that all runs
+TINY_SIZES = {  # small enough for a CPU, to check that everything runs
   "gpt2_tiny": Size(2, 2, 64, 64, 2, 128, gpu=True),
   "llama_tiny": Size(2, 2, 64, 64, 2, 128, 1, 176, gpu=True),
 }
 ALL_SIZES = SIZES | GPU_SIZES | TINY_SIZES
-# For the one row that shows what flaxlm's allocator setting does for others.
+# For the row that shows the effect of flaxlm's allocator setting on nanoGPT.
 KEEP_MEMORY = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -62,12 +62,12 @@ KEEP_MEMORY = {
 
 
 def matrix_of(size: str) -> int:
-  """Rows and columns of the square matrices whose product is the limit."""
+  """Returns the size of the square matrices whose product is the limit."""
   return 8192 if size in GPU_SIZES else 2048 if size in SIZES else 512
 
 
 def config_of(size: str):
-  """nanoGPT's or Llama's model of that size, without dropout and biases, for flaxlm."""
+  """Returns flaxlm's config of that size, without dropout and biases."""
   import common  # noqa: F401  makes this clone importable
 
   from flaxlm.config import base
@@ -93,9 +93,9 @@ def config_of(size: str):
 
 
 def flaxlm(size: str, path: str, **knobs) -> Callable:
-  """The step that `flaxlm.train` runs; `knobs` are of config.model."""
+  """Returns the step that `flaxlm.train` runs; `knobs` change config.model."""
 
-  machine.keep_freed_memory()  # before anything large is allocated, as the trainer does
+  machine.keep_freed_memory()  # as the trainer does, before large allocations
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as launch/ does
   import jax
 
@@ -139,7 +139,7 @@ def jax_matmul(size: str, path: str) -> Callable:
   import jax.numpy as jnp
 
   n, dtype = matrix_of(size), jnp.bfloat16 if ALL_SIZES[size].gpu else jnp.float32
-  x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # zeros would be faster
+  x = jax.random.normal(jax.random.key(0), (n, n), dtype)  # zeros would multiply faster
   product = jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x))
 
   def run(steps: int) -> None:
@@ -165,7 +165,7 @@ def torch_device(size: str) -> str:
 
 
 def waiting(size: str, step: Callable) -> Callable:
-  """A number of steps, until the device has computed them."""
+  """Returns a function that runs some steps and waits until the device is done."""
   import torch
 
   def run(steps: int) -> None:
@@ -178,7 +178,7 @@ def waiting(size: str, step: Callable) -> Callable:
 
 
 def torch_steps(size: str, optimizer, parameters, loss_of: Callable) -> Callable:
-  """Both PyTorch trainers' loop: loss, backward, clip, update."""
+  """Returns the step of both PyTorch trainers: loss, backward, clip, update."""
   import torch
 
   at, device = ALL_SIZES[size], torch_device(size)
@@ -205,7 +205,7 @@ def nanogpt(size: str, path: str, compiled: bool = False) -> Callable:
 
   at, device = ALL_SIZES[size], torch_device(size)
   if at.kv_heads:
-    raise ValueError(f"nanoGPT has no model of Llama's kind, which {size} is")
+    raise ValueError(f"nanoGPT has no Llama model, but {size} is one")
   shape = at.length, at.vocabulary, at.layers, at.heads, at.width
   model = GPT(GPTConfig(*shape, 0.0, False)).to(device)
   optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
@@ -220,7 +220,7 @@ def nanogpt_compiled(size: str, path: str) -> Callable:
 def hugging_face(
   size: str, path: str, attention: str = "sdpa", compiled: bool = False
 ) -> Callable:
-  """A causal model of transformers with the fused AdamW that its Trainer uses."""
+  """Trains a causal transformers model with the fused AdamW that its Trainer uses."""
   import torch
   import transformers
 
@@ -258,7 +258,7 @@ def hugging_face_compiled(size: str, path: str) -> Callable:
 
 
 def most_memory(program: str) -> int:
-  """The most bytes that were in use on this process's GPU; 0 without one."""
+  """Returns the peak bytes in use on this process's GPU; 0 without one."""
   if program.startswith("flaxlm"):
     import jax
 
@@ -299,10 +299,10 @@ def main():
   parser.add_argument("size", choices=list(ALL_SIZES))
   parser.add_argument("--path", default="", help="the clone of nanoGPT")
   args = parser.parse_args()
-  # Libraries print; only answers may reach the driver.
+  # Libraries print to stdout, but only answers may reach the driver.
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)
-  if not ALL_SIZES[args.size].gpu:  # PyTorch's trainers are on the CPU then
+  if not ALL_SIZES[args.size].gpu:  # PyTorch's trainers use the CPU then too
     os.environ["JAX_PLATFORMS"] = "cpu"
   start = time.perf_counter()
   run = (PROGRAMS | GPU_PROGRAMS)[args.program](args.size, args.path)

@@ -1,9 +1,9 @@
-"""The time that `plan` predicts for a step on this machine, against the real step.
+"""The step time that `plan` predicts for this machine, against the measured one.
 
   python tests/benchmarks/plan_accuracy.py [--sizes char] [--turns 3]
 
-The sizes are those of peers.py. In each turn the operations are calibrated and
-then the step is timed, so that both see the same machine; the median ratio is shown.
+The sizes are those of peers.py. Each turn calibrates the operations and then times the
+step, so that both see the same machine; the median ratio is shown.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The memory that `plan` finds for a step on this machine, against what it really took.
+"""The memory that `plan` predicts for a step on this machine, against the measured.
 
   python tests/benchmarks/plan_memory.py [--sizes baby gpt2_124m]
 
-Each size has a process of its own. Predicted: what XLA assigns in the compiled step, as
-`plan --hardware=this` reports it. Measured: by how much the process grew, at its
-largest, from before the state was made to after three steps (Linux). The library that
-multiplies matrices packs them into buffers of its own, which only the latter sees.
+Each size has its own process. Predicted: what XLA assigns in the compiled step, as
+`plan --hardware=this` reports it. Measured: the peak growth of the process from before
+the state was made to after three steps (Linux). The measured value also includes the
+buffers into which the matrix library packs its operands.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from flaxlm.parallel.mesh import one_device
 from flaxlm.planning.compile import compile_step
 from flaxlm.runs import program
 
-# name: (a size of peers.py, what differs from it)
+# name: (a size of peers.py, changes to it)
 SIZES = {
   "baby": ("baby", {}),
   "baby, batch 32": ("baby", {"data.batch_size": 32}),
@@ -53,7 +53,7 @@ SIZES = {
 
 
 def status(key: str) -> float:
-  """A size of this process, in bytes: VmRSS now, VmHWM the largest so far."""
+  """Returns this process's memory in bytes: VmRSS is current, VmHWM the peak."""
   text = pathlib.Path("/proc/self/status").read_text()
   return 1024.0 * int(text.split(f"{key}:")[1].split()[0])
 
@@ -64,7 +64,7 @@ def measure(name: str) -> dict[str, float]:
   for key, value in changes.items():
     room, knob = key.split(".")
     config[room][knob] = value
-  # A calibration says "here", where the step is compiled; of the chip nothing is used.
+  # The calibration makes the step compile for this machine; the chip is not used.
   here = Hardware(CHIPS["h100"], 1, 1, "", Calibration({}, 0.0))
   predicted = compile_step(config, here).peak
   mesh = one_device()
@@ -76,11 +76,11 @@ def measure(name: str) -> dict[str, float]:
     step = built.train_step.lower(built.target, batch, None).compile()
     init = built.init.lower(jax.random.key(0)).compile()
     key = jax.block_until_ready(jax.random.key(0))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling left must not be reused
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # do not reuse what compiling left
     before = status("VmRSS")
     state = jax.block_until_ready(init(key))
     tokens = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batch)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     for _ in range(3):
       state, metrics = step(state, tokens, None)
     jax.block_until_ready((state, metrics))

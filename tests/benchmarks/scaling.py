@@ -1,12 +1,12 @@
-"""How the training step scales, and what the loop around it costs.
+"""How the training step scales, and what the surrounding loop costs.
 
   python tests/benchmarks/scaling.py              # 30 minutes on 2 cores
   python tests/benchmarks/scaling.py --quick      # fewer points, 1 minute
 
-Time of a step and of its compilation against depth, length and vocabulary, with the
-exponent of each (least squares on logarithms, and on the larger half alone: small sizes
-are mostly fixed costs); dispatch of a step; memory of the host over many steps; and, in
-runs of `flaxlm.train`, the wait for data and what asynchronous saves cost.
+It times a step and its compilation against depth, length and vocabulary. Exponents are
+least squares on logarithms, over all sizes and over the larger half, because small
+sizes are mostly fixed costs. It also times the dispatch of a step and, in runs of
+`flaxlm.train`, measures host memory, the wait for data and the cost of async saves.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SERIES = {
 
 
 def small(**changes):
-  """A model whose one changed dimension is what costs."""
+  """Returns a config so small that the one changed dimension dominates the cost."""
   config = base.get_config()
   config.num_steps = 100_000
   config.data.loader = "synthetic"
@@ -63,7 +63,7 @@ def scaled(what: str, size: int):
 
 
 class Step:
-  """A compiled training step with its state; `run(n)` waits for the n-th."""
+  """A compiled training step with its state; `run(n)` waits for n steps."""
 
   def __init__(self, config):
     self.config, self.mesh = config, one_device()
@@ -87,7 +87,7 @@ class Step:
     jax.block_until_ready(self.state)
 
   def seconds(self, budget: float) -> float:
-    """Median over at least three steps and `budget` seconds."""
+    """Returns the median over at least three steps and `budget` seconds."""
     self.run(1)
     times, end = [], time.perf_counter() + budget
     while len(times) < 3 or time.perf_counter() < end:
@@ -127,13 +127,13 @@ def fits(rows: list[dict]) -> list[dict]:
 
 
 def plot(y: list[float]) -> str:
-  """Bars on a logarithmic scale, the smallest to the largest."""
+  """Returns bars on a logarithmic scale from the smallest to the largest value."""
   low, high = np.log(min(y)), np.log(max(y))
   return "".join("▁▂▃▄▅▆▇█"[int(7 * (np.log(v) - low) / (high - low or 1))] for v in y)
 
 
 def dispatch_seconds(steps: int) -> float:
-  """Of a step with next to nothing to compute: what the host needs for each."""
+  """Returns the host's time per step, for a step with almost no computation."""
   step = Step(small(**{
     "model.num_layers": 1, "model.embed_dim": 8, "model.mlp_dim": 8,
     "model.head_dim": 4, "data.seq_len": 8, "tokenizer.vocab_size": 16,
@@ -159,7 +159,7 @@ def train(workdir: pathlib.Path, config_file: pathlib.Path, **knobs) -> list[dic
 
 
 def around_the_step(quick: bool) -> list[dict]:
-  """What the trainer's loop adds: memory, the wait for data, asynchronous saves."""
+  """Measures what the loop adds: memory, the wait for data, asynchronous saves."""
   steps, every = (400, 50) if quick else (10_000, 1000)
   with tempfile.TemporaryDirectory() as directory:
     folder = pathlib.Path(directory)
@@ -173,13 +173,13 @@ def around_the_step(quick: bool) -> list[dict]:
     quickstart = common.ROOT / "configs/quickstart.py"
     lines = train(folder / "tiny", quickstart, **knobs)
     memory = [x["host_memory_gib"] for x in lines if "host_memory_gib" in x]
-    # The first fifth fills pools and caches; what comes after must not grow.
+    # The first fifth fills pools and caches; after that, memory must not grow.
     after = memory[len(memory) // 5 :]
     rows = [{
       "of": f"host memory, {steps:,} steps of a tiny model", "unit": "GiB",
       "value": memory[-1], "growth": (after[-1] - after[0]) / after[0], "limit": 0.02,
     }]  # fmt: skip
-    # The quickstart's own model, saved often, against itself saved at the end alone.
+    # The quickstart's model saved often, against the same saved only at the end.
     steps, often = (60, 20) if quick else (300, 50)
     knobs = {"data.store": store, "num_steps": steps, "log.every": 5,
              "eval.every": steps, "log.tensorboard": False}  # fmt: skip
@@ -190,7 +190,7 @@ def around_the_step(quick: bool) -> list[dict]:
         workdir = folder / f"saved_{saved}_{turn}"
         lines = train(workdir, quickstart, **knobs, **{"checkpoint.every": saved})
         lines = [x for x in lines if "tokens_per_second" in x]
-        # Means, as a save slows few steps; the first save warms up and is left out.
+        # Means, because a save slows few steps; the first save is a warm-up, left out.
         late = [1 / x["tokens_per_second"] for x in lines if x["step"] > often + 5]
         times[saved].append(statistics.mean(late))
         waits += [x["data_wait"] for x in lines[2:]]
@@ -205,7 +205,7 @@ def around_the_step(quick: bool) -> list[dict]:
 
 
 def prepare(folder: pathlib.Path) -> pathlib.Path:
-  """The quickstart's token store: the one at hand, or one of fewer documents."""
+  """Returns the quickstart's token store; if there is none, makes a smaller one."""
   existing = common.ROOT / "data/stdlib"
   if existing.exists():
     return existing

@@ -1,13 +1,13 @@
-"""Tiny Shakespeare by characters, from the command to its end: flaxlm and nanoGPT.
+"""Tiny Shakespeare by characters, timed over whole commands: flaxlm and nanoGPT.
 
   python tests/benchmarks/shakespeare.py --text=FILE --nanogpt=CLONE     # 6 minutes
 
-nanoGPT runs its published CPU command (2,000 iterations), then configs/shakespeare_fast
-runs twice: as long as it needs to a validation loss of 1.88 nats per character, which
-nanoGPT publishes, and as many steps as end within nanoGPT's time. Seconds are those of
-whole commands: imports, compilation (no program is in the cache yet) and evaluations.
-FILE is github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt. Without nanoGPT,
-the second run has the config's own number of steps.
+nanoGPT runs its published CPU command (2,000 iterations). Then configs/shakespeare_fast
+runs twice: until a validation loss of 1.88 nats per character, which nanoGPT publishes,
+and for as many steps as fit into nanoGPT's time. Seconds are of whole commands, with
+imports, compilation (the cache starts empty) and evaluations. FILE is
+github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt. Without nanoGPT, the
+second run has the config's number of steps.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NANOGPT = dict(
 
 
 def run(*command, cwd=common.ROOT) -> tuple[float, str]:
-  """Returns (seconds, what it printed)."""
+  """Returns (seconds, standard output)."""
   start = time.perf_counter()
   done = subprocess.run(
     [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True
@@ -55,7 +55,7 @@ def nanogpt(clone: str, text: str, folder: pathlib.Path) -> dict:
 
 
 def flaxlm(store: str, workdir: pathlib.Path, steps: int) -> dict:
-  """One run that evaluates once, at its end, on the whole validation split."""
+  """Runs `steps` steps, then evaluates once on the whole validation split."""
   seconds, _ = run(
     "-m", "flaxlm.train", CONFIG, f"--config.data.store={store}",
     f"--workdir={workdir}", f"--config.num_steps={steps}",
@@ -73,14 +73,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--text", required=True, help="the characters to train on")
+  parser.add_argument("--text", required=True, help="the text to train on")
   parser.add_argument("--nanogpt", help="a clone of github.com/karpathy/nanoGPT")
   parser.add_argument("--target-steps", type=int, default=330)
   parser.add_argument("--json", help="file for the numbers")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as place:
     folder = pathlib.Path(place)
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # of programs
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # for programs
     store = str(folder / "store")
     path = pathlib.Path(args.text).resolve()
     run("-m", "flaxlm.prepare", CONFIG, f"--config.data.store={store}",
@@ -89,7 +89,7 @@ def main() -> None:
     short = flaxlm(store, folder / "short", args.target_steps)
     steps = 2000
     if rows:
-      least = flaxlm(store, folder / "least", 1)["seconds"]  # of any run
+      least = flaxlm(store, folder / "least", 1)["seconds"]  # fixed cost
       pace = (short["seconds"] - least) / (args.target_steps - 1)
       steps = int(0.97 * (rows[0]["seconds"] - least) / pace)
     rows += [short, flaxlm(store, folder / "long", steps)]

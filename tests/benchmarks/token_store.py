@@ -1,8 +1,8 @@
-"""Compares ways to store tokens: random reads, size, and what a flipped byte does.
+"""Compare ways to store tokens: random reads, size, and detection of a flipped bit.
 
   python tests/benchmarks/token_store.py [--tokens=20000000]
 
-Rows of L tokens are read at random places, one at a time, by one thread. Measured on 2
+One thread reads rows of L tokens at random positions, one at a time. Measured on 2
 cores of a cloud machine, 20 M tokens of 16 bits, files in the page cache:
 
                rows/s of 257   rows/s of 2049     first pass  bytes/token  flipped bit
@@ -22,12 +22,12 @@ import numpy as np
 
 from flaxlm.data.store import shards
 
-ROWS = (257, 2049)  # tokens a row
-RECORD = 2048  # tokens an array_record record, a TensorStore chunk holds 32 of them
+ROWS = (257, 2049)  # tokens per row
+RECORD = 2048  # tokens per array_record record; a TensorStore chunk is 32 records
 
 
 def write_flaxlm(folder: pathlib.Path, ids: np.ndarray):
-  """Raw memory-mapped shards, crc32 a block: what flaxlm uses."""
+  """Writes memory-mapped shards with a crc32 per block, as flaxlm does."""
   writer = shards.ShardWriter(folder, "a", ids.dtype)
   writer.begin(-1)
   writer.add(ids, 0)
@@ -41,7 +41,7 @@ def write_flaxlm(folder: pathlib.Path, ids: np.ndarray):
 
 
 def write_memmap(folder: pathlib.Path, ids: np.ndarray):
-  """The same file without any check: the ceiling."""
+  """Writes the same file without any checks: the upper bound."""
   ids.tofile(folder / "raw")
 
   def open_it():
@@ -52,7 +52,7 @@ def write_memmap(folder: pathlib.Path, ids: np.ndarray):
 
 
 def write_array_record(folder: pathlib.Path, ids: np.ndarray):
-  """Records of 2048 tokens, one to a group so that they can be read at random."""
+  """Writes records of 2048 tokens, one per group so that random reads are possible."""
   from array_record.python import array_record_module
 
   path = str(folder / "a.array_record")
@@ -77,7 +77,7 @@ def write_array_record(folder: pathlib.Path, ids: np.ndarray):
 
 
 def write_tensorstore(folder: pathlib.Path, ids: np.ndarray):
-  """Zarr 3 with crc32c: 128 KiB chunks in shards of 16 MiB."""
+  """Writes Zarr 3 with crc32c: 128 KiB chunks in shards of 16 MiB."""
   import tensorstore
 
   path = folder / "zarr"
@@ -141,7 +141,7 @@ def main() -> None:
   parser.add_argument("--tokens", type=int, default=20_000_000)
   args = parser.parse_args()
   rng = np.random.default_rng(1)
-  # Zipf-like ids, as those of text are, so that compression would have its chance.
+  # Zipf-like ids, as in text, so that compression could help.
   ids = np.minimum(rng.zipf(1.2, args.tokens), 32000).astype("<u2")
   print(f"{'':<22}" + "".join(f"{f'rows/s of {n}':>16}" for n in ROWS), end="")
   print(f"{'first pass':>14}{'bytes/token':>13}  a flipped bit")

@@ -1,12 +1,12 @@
-"""Training speed: flaxlm, the trainers that a user would pick instead, and the limit.
+"""Training speed: flaxlm, the alternatives that users have, and the limit.
 
   python tests/benchmarks/train_speed.py --nanogpt=CLONE      # all sizes: 15 minutes
   python tests/benchmarks/train_speed.py --sizes char --turns 3 --json=speed.json
 
-Each trainer is a process of its own (peers.py) that computes when it is its turn and
-sleeps otherwise, so that all see the same machine and no compilation beside them. Every
-turn has another order; medians are shown. FLOPs a token = 6 * matrix weights + 12 *
-layers * width * length: the full attention square, as the published figures count it.
+Each trainer is its own process (peers.py) that computes in its turn and otherwise
+sleeps, so that all see the same machine and nothing compiles at the same time. The
+order changes every turn; medians are shown. FLOPs per token = 6 * matrix weights + 12 *
+layers * width * length: the full attention square, as published figures count it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def flops_per_token(size: str) -> int:
 
 
 class Peer:
-  """A process that runs as many steps as a line on its stdin says."""
+  """A process that runs the number of steps that a line on its stdin gives."""
 
   def __init__(self, name: str, size: str, path: str = ""):
     extra = peers.KEEP_MEMORY if "allocator" in name else {}
@@ -62,13 +62,13 @@ class Peer:
     return self.answer()
 
   def memory(self) -> int:
-    """The most bytes that were in use on a GPU."""
+    """Returns the peak bytes in use on a GPU."""
     self.process.stdin.write("memory\n")
     self.process.stdin.flush()
     return int(self.answer())
 
   def turn(self, seconds: float) -> float:
-    """Computes for about that long; returns steps a second."""
+    """Computes for about `seconds`; returns steps per second."""
     number = max(round(seconds / self.per_step), 1)
     taken = self.steps(number)
     self.per_step = taken / number
@@ -81,10 +81,10 @@ class Peer:
 
 
 class MaxText:
-  """Its own trainer, stopped between turns; a step is a line of its log.
+  """MaxText's own trainer, stopped between turns; each step is a line of its log.
 
-  `python` is that of an environment which has it: it needs another Python than flaxlm.
-  Its GPT-3 block is the nearest to GPT-2; what is not named here is its default.
+  `python` is from an environment with MaxText, which needs another Python than flaxlm.
+  Its GPT-3 block is the closest to GPT-2. All settings not named here are defaults.
   """
 
   name = "MaxText"
@@ -93,7 +93,7 @@ class MaxText:
     at = peers.SIZES[size]
     knobs = dict(
       run_name="speed", base_output_directory="runs/bench/maxtext", hardware="cpu",
-      skip_jax_distributed_system="true",  # which on CPUs asks for a cluster
+      skip_jax_distributed_system="true",  # on CPUs it would look for a cluster
       dataset_type="synthetic", enable_checkpointing="false", steps=10**6,
       decoder_block="gpt3", base_num_decoder_layers=at.layers, base_emb_dim=at.width,
       base_num_query_heads=at.heads, base_num_kv_heads=at.heads,
@@ -122,7 +122,7 @@ class MaxText:
 
   def turn(self, seconds: float) -> float:
     self.process.send_signal(signal.SIGCONT)
-    for _ in range(3):  # what was written or under way when it was stopped
+    for _ in range(3):  # steps already logged or running when it was stopped
       self.wait_for_step()
     start, number = time.perf_counter(), 0
     while number == 0 or time.perf_counter() - start < seconds:
@@ -138,28 +138,28 @@ class MaxText:
 
 
 def present(args) -> tuple[list[str], list[str]]:
-  """Returns (names of programs that can run here, sentences on those that cannot)."""
+  """Returns (names of programs that can run here, messages about the others)."""
   names, absent = ["flaxlm", "matmul jax"], []
   has_torch = importlib.util.find_spec("torch") is not None
   if has_torch:
     names.append("matmul torch")
   else:
-    absent.append("PyTorch is not installed: none of its trainers was run")
+    absent.append("PyTorch is not installed: its trainers were not run")
   if has_torch and args.nanogpt:
     names += [name for name in peers.PROGRAMS if name.startswith("nanoGPT")]
   elif has_torch:
-    absent.append("nanoGPT was not run: --nanogpt=CLONE of github.com/karpathy/nanoGPT")
+    absent.append("nanoGPT was not run: give --nanogpt=CLONE (karpathy/nanoGPT)")
   if has_torch and importlib.util.find_spec("transformers"):
     names += [name for name in peers.PROGRAMS if name.startswith("transformers")]
   else:
     absent.append("transformers is not installed")
   if not args.maxtext:
-    absent.append("MaxText was not run: --maxtext=PYTHON of an environment that has it")
+    absent.append("MaxText was not run: give --maxtext=PYTHON, which has it installed")
   return [name for name in names if not args.only or name in args.only], absent
 
 
 def measure(size: str, names: list[str], args) -> list[dict]:
-  """Gives each program its turns; returns a row for each trainer, fastest first."""
+  """Gives each program its turns; returns a row per trainer, fastest first."""
   running = [Peer(name, size, args.nanogpt) for name in names]
   if args.maxtext:
     running.append(MaxText(size, args.maxtext))
@@ -211,9 +211,9 @@ def main():
   sizes = list(peers.SIZES)
   parser.add_argument("--sizes", nargs="*", default=sizes, choices=sizes)
   parser.add_argument("--turns", type=int, default=9)
-  parser.add_argument("--seconds", type=float, default=2.0, help="a turn of one peer")
+  parser.add_argument("--seconds", type=float, default=2.0, help="per turn of a peer")
   parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT")
-  parser.add_argument("--maxtext", default="", help="a python that has MaxText")
+  parser.add_argument("--maxtext", default="", help="a Python that has MaxText")
   parser.add_argument("--only", nargs="*", choices=list(peers.PROGRAMS))
   parser.add_argument("--quick", action="store_true", help="no PyTorch, small sizes")
   parser.add_argument("--json", help="file for the numbers")
@@ -225,7 +225,7 @@ def main():
   rows = []
   for size in args.sizes:
     rows += measure(size, names, args)
-  common.report("training, tokens a second", rows, args.json, absent=absent)
+  common.report("training, tokens per second", rows, args.json, absent=absent)
   print("\n".join(absent))
 
 
