@@ -1,4 +1,4 @@
-"""Every test runs on 8 pretended CPU devices, offline, with no silent broadcasting."""
+"""All tests run on 8 simulated CPU devices, offline, with no implicit broadcasting."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import sysconfig
 from tests import quick
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Processes that tests start keep no programs in the cache of who runs them.
+# Processes that tests start must not write to the user's compilation cache.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 own = os.environ.get("XLA_FLAGS", "")
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
   )
 
 
-@pytest.hookimpl(trylast=True)  # of the tests that -m and -k leave
+@pytest.hookimpl(trylast=True)  # after -m and -k have selected
 def pytest_collection_modifyitems(config, items):
   first, every = map(int, config.getoption("--share").split("/"))
   config.hook.pytest_deselected(
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def keep_programs(tmp_path_factory):
-  """Tests of many files compile the same programs: each worker keeps its own."""
+  """Many test files compile the same programs: each worker has its own cache."""
   jax.config.update("jax_enable_compilation_cache", True)
   jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -58,7 +58,7 @@ def keep_programs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpora() -> pathlib.Path:
-  """Real texts that are not part of the repository."""
+  """Returns the directory of real texts, which are not in the repository."""
   path = ROOT.parent / "shared" / "data"
   if not path.is_dir():
     pytest.skip("the test corpora (../shared/data) are not on this machine")
@@ -67,7 +67,7 @@ def corpora() -> pathlib.Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-  """Compiled programs are of no use to the next file, and fill gigabytes."""
+  """Clears compiled programs, which take gigabytes and are no use to the next file."""
   yield
   jax.clear_caches()
 
@@ -79,7 +79,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def make_tiny():
-  """For fixtures that live longer than a test."""
+  """Returns `tiny_config`, for fixtures that live longer than one test."""
   return tiny_config
 
 
@@ -136,7 +136,7 @@ def bpe(english):
 
 @pytest.fixture
 def one_device():
-  """A mesh of the first device alone."""
+  """A mesh of only the first device."""
   from flaxlm.parallel.mesh import one_device
 
   return one_device()

@@ -1,4 +1,4 @@
-"""The house keeps its shape: who imports whom, how long things are, what is unused."""
+"""The code keeps its structure: import directions, lengths, nothing unused."""
 
 import ast
 import collections
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted(
   (ROOT / "configs").glob("*.py")
 )
-# A room may import the rooms below its own line; rooms of one line do not meet.
+# A room may import the rooms on lines below its own, but not those on its own line.
 LEVELS = [
   {"__main__"},
   {"planning", "interop"},
@@ -37,7 +37,7 @@ LAZY = {
   "tokenizers",
   "jinja2",
 }
-# The way of a batch, from the config to the updated weight, in reading order.
+# The path of a batch from the config to the updated weight, in reading order.
 SPINE = (
   "configs/quickstart.py",
   "flaxlm/runs/loop.py",
@@ -48,7 +48,7 @@ SPINE = (
   "flaxlm/training/losses.py",
   "flaxlm/training/optim.py",
 )
-# Test files that are not about one file of flaxlm: whole commands, machines, numbers.
+# Test files that mirror no single file of flaxlm.
 WITHOUT_A_MIRROR = {
   "test_architecture", "test_benchmarks", "test_end_to_end", "test_fine_tuning",
   "test_golden", "test_multihost", "test_package", "test_published", "test_readme",
@@ -64,7 +64,7 @@ def room_of(path: pathlib.Path) -> str:
 
 
 def imports(tree):
-  """Yields (module, is at the top level) of every import."""
+  """Yields (module, whether it is at the top level) for every import."""
   top = set(map(id, tree.body))
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
@@ -152,7 +152,7 @@ def test_no_pickle_no_eval_no_hidden_defaults():
 
 
 def modules() -> dict[str, ast.Module]:
-  """Every module of the package by its dotted name."""
+  """Returns every module of the package by its dotted name."""
   found = {}
   for path, _, tree in package_files():
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)

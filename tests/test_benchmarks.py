@@ -1,4 +1,4 @@
-"""The benchmark of GPUs, which few machines can run whole, in its tiny sizes."""
+"""The GPU benchmark, at sizes tiny enough for any machine."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ def test_gpu_benchmark_runs_and_says_what_failed(tmp_path):
   for size in ("gpt2_tiny", "llama_tiny"):
     for trainer in trainers[:2]:
       assert found[size, trainer]["tokens/s"] > 0
-  # No clone of nanoGPT is there; it has no Llama.
+  # There is no clone of nanoGPT here, and nanoGPT has no Llama.
   absent = found.get(("gpt2_tiny", "nanoGPT compiled"))
   assert absent is None or "No module" in absent["failed"]
   assert ("llama_tiny", "nanoGPT compiled") not in found

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(*arguments, **env):
-  """Runs `python -m …` to its end."""
+  """Runs `python -m …` and waits for it."""
   return subprocess.run(
     [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True,
     env=os.environ | env,

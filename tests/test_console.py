@@ -1,4 +1,4 @@
-"""Numbers and times as people read them."""
+"""Numbers and durations in a form that is easy to read."""
 
 from flaxlm import console
 

@@ -1,4 +1,4 @@
-"""To and from Hugging Face: a directory becomes a run at step 0, a run a directory."""
+"""To and from Hugging Face: a directory becomes a run at step 0, and the reverse."""
 
 import json
 import pathlib
@@ -48,7 +48,7 @@ def random_leaves(model_config, seed=0) -> dict[str, np.ndarray]:
 
 
 def save_run(workdir, config, leaves, name="model", tokenizer=None, step=3):
-  """A run as `train` leaves it, as far as other commands look."""
+  """A run directory with what other commands read of one that `train` wrote."""
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text(config_to_json(config))
   if tokenizer:
@@ -62,7 +62,7 @@ def save_run(workdir, config, leaves, name="model", tokenizer=None, step=3):
 
 
 def make_source(directory, config, leaves, tokenizer, **more) -> pathlib.Path:
-  """A directory as of the hub: weights, config, a SentencePiece tokenizer."""
+  """A directory like one from the hub: weights, config, a SentencePiece tokenizer."""
   directory.mkdir()
   hf.write_model(directory, config.model.to_dict(), leaves, like=more)
   (directory / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

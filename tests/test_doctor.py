@@ -1,4 +1,4 @@
-"""The doctor says what it found, keeps it for attention=auto, fails if it is wrong."""
+"""The doctor prints its results, stores them for attention=auto, fails on errors."""
 
 import json
 

@@ -1,7 +1,7 @@
 """The product as a user runs it: processes, signals, kills.
 
-The headline promise is here: a run that was killed and resumed is bit-equal to one that
-was not.
+The main promise is tested here: a run that was killed and resumed is bit-equal to one
+that was not.
 """
 
 import json
@@ -54,7 +54,7 @@ def get_config():
 
 
 def environment(**changes):
-  """Programs are kept from one process to the next, as a user's are."""
+  """Processes share a compilation cache, as a user's do."""
   kept = {"JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": str(ROOT)}
   return quick.environment() | kept | changes
 
@@ -68,7 +68,7 @@ def start(command, *arguments, **env):
 
 
 def run(command, *arguments, code=0, **env):
-  """Runs a command to its end; returns what it printed."""
+  """Runs a command and waits for it; returns its output."""
   process = start(command, *arguments, **env)
   out, err = process.communicate(timeout=300)
   assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
@@ -85,7 +85,7 @@ def wait_until(condition, process, seconds=120):
 
 
 def logged(workdir):
-  """{(step, kind): exact values} of metrics.jsonl, less what depends on the clock."""
+  """Returns {(step, kind): values} of metrics.jsonl, without those of the clock."""
   rows = {}
   path = pathlib.Path(workdir) / "metrics.jsonl"
   for line in path.read_text().splitlines() if path.exists() else []:
@@ -101,12 +101,12 @@ def logged(workdir):
 
 
 def leaves(workdir, step):
-  """{name: array} of a checkpoint, read by Orbax alone."""
+  """Returns {name: array} of a checkpoint, read with only Orbax."""
   import orbax.checkpoint as ocp
 
   path = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "state"
   with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells that no sharding was asked for
+    warnings.simplefilter("ignore")  # it warns that no sharding was given
     tree = reader.restore(path)
   flat = {}
 
@@ -248,7 +248,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(project, tmp_path):
   path = tmp_path / "run/metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   assert '"eval"' in lines[-1]
-  path.write_text("".join(lines[:-1]) + lines[-1][:20])  # torn, as a kill leaves it
+  path.write_text("".join(lines[:-1]) + lines[-1][:20])  # cut off, as after a kill
   run(*command)
   assert logged(tmp_path / "run") == logged(project / "straight")
   assert "nothing to do" in run(*command)
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_noticed_and_an_older_one_used(project, tmp_path
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_as_one(project, tmp_path):
-  """The same batches and, up to the order of sums, the same losses; 2 hosts, then 1."""
+  """2 hosts, then 1: the same batches and, up to the order of sums, the same losses."""
   script = ["bash", str(ROOT / "launch/local.sh"), "-n", "2"]
   script += [f"--config={project}/config.py", f"--workdir={tmp_path}/run"]
   env = environment(

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and is on disk before its name is."""
+"""A file is written completely or not at all, and its content reaches disk first."""
 
 import os
 

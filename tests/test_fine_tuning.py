@@ -180,7 +180,7 @@ def test_chat_learns_the_assistants_turns_alone(tiny, tmp_path):
   (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
   config = task_of(tmp_path / "base", "chat", "lm", tmp_path / "chat.jsonl")
   records = run(config, tmp_path / "chat")
-  # The answer is always the same: nothing but it is asked for if the loss vanishes.
+  # The answer is always the same, so the loss vanishes if only the answer is a target.
   assert records[-1]["loss"] < 0.05 and records[-1]["kind"] == "eval"
   assert "im_start" in (tmp_path / "chat/chat_template.jinja").read_text()
   result = evaluate_run(load_run_config(tmp_path / "chat"), tmp_path / "chat", None)

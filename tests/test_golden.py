@@ -1,4 +1,4 @@
-"""Changes that nobody meant show up here: losses of 20 steps, tables of weights.
+"""Unintended changes show up here: losses of 20 steps, tables of weights.
 
 `pytest tests/test_golden.py --update-golden` rewrites the files; review its changes.
 """
@@ -25,7 +25,7 @@ SHIPPED = [
 
 
 def compare(name: str, text: str, update: bool) -> str:
-  """Returns what the file holds, after writing `text` to it if it is to be updated."""
+  """Returns the file's content, after writing `text` to it with --update-golden."""
   path = GOLDEN / name
   if update:
     path.write_text(text)
@@ -62,5 +62,5 @@ def test_losses_of_twenty_steps(tiny, request):
     losses.append(float(metrics["loss"]))
   text = "".join(f"{loss:.6f}\n" for loss in losses)
   golden = compare("tiny_loss.txt", text, request.config.getoption("--update-golden"))
-  # Another processor may add in another order; a changed default moves the third digit.
+  # Processors may differ in the order of sums; a changed default moves the third digit.
   np.testing.assert_allclose(losses, list(map(float, golden.split())), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The platform is chosen, and programs are kept, without harm to any run."""
+"""Choosing the platform and caching programs harm no run."""
 
 import fnmatch
 import json
@@ -32,7 +32,7 @@ def get_config():
 
 
 class Runs:
-  """Short runs of a user whose cache is under `home`."""
+  """Runs short trainings whose cache is under `home`."""
 
   def __init__(self, home: pathlib.Path):
     self.home, self.count = home, 0
@@ -58,7 +58,7 @@ class Runs:
     return process, workdir
 
   def finish(self, process, workdir) -> tuple:
-    """Returns (programs found, programs asked for, losses, stderr)."""
+    """Returns (programs found, programs requested, losses, stderr)."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     found = re.search(r"first step [\d.]+ s after the command; (.*)", out).group(1)
@@ -77,7 +77,7 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def cold(runs) -> list:
-  """Two runs at once, with nothing kept before."""
+  """Two runs at the same time, with an empty cache."""
   return [runs.finish(*one) for one in [runs.start(), runs.start()]]
 
 
@@ -88,12 +88,12 @@ def test_a_second_start_compiles_next_to_nothing(runs, cold):
   found, asked, losses, err = runs.finish(*runs.start())
   assert asked == cold[0][1] and found >= len(runs.entries()) - 1 > 0
   assert losses == cold[0][2] == cold[1][2]
-  # Nor does XLA say that it was compiled for another machine.
+  # XLA must not warn that it was compiled for another machine either.
   assert "cache" not in err and "machine" not in err.lower()
 
 
 def test_damaged_entries_are_compiled_again(runs, cold):
-  # All are kept, not those alone that this machine is slow to compile.
+  # All programs are cached, not only those that are slow to compile here.
   every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   runs.finish(*runs.start(**every))
   assert len(runs.entries()) == cold[0][1] > 2

@@ -1,7 +1,7 @@
-"""Several processes that train as one: equal to one, and ended together.
+"""Several processes that train together equal one process, and they end together.
 
-All are real processes on this machine, joined over gloo. The cheap jobs below only talk
-to each other; the runs of `python -m flaxlm.train` are what a user starts.
+All are real processes on this machine, joined over gloo. The cheap jobs below only
+communicate; the runs of `python -m flaxlm.train` are what a user starts.
 """
 
 import json
@@ -44,7 +44,7 @@ def get_config():
   config.log.tensorboard = False
   return config
 """
-# A job that talks every tenth of a second, and in which process FAULTY misbehaves.
+# A job that communicates every tenth of a second; its process FAULTY misbehaves.
 TALK = """
 import os, signal, time
 import numpy as np
@@ -81,7 +81,7 @@ def main():
 
 cli.run_command(main)
 """
-# Four steps on each mesh of all devices along one axis; prints the exact losses.
+# Four steps on each mesh that has all devices on one axis; prints the exact losses.
 MESHES = """
 import importlib.util, itertools, json, sys
 import jax
@@ -109,7 +109,7 @@ print("FOUND", json.dumps(found))
 
 
 class Job:
-  """`count` processes of one command, each with its share of `devices` devices."""
+  """Starts `count` processes of one command, each with its share of `devices`."""
 
   def __init__(self, home, count, devices, *arguments, **env):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -141,7 +141,7 @@ class Job:
       process.wait()
 
   def wait(self, seconds=120):
-    """Returns the exit code and the output of each, less gloo's chatter."""
+    """Returns the exit code and output of each process, without gloo's messages."""
     deadline = time.monotonic() + seconds
     codes = [p.wait(max(deadline - time.monotonic(), 0.1)) for p in self.processes]
     self.ended = time.time()
@@ -188,7 +188,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(home):
-  """The losses of one process with four devices that nothing disturbs."""
+  """The losses of one uninterrupted process with four devices."""
   with train(home, home / "straight", 1, 4) as job:
     codes, output = job.wait()
   assert codes == [0], output
@@ -212,7 +212,7 @@ def run_meshes(home, count, devices, *axes):
 
 
 def test_two_processes_are_bitwise_one_process_with_two_devices(home):
-  """On each axis: the same devices in the same order add up in the same order."""
+  """On each axis, the same devices in the same order sum in the same order."""
   one = run_meshes(home, 1, 2, "fsdp", "tensor")
   assert run_meshes(home, 2, 2, "fsdp", "tensor") == one
   assert len(set(map(tuple, one.values()))) > 1  # the axes are really different
@@ -231,7 +231,7 @@ def test_four_devices_in_several_processes_are_as_in_one(home, count):
 
 
 def test_four_processes_then_two_then_one_are_one_run(home, straight, tmp_path):
-  """SIGTERM to one of four, kill -9 to one of two: the curve is the undisturbed one."""
+  """SIGTERM to one of four, kill -9 to one of two: the curve does not change."""
   run = tmp_path / "run"
   with train(home, run, 4, 4) as job:
     job.wait_until(lambda: len(losses(run)) >= 2)
@@ -249,7 +249,7 @@ def test_four_processes_then_two_then_one_are_one_run(home, straight, tmp_path):
     job.processes[1].kill()
     killed = time.time()
     codes, output = job.wait(60)
-  # JAX's own abort comes first where process 0 waits for a save that both share.
+  # JAX aborts first if process 0 is waiting for a save that both share.
   line = "process 1 of 2 ended without a word; process 0 ends with it"
   said = {75: line, -signal.SIGABRT: "CoordinationService"}
   assert said[codes[0]] in output[0] and codes[1] == -9, output
@@ -284,7 +284,7 @@ def test_a_host_that_lags_behind_is_named(home):
   ("fault", "code"), [("raise", 70), pytest.param("data", 65, marks=pytest.mark.slow)]
 )
 def test_a_process_that_fails_ends_the_job_with_one_message(home, fault, code):
-  """Process 0 fails, in which JAX's service lives: the harder case."""
+  """Process 0 fails, the harder case, because JAX's service is in it."""
   job, codes, output = talk(home, 3, fault, 0)
   assert codes == [code] * 3, output
   assert job.seconds_since_the_fault(output[0]) < 15
@@ -337,7 +337,7 @@ def find_rank(workdir, index):
 
 @pytest.mark.slow
 def test_the_supervisor_goes_on_with_the_hosts_that_are_left(home, straight, tmp_path):
-  """Four processes, one killed with -9; restarted as two, by the same command."""
+  """Of four processes one is killed with -9; the same command restarts two."""
   run, lost = tmp_path / "run", tmp_path / "lost"
   script = f"""
     if [ -e {lost} ]; then n=2 each=2; else touch {lost}; n=4 each=1; fi
@@ -358,7 +358,7 @@ def test_the_supervisor_goes_on_with_the_hosts_that_are_left(home, straight, tmp
     )  # fmt: skip
   try:
     deadline = time.monotonic() + 200
-    while len(losses(run)) < 6:  # one checkpoint is there, two steps beyond it too
+    while len(losses(run)) < 6:  # two steps past a checkpoint
       assert process.poll() is None and time.monotonic() < deadline, log.read_text()
       time.sleep(0.01)
     os.kill(find_rank(run, 3), signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""A wheel, installed without the clone, does what the clone does.
+"""An installed wheel works like the clone, without it.
 
-It runs beside a `configs` package of the user's that fails when it is imported.
+It runs beside a user's own `configs` package that fails when it is imported.
 """
 
 import json
@@ -27,7 +27,7 @@ SMALL = """
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-  """Built from a copy of the sources, so that no build folder is left in the clone."""
+  """A wheel built from a copy of the sources, so that the clone stays clean."""
   sources = tmp_path_factory.mktemp("sources")
   for name in ("flaxlm", "configs"):
     ignored = shutil.ignore_patterns("__pycache__")
@@ -67,7 +67,7 @@ def test_it_trains_where_there_is_no_clone(wheel, tmp_path):
   (home / "configs").mkdir(parents=True)
   (home / "configs/__init__.py").write_text("raise RuntimeError('the user's own')")
   (home / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 999)
-  # A config of the user's, which builds on one of ours.
+  # A user's config that builds on one of ours.
   (home / "mine.py").write_text(
     "from flaxlm.configs import quickstart\n\ndef get_config():\n"
     "  config = quickstart.get_config()\n  config.seed = 7\n  return config\n"

@@ -1,6 +1,6 @@
 """The command `flaxlm.plan`: what it prints, the change that fits, the search.
 
-Compiling is tests/planning's matter: here memory is counted, or the compiler played.
+tests/planning compiles; here memory is counted, or the compiler is faked.
 """
 
 import json
@@ -21,7 +21,7 @@ GPUS = parse_hardware("h100x8")
 
 @pytest.fixture
 def small(tiny):
-  """A config that eight GPUs hold easily, with room to choose."""
+  """A config that fits easily on eight GPUs, so that there is a choice."""
   tiny.model.num_kv_heads = 4
   tiny.data.batch_size = 64
   tiny.model.dtype = "bfloat16"
@@ -29,7 +29,7 @@ def small(tiny):
 
 
 def play(limit: float):
-  """A compiler for which only steps of fewer tokens a pass than `limit` fit."""
+  """Returns a fake compiler: steps fit if a pass has fewer tokens than `limit`."""
   tried = []
 
   def step(config, hardware):
@@ -78,7 +78,7 @@ def test_weak_scaling_keeps_the_rows_of_a_chip(capsys, tmp_path):
   counts = ["8", "32", "128", "512", "2,048", "8,192"]
   assert [line.split()[0] for line in lines[2:]] == counts
   assert "<svg" in page.read_text()
-  # Beyond the largest slice the slow network joins several, and efficiency falls.
+  # Beyond the largest slice, a slow network joins slices and efficiency falls.
   plan.main([LLAMA, "--hardware=v5e:8x8", "--scaling"])
   rates = [line.split()[5] for line in capsys.readouterr().out.splitlines()[2:]]
   small, large = (float(rate.replace(",", "")) for rate in (rates[2], rates[-1]))
@@ -122,7 +122,7 @@ def test_the_smallest_change_is_the_first_that_the_compiler_takes(small):
   tokens = 64 * 32
   for limit, expected in (
     (tokens / 4, {"step.accumulation_steps": 4}),  # passes of fewer rows come first
-    (tokens / 8, {"step.accumulation_steps": 8}),  # down to one row a device
+    (tokens / 8, {"step.accumulation_steps": 8}),  # down to one row per device
     (tokens / 16, {"step.accumulation_steps": 8, "model.remat": "full"}),
     (
       tokens / 64,  # then wider meshes, a row on two devices
@@ -157,7 +157,7 @@ def test_the_search_uses_every_chip_and_puts_the_fastest_first(small):
   assert times == sorted(times)
   slow = search.try_change(small, GPUS, {"step.accumulation_steps": 8}, count_step)
   assert times[0] < slow.prediction.mid
-  # The lines are differences, and lead to what was judged.
+  # The lines are changes that lead to the config that was judged.
   best = search.changed(small, found[0].changes)
   assert search.judge(best, GPUS, count_step)[1] == found[0].prediction
   assert search.difference(small, GPUS, found[0].changes) == found[0].changes
@@ -183,7 +183,7 @@ def test_the_search_goes_on_after_what_does_not_fit_or_breaks_the_compiler(small
 
   found = search.search(small, GPUS, step, compiles=2)
   assert found and len(tried) > 2
-  # The fastest did not fit, and taught what is too large.
+  # The fastest did not fit, which shows what is too large.
   assert tried[0] == first.peak and all(peak <= first.peak / 2 for peak in tried[1:])
   assert all(one.compiled.fits for one in found)
 

@@ -1,7 +1,7 @@
-"""Shipped configs are the published models: their sizes, to the last weight.
+"""Shipped configs have the sizes of the published models, to the last weight.
 
-Three witnesses: totals that were published, transformers' own models (without memory:
-torch's meta device), and tables of papers, as far as these are rounded.
+There are three references: published totals, transformers' own models (on torch's meta
+device, which needs no memory), and tables of papers, to the digits that they print.
 """
 
 import math
@@ -22,7 +22,7 @@ from flaxlm.training.state import with_shardings
 
 DIRECTORY = pathlib.Path(__file__).parents[1] / "configs"
 SHIPPED = [p.stem for p in sorted(DIRECTORY.glob("[a-z]*.py")) if p.stem != "base"]
-# Parameters, tied tables once: what safetensors files and model cards count.
+# Parameters, with tied tables counted once, as in safetensors files and model cards.
 TOTALS = {
   "bert_base": 110_106_428,
   "bert_large": 336_226_108,
@@ -60,7 +60,7 @@ TOTALS = {
   "smollm2_360m": 361_821_120,
   "smollm2_1_7b": 1_711_376_384,
 }
-# Brown et al. 2020, table D.1: millions of parameters, and the digits that are given.
+# Brown et al. 2020, table D.1: millions of parameters, and how far they are rounded.
 GPT3 = {
   "gpt3_125m": (125, 0),
   "gpt3_350m": (356, 0),
@@ -71,7 +71,7 @@ GPT3 = {
   "gpt3_13b": (12_850, -1),
   "gpt3_175b": (174_600, -2),
 }
-# Billions of parameters that a token uses, as published.
+# Billions of active parameters per token, as published.
 ACTIVE = {
   "deepseek_moe_16b": 2.8,
   "mixtral_8x7b": 12.9,
@@ -112,7 +112,7 @@ def test_weights_divide_over_the_mesh_that_the_config_asks_for(name):
     math.prod(array.sharding.shard_shape(array.shape))
     for array in jax.tree.leaves(placed)
   )
-  # 16 bytes a weight (gradient and two moments) leave half of 80 GB to activations.
+  # 16 bytes per weight (gradient, two moments) leave half of 80 GB for activations.
   assert 16 * share < 40e9
   split = math.prod(
     sizes[axis] for axis in ("stage", "fsdp", "expert", "context", "tensor")
@@ -136,8 +136,8 @@ def test_a_token_uses_as_many_parameters_as_published(name):
   model = load(name).model
   attention = 12 * model.num_layers * model.num_heads * model.head_dim
   matrices = (flops_per_token(model, 1) - attention) / 6
-  embeddings = model.vocab_size * model.embed_dim  # used by a look-up, without FLOPs
-  # Some round and some cut: Qwen's 3.35 are published as 3.3, Mixtral's 12.88 as 12.9.
+  embeddings = model.vocab_size * model.embed_dim  # a look-up costs no FLOPs
+  # Some round, some truncate: Qwen publishes 3.35 as 3.3, Mixtral 12.88 as 12.9.
   assert abs((matrices + embeddings) / 1e9 - ACTIVE[name]) < 0.06
 
 
@@ -155,7 +155,7 @@ def bert(dim, layers, heads):
   }  # fmt: skip
 
 
-# Empty: transformers' defaults are that model.
+# Empty means that transformers' defaults are that model.
 THEIRS = {
   "bert_base": ("bert", {}),
   "bert_large": ("bert", bert(1024, 24, 16)),

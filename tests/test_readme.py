@@ -1,7 +1,7 @@
-"""What the READMEs say is true as far as a machine can tell: commands, paths, lengths.
+"""What a machine can check in the READMEs is true: commands, paths, lengths.
 
-A command is parsed by the parser of its own code and its config is loaded with its
-overrides; launch scripts show what they would run. Nothing is trained.
+Each command is parsed by its own parser, and its config is loaded with its overrides;
+launch scripts print what they would run. Nothing is trained.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OURS = ("flaxlm/", "tests/", "launch/", "configs/")
 
 
 class Parsed(Exception):
-  """Thrown by a parser that has parsed, so that the command does not run."""
+  """Raised by a parser once it has parsed, so that the command does not run."""
 
 
 def of_each(pages):
@@ -66,7 +66,7 @@ def blocks(page) -> tuple[list[str], list[tuple[str, str]]]:
       fence[1].append(line)
     elif line.startswith("    "):
       if prose and prose[-1] is not None:
-        prose.append(None)  # a mark: here is a block of code
+        prose.append(None)  # marks a block of code
         code.append(("", ""))
       code[-1] = ("", code[-1][1] + line[4:] + "\n")
     elif line or not prose or prose[-1] is not None:
@@ -99,7 +99,7 @@ def inline_code(lines: list[str]) -> list[str]:
 
 
 def commands(page) -> list[list[str]]:
-  """The words of every command of a page, in blocks and in the text."""
+  """Returns the words of every command of a page, from code blocks and text."""
   lines, code = blocks(page)
   texts = [code for code in inline_code(lines) if code.startswith(STARTS)]
   for language, text in code:
@@ -122,7 +122,7 @@ def commands(page) -> list[list[str]]:
 
 
 def check_command(words: list[str], monkeypatch) -> None:
-  """Raises, or fails an assertion, if this command would not be understood."""
+  """Raises if this command would not be understood."""
   program, *rest = words
   for word in rest:
     if word.startswith(OURS) and "*" not in word:
@@ -164,7 +164,7 @@ def check_flaxlm(name: str, arguments: list[str], monkeypatch) -> None:
 
 
 def parse(name: str, arguments: list[str], monkeypatch) -> tuple:
-  """Returns (args, the rest) as the parser of the command gives them."""
+  """Returns (args, remaining arguments) from the command's own parser."""
   original = argparse.ArgumentParser.parse_known_args
 
   def parse_and_stop(parser, args=None, namespace=None):
@@ -208,7 +208,7 @@ def check_script(script: str, *arguments: str, monkeypatch) -> None:
 
 
 def extras() -> set[str]:
-  """The extras of setup.py."""
+  """Returns the extras of setup.py."""
   for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
     if isinstance(node, ast.keyword) and node.arg == "extras_require":
       return {key.value for key in node.value.keys}
@@ -220,7 +220,7 @@ def extras() -> set[str]:
 
 @pytest.fixture
 def in_root(monkeypatch, tmp_path):
-  """The clone as working directory, and a machine that seems to have two GPUs."""
+  """Works in the clone, on a machine that seems to have two GPUs."""
   smi = tmp_path / "nvidia-smi"
   smi.write_text("#!/bin/sh\necho GPU 0\necho GPU 1\n")
   smi.chmod(0o755)
@@ -293,7 +293,7 @@ def test_python_examples_run(page, in_root):
 
 
 def test_commands_are_found_in_the_pages():
-  """So that a change of layout does not leave this file with nothing to check."""
+  """Guards against a change of layout that leaves nothing to check."""
   found = [" ".join(words) for page in READMES for words in commands(page)]
   for name in ("prepare", "train", "evaluate", "generate", "convert", "plan"):
     assert any(text.startswith(f"python -m flaxlm.{name} ") for text in found), name

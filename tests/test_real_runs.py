@@ -51,7 +51,7 @@ def test_shakespeare_by_characters_beats_the_published_loss(corpora, tmp_path):
 
 
 POEMS = ("--config.data.sources.main.document=paragraph",)
-NOVEL = ("--config.data.split=tail",)  # one document: its last part validates
+NOVEL = ("--config.data.split=tail",)  # one document: its tail is for validation
 TEXTS = {
   "tang": ("tang_poems_zh_hant.txt", POEMS, 8192, "春"),
   "japanese": ("wagahaiwa_nekodearu_ja.txt", NOVEL, 8000, "吾輩は"),
@@ -104,7 +104,7 @@ def test_c4_trains_from_its_tfds_directory(corpora, tmp_path, name):
 
 
 def test_the_quickstart_keeps_its_promises(tmp_path):
-  """On a copy of the tracked files, in the environment that is active."""
+  """Runs on a copy of the tracked files, in the active environment."""
   clone = tmp_path / "clone"
   run("git", "clone", "-q", ROOT, clone)
   env = dict(os.environ, VIRTUAL_ENV=sys.prefix, PYTHONPATH=str(clone))

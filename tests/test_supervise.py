@@ -11,7 +11,7 @@ import pytest
 from flaxlm import supervise
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A command that notes each start in a file and then does what its n-th argument says.
+# A command that records each start in a file, then does what its n-th argument says.
 CHILD = """
 import os, pathlib, signal, sys, time
 log = pathlib.Path(sys.argv[1])
@@ -44,7 +44,7 @@ def start(tmp_path, *actions, options=("--backoff=0.01",)):
 
 
 def run(tmp_path, *actions, **kwargs):
-  """Returns (exit code, number of starts, what was printed)."""
+  """Returns (exit code, number of starts, output)."""
   process = start(tmp_path, *actions, **kwargs)
   printed, _ = process.communicate(timeout=60)
   return process.returncode, len(starts(tmp_path)), printed

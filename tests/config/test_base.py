@@ -1,4 +1,4 @@
-"""The list of knobs is frozen, so that a new one is a decision.
+"""The list of knobs is frozen, so that adding one is a decision.
 
 `pytest tests/config/test_base.py --update-golden` rewrites it; review the change.
 """

@@ -1,4 +1,4 @@
-"""What is refused, where, and in how many lines; what is accepted and kept."""
+"""What is refused, where, and in how many lines; what is accepted."""
 
 import json
 import os
@@ -142,7 +142,7 @@ def test_a_config_builds_on_the_file_beside_it(tmp_path):
 
 
 def test_a_package_called_configs_of_the_users_is_left_alone(tmp_path):
-  """Theirs is theirs, ours is ours, and neither stays on the path or in sys.modules."""
+  """Each import finds its own package; none stays on the path or in sys.modules."""
   package = tmp_path / "configs"
   package.mkdir()
   (package / "__init__.py").write_text("NAME = 'the user'\n")
@@ -165,7 +165,7 @@ def test_a_package_called_configs_of_the_users_is_left_alone(tmp_path):
 
 
 def test_a_config_anywhere_may_build_on_the_clone(tmp_path):
-  """With `from configs import …`, though the clone is not on the path."""
+  """`from configs import …` works although the clone is not on the path."""
   (tmp_path / "mine.py").write_text("from configs.llama3_8b import get_config\n")
   code = (
     "import sys; from flaxlm.config.load import load_config\n"

@@ -1,4 +1,4 @@
-"""What a run is fed: the rows of its data, on its devices, from any step on."""
+"""A run gets the rows of its data, on its devices, from any step on."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_a_ring_gets_its_columns_in_its_order(tiny):
   (batch,) = feed.read_train(0, 1)
   assert_equal(batch, {name: x[:, order] for name, x in feed.train[0].items()})
   assert batch["tokens"].addressable_shards[0].data.shape == (2, 16)
-  tiny.model.attention = "xla"  # whole rows: in the order of the text
+  tiny.model.attention = "xla"  # whole rows, in the order of the text
   (batch,) = open_feed(tiny, mesh).read_train(0, 1)
   assert_equal(batch, feed.train[0])
 
@@ -120,7 +120,7 @@ def test_a_source_without_held_out_text_has_no_validation(config, prepared):
 
 @pytest.fixture
 def labelled(config, prepared, tmp_path):
-  """The config of a classifier, and the file of its tokenizer."""
+  """The config of a classifier and its tokenizer file."""
   tokenizer = tmp_path / file_name(open_feed(config).tokenizer)
   tokenizer.write_bytes(open_feed(config).tokenizer)
   records = [

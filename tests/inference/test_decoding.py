@@ -1,4 +1,4 @@
-"""Cached decoding equals recomputing the text for each token; rows are independent."""
+"""Cached decoding = recomputing the text for each token; rows are independent."""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ ALL = np.ones(64, bool)
 def model(request, tiny):
   tiny.model.positions = request.param
   model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
-  # Large weights: logits that differ enough for greedy choices to be unambiguous.
+  # Large weights make logits differ enough that greedy choices are unambiguous.
   return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model)
 
 
 def uncached(model, prompt, num_tokens):
-  """Greedy decoding by running the whole text again for each token."""
+  """Decodes greedily by running the whole text again for each token."""
   run = jax.jit(lambda model, *batch: model.logits(model(*batch)[0]))
   text = list(prompt)
   for _ in range(num_tokens):

@@ -1,4 +1,4 @@
-"""A token is drawn as its row's settings say, whatever the other rows ask for."""
+"""Each row draws by its own settings, whatever the settings of other rows."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_the_nucleus_is_the_shortest_beginning_of_the_sorted_tokens():
       down = np.sort(row.astype(np.float64))[::-1]
       least = down[np.searchsorted(np.cumsum(down), mass)]
       np.testing.assert_array_equal(kept_row, np.where(row >= least, row, 0))
-    np.testing.assert_array_equal(kept[-1], p[-1])  # all equal: none goes alone
+    np.testing.assert_array_equal(kept[-1], p[-1])  # all equal: all stay
 
 
 def test_a_nucleus_of_mass_1_is_all():
@@ -86,7 +86,7 @@ def test_a_large_top_k_comes_before_the_nucleus():
 
 
 def test_a_sorted_row_draws_as_numpy_does():
-  """A seed keeps its text: from the likeliest down with top_k, by id without."""
+  """A seed keeps its text: tokens go by probability with top_k, by id without."""
   logits = np.random.default_rng(1).normal(size=300).astype(np.float32)
   for top_k in (0, 7, 128):
     settings = [Sampling(0.8, top_k=top_k, seed=seed) for seed in range(50)]

@@ -1,4 +1,4 @@
-"""Texts are streamed whole characters at a time and end at the end-of-text token."""
+"""Texts are streamed in whole characters and end at the end-of-text token."""
 
 import jax
 import numpy as np
@@ -64,6 +64,6 @@ def test_written_texts_are_those_of_the_generated_ids(model, bpe):
 def test_writing_stops_when_every_text_has_ended(model, bpe):
   model = jax.tree.map(lambda x: 0 * x, model)  # all tokens are equally likely
   allowed = text_ids(bpe, model.config.vocab_size)
-  assert bpe.eos_id == np.flatnonzero(allowed)[0]  # so greedy ends at once
+  assert bpe.eos_id == np.flatnonzero(allowed)[0]  # so greedy decoding ends at once
   parts = list(write_texts(model, bpe, [[5], [6, 7]], 1000, Sampling(0.0)))
   assert parts == [["", ""], ["", ""]]

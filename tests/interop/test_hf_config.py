@@ -1,4 +1,4 @@
-"""config.json as the hub has it: read as transformers reads it, or refused by name."""
+"""config.json from the hub is read as transformers reads it, or refused by name."""
 
 import math
 
@@ -28,8 +28,8 @@ LLAMA3 = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192,
 }
-# The files of the hub, as far as they say something. What transformers 4 and 5 wrote is
-# there; what they left out is left out.
+# Relevant keys of files on the hub, as transformers 4 and 5 wrote them. What those files
+# omit is omitted here.
 HUB = {
   "Llama-2-7b-hf": LLAMA
   | {
@@ -235,7 +235,7 @@ HUB = {
     "vocab_size": 50368,
   },
 }
-# As published, or as their files on the hub add up to; of Gemma 3 the text part.
+# As published, or the sum over their files on the hub; for Gemma 3, the text model.
 PARAMETERS = {
   "Llama-2-7b-hf": 6_738_415_616,
   "Llama-3.2-1B": 1_235_814_400,
@@ -253,7 +253,7 @@ PARAMETERS = {
 
 
 def fields_of(config: dict) -> dict:
-  """Our fields, for a file with the tensors that its architecture has."""
+  """Returns our fields for a config file whose tensors fit its architecture."""
   for family in FAMILIES:
     if family.model_type == config["model_type"]:
       names = [
@@ -279,7 +279,7 @@ def test_what_is_written_reads_the_same(name):
   family, architecture, config = choose_family(fields, kind)
   assert family.model_type == ("gemma3_text" if kind == "gemma3" else kind)
   assert canonical(fields_of(config)) == canonical(fields)
-  # Both spellings say it alone: what transformers 4 reads, and what 5 does.
+  # Each spelling works alone: the one of transformers 4 and the one of 5.
   old = {k: v for k, v in config.items() if k not in ("rope_parameters", "layer_types")}
   assert canonical(fields_of(old)) == canonical(fields)
   former = ("rope_theta", "rope_scaling", "rope_local_base_freq", "local_rope_theta")

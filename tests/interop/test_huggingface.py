@@ -1,9 +1,9 @@
-"""Ours = Hugging Face: random small models of every family, there and back.
+"""Ours = Hugging Face: random small models of every family, round trip.
 
-transformers makes a model; we import it and compute the same features, scores and loss
-on one batch that holds a whole row, a right-padded one, a left-padded one and a packed
-one; we export it, and transformers loads that without a complaint and computes the
-same; we import that again, and every bit is the same.
+transformers makes a model. We import it and compute the same features, scores and loss
+on a batch with a whole row, a right-padded, a left-padded and a packed one. We export
+it; transformers loads that without a warning and computes the same. We import that
+again, and every bit is the same.
 """
 
 import functools
@@ -74,7 +74,7 @@ LLAMA3 = rope(
   high_freq_factor=5.0,
   original_max_position_embeddings=40,
 )
-# The slowest pair turns more often than beta_slow: the ramp ends beyond the pairs.
+# The slowest pair rotates more often than beta_slow, so the ramp ends past the pairs.
 YARN = rope("yarn", theta=100.0, factor=4.0, original_max_position_embeddings=1024)
 YARN_FULL = rope(
   "yarn",
@@ -90,7 +90,7 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
   }
 }
-# name: (prefix of the classes, model class, keys of the config)
+# name: (prefix of the classes, model class, config keys)
 CASES = {
   "gpt2": ("GPT2", "LMHeadModel", GPT2),
   "gpt2-wide": ("GPT2", "LMHeadModel", GPT2 | {"n_inner": 40}),
@@ -185,7 +185,7 @@ class Pair(NamedTuple):
 
 
 def randomize(model) -> None:
-  """Weights with which every part of the model matters, norms and biases too."""
+  """Draws weights that make every part of the model matter, even norms and biases."""
   torch.manual_seed(0)
   gemma = "gemma" in model.config.model_type
   with torch.no_grad():
@@ -204,7 +204,7 @@ def make(name: str):
   if prefix == "ModernBert":
     keys = keys | {"cls_token_id": 1, "sep_token_id": 2}
   config = getattr(transformers, f"{config_prefix}Config")(**keys)
-  # Eager attention is their definition; the faster ones leave out soft caps.
+  # Eager attention is their definition; the faster kinds ignore soft caps.
   config._attn_implementation = "eager"
   model = getattr(transformers, (model_prefix or config_prefix) + suffix)(config)
   randomize(model)
@@ -250,7 +250,7 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 BATCH = make_batch()
-# Each document on its own, as (row, columns); those of row 3 are one batch row of ours.
+# Each document as (row, columns); those of row 3 share one row of our batch.
 DOCUMENTS = [
   (0, slice(0, LENGTH)),
   (1, slice(0, LENGTH)),
@@ -304,7 +304,7 @@ def run_ours(model):
 
 
 def assert_near(ours, theirs, what: str) -> None:
-  """1e-4 of the scale: the largest number there is."""
+  """Asserts equality to 1e-4 of the largest value."""
   theirs = np.asarray(theirs)
   error = np.abs(np.asarray(ours) - theirs).max()
   assert error <= 1e-4 * np.abs(theirs).max(), (what, error, np.abs(theirs).max())
@@ -336,7 +336,7 @@ def test_scores_of_labels(name, pairs):
   batch = batch_for(pair.ours) | {"starts": jnp.array([[0], [0], [9], [0]])}
   features_BLD, _ = run_ours(pair.ours)
   scores_BRC = np.asarray(label_scores(pair.ours, features_BLD, batch))
-  for row, columns in DOCUMENTS[:4]:  # the second of a packed row has no such scores
+  for row, columns in DOCUMENTS[:4]:  # the second in a packed row has none
     out = run_theirs(pair.theirs, row, columns)
     real = BATCH["segment_ids"][row, columns] == 1
     if "Question" in name:
@@ -345,7 +345,7 @@ def test_scores_of_labels(name, pairs):
     elif "Token" in name:
       assert_near(scores_BRC[row, columns][real], out.logits[0][real], "tokens")
     elif row != 2 or "mean" in name or name == "modernbert-ForMultipleChoice":
-      # The other heads of transformers take the first column, which is padding there.
+      # transformers' other heads use the first column, which is padding there.
       assert_near(scores_BRC[row, 0], out.logits[0], "classes")
 
 
@@ -361,7 +361,7 @@ def test_scores_of_sentence_pairs(pairs):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "bert-ForMaskedLM"])
 def test_loss(name, pairs):
-  """The mean over one row, of what transformers computes from its labels."""
+  """Returns the mean loss that transformers computes from the labels of one row."""
   pair = pairs(name)
   tokens = BATCH["tokens"]
   targets = np.full_like(tokens, -1)
@@ -406,7 +406,7 @@ def test_there_and_back(name, pairs, tmp_path):
 
 
 def resave(pair: Pair, directory, change, **config_changes):
-  """The checkpoint of a pair with its tensors changed by `change`, as a .bin file."""
+  """Writes a .bin checkpoint of a pair, with its tensors changed by `change`."""
   tensors = {
     name: torch.tensor(np.array(tensor.read(), np.float32))
     for name, tensor in read_safetensors(pair.directory / "model.safetensors").items()
@@ -433,7 +433,7 @@ def renamed(*pairs):
 
 
 def with_buffers(tensors):
-  """GPT-2 as its first checkpoints have it: no prefix, masks, an output matrix."""
+  """GPT-2 as in its first checkpoints: no prefix, masks, an output matrix."""
   tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
   mask = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(3)}
   old = {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
@@ -454,7 +454,7 @@ def fuse_experts(tensors):
 
 
 def with_decoder(tensors):
-  """BERT as old files have it: gamma and beta, tied weights twice, buffers."""
+  """BERT as in old files: gamma and beta, tied weights twice, buffers."""
   tensors = renamed(
     ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")
   )(tensors)
@@ -500,7 +500,7 @@ def test_the_text_part_of_gemma3(old, pairs, tmp_path):
   whole = transformers.Gemma3ForConditionalGeneration(config)
   whole.model.language_model.load_state_dict(pair.theirs.model.state_dict())
   whole.save_pretrained(tmp_path)
-  if old:  # as transformers 4 wrote them, which is how the hub has them
+  if old:  # as transformers 4 wrote them, and as on the hub
     tensors = read_safetensors(tmp_path / "model.safetensors")
     arrays = {n: torch.tensor(np.array(t.read())) for n, t in tensors.items()}
     arrays = renamed(
@@ -529,7 +529,8 @@ def test_a_leftover_head_is_named_and_what_the_architecture_lacks_is_not_guessed
   name = "BertForTokenClassification"
   with pytest.raises(DataError, match=r"missing: classifier.weight, classifier.bias"):
     hf.read_model(resave(pair, tmp_path, dict, architectures=[name]))
-  # BertForMaskedLM with all of BertForPreTraining is taken for that: bert-base-uncased.
+  # BertForMaskedLM with all tensors of BertForPreTraining is read as the latter:
+  # bert-base-uncased.
   both = hf.read_model(resave(pair, tmp_path, dict, architectures=["BertForMaskedLM"]))
   assert_same(both, pair.imported)
   drop = lambda t: {n: x for n, x in t.items() if "relationship" not in n}  # noqa: E731
@@ -563,7 +564,7 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(pairs, tmp_path):
     "  unknown: model.layers.0.self_attn.q_proj.bias",
     "  wrong:   model.layers.0.mlp.up_proj.weight (7, 32) for (48, 32)",
   ]
-  with pytest.raises(DataError) as error:  # only what was asked for is passed over
+  with pytest.raises(DataError) as error:  # only what was named is skipped
     hf.read_model(directory, skip=("q_proj",))
   assert "  unknown:" not in str(error.value) and "missing:" in str(error.value)
   many = resave(pairs("llama"), tmp_path, lambda t: {"x": t["lm_head.weight"]})
@@ -618,7 +619,7 @@ def test_export_in_16_bits(dtype, pairs, tmp_path):
 
 
 class Once(dict):
-  """Gives each value away once."""
+  """Returns each value only once."""
 
   def __getitem__(self, key):
     return self.pop(key)
@@ -648,7 +649,7 @@ def test_what_no_family_computes_is_not_exported(name, change, message, pairs):
 
 
 def test_the_family_is_found_by_what_is_computed(pairs):
-  """Without a hint; Mistral without a window is Llama, and so is its export."""
+  """No hint is needed. Mistral without a window is Llama, and exports as Llama."""
   same = {"mistral-no-window": "llama", "gpt2-wide": "gpt2", "qwen2-window": "qwen2"}
   for name, model_type in same.items():
     fields = flatten_fields(pairs(name).imported.fields)

@@ -1,4 +1,4 @@
-"""Real weights: see tests/benchmarks/real_weights.py, which this runs."""
+"""Real weights: runs tests/benchmarks/real_weights.py."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""safetensors: what we write the original library reads, and the other way around."""
+"""The safetensors library reads what we write, and the reverse."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""PyTorch files are read as torch reads them, and nothing in them is ever run."""
+"""PyTorch files are read as torch reads them; nothing in them is executed."""
 
 import argparse
 import collections
@@ -24,7 +24,7 @@ from flaxlm.interop.torch_files import (
 torch = pytest.importorskip("torch", reason="makes the files to read")
 KINDS = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8",
          "uint8", "bool")  # fmt: skip
-LAYOUTS = [True, False]  # the zip archive, and what was before it
+LAYOUTS = [True, False]  # the zip archive and the older format
 
 
 def values() -> dict:
@@ -109,7 +109,7 @@ def test_shards(tmp_path):
 
 
 def test_views_of_storages_in_the_oldest_files():
-  """A storage may be part of another there: (key, first number, numbers)."""
+  """A storage may be part of another: (key, first element, number of elements)."""
   kind = Placeholder("torch.FloatStorage")
   storage = make_storage(("storage", kind, "7", "cpu", 100, ("8", 10, 20)))
   recipe = make_tensor_recipe(storage, 3, (4,), (2,))
@@ -122,7 +122,7 @@ def test_views_of_storages_in_the_oldest_files():
 
 
 class Evil:
-  """Unpickled, it makes a directory."""
+  """Makes a directory when it is unpickled."""
 
   def __init__(self, path):
     self.path = path
@@ -155,7 +155,7 @@ def test_tensors_that_depend_on_the_unknown_are_refused(tmp_path):
 
 
 def rewrite(path, change) -> pathlib.Path:
-  """The archive with its entries changed: name -> bytes, or None to drop one."""
+  """Copies the archive with entries changed: name -> bytes, or None to drop one."""
   out = path.with_name("changed.bin")
   with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
     for entry in old.infolist():
@@ -216,7 +216,7 @@ def test_a_cut_legacy_file_is_refused(tmp_path):
   ],
 )
 def test_tensors_outside_of_their_storage_are_refused(old, new, tmp_path):
-  """The same instructions with other numbers: shape and strides are small tuples."""
+  """Changes shape and strides, which are small tuples in the instructions."""
   path = save({"w": torch.arange(24.0).reshape(4, 6)}, tmp_path / "x.bin")
 
   def tuple_code(values):
@@ -233,7 +233,7 @@ def test_tensors_outside_of_their_storage_are_refused(old, new, tmp_path):
 
 
 def test_no_byte_of_a_pickle_can_do_harm(tmp_path):
-  """Any byte changed: the same tensors, other names, or a DataError; nothing else."""
+  """Changing any byte gives the same tensors, other names or a DataError."""
   path = save({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "x.bin")
   with zipfile.ZipFile(path) as archive:
     (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]

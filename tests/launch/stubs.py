@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SECRETS = {"HF_TOKEN": "hf_qwertyuiop", "WANDB_API_KEY": "wandb_asdfghjkl"}
 ODD = '--workdir=runs/it\'s "a" $HOME `id`; touch canary & \\'
-# Appends its arguments to calls.jsonl; prints and exits as answers.json says: there,
-# {"a regular expression": [[output, exit code], ...]}, the last of them for ever.
+# Appends its arguments to calls.jsonl, then prints and exits as answers.json says:
+# {"a regular expression": [[output, exit code], ...]}, of which the last repeats.
 STUB = """#!{python}
 import json, pathlib, re, sys
 home, call = pathlib.Path(__file__).parent, [pathlib.Path(__file__).name, *sys.argv[1:]]
@@ -67,7 +67,7 @@ class Stubs:
 
 
 def commands(printed):
-  """The commands that --print shows, as words."""
+  """Returns the commands that --print shows, as lists of words."""
   lines = [line for line in printed.splitlines() if line and line[0] != "#"]
   return [shlex.split(line) for line in lines]
 

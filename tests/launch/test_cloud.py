@@ -1,4 +1,4 @@
-"""The launchers that reach other machines, against stubs; what all have in common."""
+"""Launchers that reach other machines, against stubs; what all launchers share."""
 
 import re
 import shlex
@@ -167,7 +167,7 @@ def test_gke_asks_for_the_slice_and_runs_the_command(stubs):
   }
   (container,) = pod["containers"]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
-  odd = odd.replace("$(", "$$(")  # as Kubernetes undoes it
+  odd = odd.replace("$(", "$$(")  # Kubernetes undoes this
   assert container["args"] == [
     "v5p", "3", "python", "-m", "flaxlm.train", "--config=x", odd,
     "--config.mesh.multihost=true",

@@ -1,4 +1,4 @@
-"""What the files of launch/ are: clean, complete, and flags that compilers know."""
+"""The files of launch/ are clean and complete; compilers know their flags."""
 
 import itertools
 import os
@@ -48,7 +48,7 @@ def test_sky_recovers_what_was_preempted_and_nothing_else():
 def test_flags_go_where_they_are_understood():
   for hardware in ("v4", "v5e", "v5p", "v6e"):
     xla, tpu = flags(hardware, 2)
-    assert not xla and tpu.startswith("--xla_")  # in XLA_FLAGS jaxlib would die of them
+    assert not xla and tpu.startswith("--xla_")  # jaxlib would abort on them
   for hardware in ("h100", "h200", "b200"):
     xla, tpu = flags(hardware)
     assert not tpu and all(flag.startswith("--xla_gpu_") for flag in xla.split())

@@ -1,4 +1,4 @@
-"""The launchers that start processes, for real where this machine can."""
+"""Launchers that start processes, with real processes where possible."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def steps(workdir):
 
 
 def fake_door(tmp_path, code):
-  """A `python -m flaxlm.train` that is not flaxlm's: it shows what it got."""
+  """Makes a fake `python -m flaxlm.train` that prints what it got."""
   (tmp_path / "python").mkdir()
   text = f"""#!{sys.executable}
 import os, signal, sys, time
@@ -55,7 +55,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 
 
 def clone(tmp_path):
-  """Of what host.sh needs, so that it leaves this clone alone."""
+  """Copies what host.sh needs, so that it does not touch this clone."""
   home = tmp_path / "clone"
   shutil.copytree(LAUNCH, home / "launch")
   for name in ("flaxlm", "configs", "setup.py"):
@@ -83,7 +83,7 @@ def test_a_host_passes_signals_on(stubs, tmp_path):
   command = ["bash", str(home / "launch/host.sh"), "cpu", "1", "--workdir=a"]
   process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
   assert "--workdir=a" in process.stdout.readline()
-  time.sleep(0.2)  # its handler is not there yet when it prints
+  time.sleep(0.2)  # it prints before it installs its handler
   assert (home / "runs/host.status").read_text() == "running\n"
   os.kill(int((home / "runs/host.pid").read_text()), signal.SIGTERM)
   assert process.wait(timeout=30) == 75
@@ -135,7 +135,7 @@ sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 
 
 def job_id():
-  """A job whose coordinator's port, which JAX derives from it, is free."""
+  """Returns a job ID from which JAX derives a free coordinator port."""
   for number in range(os.getpid(), os.getpid() + 4096):
     with socket.socket() as probe:
       try:
@@ -146,7 +146,7 @@ def job_id():
 
 
 def job(stubs, tmp_path, *arguments, **env):
-  """Starts the batch script as Slurm does: a copy of it, from elsewhere."""
+  """Starts the batch script as Slurm does: a copy in another directory."""
   script = tmp_path / "slurm_script"
   shutil.copy(LAUNCH / "slurm.sh", script)
   slurm = {"SLURM_JOB_ID": job_id(), "SLURM_SUBMIT_DIR": str(ROOT)} | env
@@ -202,7 +202,7 @@ def test_slurm_queues_again_what_was_preempted_and_nothing_else(
 
 
 def test_slurm_trains_saves_at_its_signal_and_goes_on(stubs, tmp_path):
-  """Two real processes that find each other as JAX finds Slurm's."""
+  """Two real processes that find each other through Slurm's variables."""
   stubs.write("srun", SRUN.format(python=sys.executable))
   run = tmp_path / "run"
   arguments = [f"--workdir={run}", *TINY]

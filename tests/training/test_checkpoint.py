@@ -1,8 +1,7 @@
-import gc
-
 """Checkpoints: what was saved comes back bit for bit, or its loss is noticed."""
 
 import dataclasses
+import gc
 import inspect
 import os
 import pathlib

@@ -9,7 +9,7 @@ from flaxlm.data.batches import masking, spans
 from flaxlm.data.batches.masking import Objective, SpecialIds
 from flaxlm.errors import ConfigError
 
-V, TEXT = 200, 150  # ids of the model, and of the tokenizer
+V, TEXT = 200, 150  # ids of the model and of the tokenizer
 BOS, EOS, MASK, CLS, SEP, PRE, MID, SUF = range(1, 9)
 SPECIAL = SpecialIds(BOS, EOS, MASK, CLS, SEP, PRE, MID, SUF)
 CONTINUES = np.random.default_rng(0).random(TEXT) < 0.4
@@ -31,7 +31,7 @@ def generator(seed=0):
 
 
 def draw_documents(rng, size):
-  """`size` tokens cut from a stream of documents of any length."""
+  """Returns `size` tokens cut from a stream of documents of any length."""
   parts = []
   while sum(map(len, parts)) < size + 60:
     text = rng.integers(10, TEXT, int(rng.choice([0, 1, 2, 7, 30, 100])))
@@ -42,7 +42,7 @@ def draw_documents(rng, size):
 
 
 def fill_in(segment):
-  """The document that `corrupt_spans` made a segment from."""
+  """Returns the document from which `corrupt_spans` made a segment."""
   given = segment.tokens[segment.prefix == 1]
   asked = segment.tokens[segment.prefix == 0]
   hidden, open_spans = {}, []
@@ -62,7 +62,7 @@ def fill_in(segment):
 
 
 def put_back(tokens):
-  """The document that `fill_in_middle` made a segment from."""
+  """Returns the document from which `fill_in_middle` made a segment."""
   tokens = tokens.tolist()
   if PRE not in tokens:
     return tokens
@@ -353,7 +353,7 @@ def test_fim_and_spm_rates_are_those_of_the_config():
   # PSM may have an empty prefix too, about twice in 91 documents.
   spm = np.mean([row["tokens"][1] == SUF for row in moved])
   assert spm == pytest.approx(0.25 + 0.75 * 2 / 91, abs=0.05)
-  # A document that stays as it is continues in the next row; a moved one does not.
+  # An unchanged document continues in the next row; a rearranged one does not.
   assert {int(row["targets"][-1]) for row in moved} == {-1}
   assert {int(r["targets"][-1]) for r in rows if PRE not in r["tokens"]} == {7}
 
@@ -394,7 +394,7 @@ def test_rows_of_many_documents_fit_and_lose_nothing(kind, seq_len):
 
 
 def test_the_room_for_symbols_is_used():
-  # Documents are as long as the row, so the added tokens are known within one or two.
+  # Documents are as long as a row, so the number of added tokens is known within 2.
   for kind, least in [("masked", 510), ("prefix", 512), ("span", 458), ("fim", 503)]:
     objective = Objective(kind, num_sentinels=40)
     size = masking.stride(objective, vocabulary(objective), 512, 10_000.0)

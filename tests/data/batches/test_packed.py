@@ -30,7 +30,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 class Stream:
-  """The interface of a TokenStream, over arrays in memory."""
+  """A TokenStream over arrays in memory."""
 
   def __init__(self, lengths, seed=0, low=3, high=100):
     rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def make(streams=None, weights=None, **changes):
 
 
 def make_objective(name, lengths=None, vocab_size=130, **changes):
-  """Batches of rows with 32 tokens, where ids from 10 to 100 are text."""
+  """Returns batches with rows of 32 tokens, where ids from 10 to 100 are text."""
   if lengths is None:
     lengths = np.random.default_rng(1).integers(0, 90, 150)
   objective = OBJECTIVES[name]
@@ -75,7 +75,7 @@ def make_objective(name, lengths=None, vocab_size=130, **changes):
 
 
 def numbered(lengths, first=10):
-  """A stream in which the id of every token of text is unique: its position."""
+  """Returns a stream where each text token's id is its position, so it is unique."""
   stream = Stream(lengths)
   is_text = stream.ids >= 3
   stream.ids = np.where(is_text, np.arange(len(is_text)) + first, stream.ids)
@@ -92,7 +92,7 @@ def rows_of(batches, number):
 
 
 def restored(batch):
-  """The tokens of a batch before some of them were replaced."""
+  """Returns the tokens of a batch before some of them were replaced."""
   return np.where(batch["targets"] >= 0, batch["targets"], batch["tokens"])
 
 
@@ -174,7 +174,7 @@ def test_every_objective_keeps_every_token_once_an_epoch(name):
     wanted = source[source >= 10]
     if OBJECTIVES[name].pairs == "none":
       np.testing.assert_array_equal(np.sort(text), np.sort(wanted))
-    elif batch["pair_labels"] != 1:  # one document of those in the row
+    elif batch["pair_labels"] != 1:  # one of the documents in the row
       assert " ".join(map(str, text)) in " ".join(map(str, wanted))
   last = OBJECTIVES[name].kind in ("causal", "prefix")
   assert (seen[: stream.num_tokens - last] == 1).all()
@@ -379,7 +379,7 @@ def test_synthetic_batches_are_a_function_of_seed_and_step(name):
 
 
 def entropy_of(train, validation, vocab_size):
-  """Nats per target of `validation` under add-one frequencies of `train`."""
+  """Returns nats per target of `validation` under add-one frequencies of `train`."""
   counts = np.bincount(train, minlength=vocab_size) + 1
   return -np.mean(np.log(counts / counts.sum())[validation])
 
@@ -419,7 +419,7 @@ def test_tensorflow_sees_no_accelerator():
 
   tf = import_tensorflow()
   assert tf.config.get_visible_devices("GPU") == []
-  # The list was fixed before the first operation: asking for a GPU now is refused.
+  # The devices were fixed before the first operation; requesting a GPU now fails.
   assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}
 
 

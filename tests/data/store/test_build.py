@@ -1,4 +1,4 @@
-"""From text to a finished store, interrupted or not, in Python and by the command."""
+"""From text to a finished store, interrupted or not, in Python and by command."""
 
 import errno
 import hashlib
@@ -33,7 +33,7 @@ def build(config) -> Report:
 
 
 def texts_of(report: Report, source: str, split: str) -> list[str]:
-  """The documents of a store, decoded."""
+  """Returns the documents of a store, decoded."""
   stream = report.store.stream(source, split)
   starts = stream.document_starts(0, stream.num_tokens).tolist()
   texts = []
@@ -223,7 +223,7 @@ def test_a_store_in_a_bucket(text_config, tmp_path, monkeypatch):
   assert files_of(tmp_path / "bucket/store") == local
   assert build(text_config).store.path == "gs://bucket/store"
   stream = shards.Store("gs://bucket/store").stream("main", "train")
-  works[0] = 0  # this host built it: it has its copy
+  works[0] = 0  # this host built it and has its own copy
   assert len(stream.read(0, stream.num_tokens)) == stream.num_tokens
 
 

@@ -1,4 +1,4 @@
-"""Labelled examples: how rows are laid out, and how predictions are read."""
+"""Labelled examples: the layout of rows, and the reading of predictions."""
 
 import json
 import random
@@ -166,7 +166,7 @@ def test_labels_in_the_order_of_the_config(tmp_path):
   path = label_file(tmp_path / "x.jsonl", ["low", 2, "0"])
   train, _ = load(make_task("classify", path, labels=("low", "mid", "high")))
   assert train.references.tolist() == [0, 2, 0]
-  # Names that are numbers are names, not places in the list.
+  # Names that look like numbers are names, not positions in the list.
   path = label_file(tmp_path / "y.jsonl", [1, 0])
   train, _ = load(make_task("classify", path, labels=("1", "0")))
   assert train.references.tolist() == [0, 1]
@@ -300,7 +300,7 @@ def test_the_longer_text_is_cut():
         a, b = encode.fit_pair(first, second, room)
         assert (a, b) == (first, second) or a + b == room
         assert a <= first and b <= second
-        if a < first:  # nothing of a text is lost while it is the shorter one
+        if a < first:  # the shorter text loses no tokens
           assert a >= b - 1
         if b < second:
           assert b >= a - 1
@@ -347,7 +347,7 @@ def test_options_are_segments_of_a_row(tmp_path):
     "[CLS] a b c d e f [SEP] x [SEP] [CLS] a b c [SEP] y y y y [SEP]"
   )
   assert train.problems == {encode.CUT: 1}
-  # The options of one record are contexts, those of another are columns.
+  # One record's options are contexts, another's are columns.
   json_lines(path, [{"context": ["a", "b"], "end": "c", "answer": "B"}])
   changes = {"text": "context", "choices": ("end",), "label": "answer"}
   train, _ = load(make_task("choice", path, **changes, labels=("A", "B")), tok=tok)
@@ -389,7 +389,7 @@ def question(context, answer, start, text="who is it"):
 
 
 def gold_spans(loaded):
-  """The predictions of a model that knows the labels."""
+  """Returns the predictions of a model that knows the labels."""
   here = (loaded.labels > 0).any(axis=1)
   scores = np.stack([np.where(here, 1.0, -1.0), np.where(here, 0.0, 2.0)], axis=1)
   return loaded.labels, scores
@@ -496,7 +496,7 @@ def test_answers_of_xquad_come_back(language, corpora, bpe):
 
 @pytest.fixture
 def chat(monkeypatch):
-  """encode_chat of a template that marks roles by their first letter."""
+  """Calls encode_chat with a template that marks roles by their first letter."""
 
   def encode_chat(messages, tokenizer, template):
     assert template == "the template"
@@ -549,7 +549,7 @@ def test_only_the_assistant_is_learnt(chat, tmp_path):
       assert batch["segment_ids"][0, [0, 13, 14, 19, 20]].tolist() == [1, 1, 2, 2, 0]
       assert batch["positions"][0, 13:16].tolist() == [13, 0, 1]
       assert (batch["segment_ids"][1] == 0).all()
-    # No target belongs to another conversation, or follows from its padding.
+    # No target belongs to another conversation or follows padding.
     assert (batch["targets"][batch["segment_ids"] == 0] == -1).all()
   json_lines(path, [{"messages": [{"role": "user"}]}])
   with pytest.raises(errors.DataError, match=r"x\.jsonl line 1: no content"):

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand and against their definitions."""
+"""Metrics against values computed by hand and against their definitions."""
 
 import itertools
 import math
@@ -104,7 +104,7 @@ def test_tags_by_hand():
   )
   found = score_predictions(
     "tag", [[1, 0, 0, 3], [0, 0]], true, names
-  )  # half an entity is none
+  )  # half an entity does not count
   assert found["f1"] == pytest.approx(2 * 1 / (2 + 3))
   assert found["precision"] == 1 / 2 and found["recall"] == pytest.approx(1 / 3)
   # Entities end with their sentence.
@@ -124,7 +124,7 @@ def test_answers_by_hand():
   found = score_predictions("qa", predicted, answers)
   assert found["exact_match"] == pytest.approx(2 / 4)
   assert found["f1"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
-  # A word counts as often as it is in both.
+  # A word counts as often as it occurs in both.
   found = score_predictions("qa", ["b b b c"], [["b b d"]])
   assert found["f1"] == pytest.approx(2 * 2 / (4 + 3))
   assert scores.normalize("The cat's  (a) theory, an U.S. one") == "cats theory us one"
@@ -135,7 +135,7 @@ def test_best_spans_against_all_spans():
   rng = np.random.default_rng(0)
   B, L = 6, 20
   types = np.zeros((B, L), np.int32)
-  # Row 4 has a single token of context, row 5 is padding; row 3 ends with the row.
+  # Row 4 has one token of context, row 5 is padding, and row 3's context fills it.
   for row, (first, last) in enumerate([(5, 12), (8, 18), (1, 19), (10, 19), (6, 7)]):
     types[row, first : last + 1] = 1
   for max_answer in (1, 3, 30):

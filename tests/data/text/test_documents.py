@@ -20,7 +20,7 @@ def read(position=(0, 0), tail=0.0, **fields) -> list[documents.TextPiece]:
 
 
 def whole_documents(pieces: list[documents.TextPiece]) -> list[str]:
-  """The texts of whole documents, empty ones included."""
+  """Returns the texts of whole documents, including empty ones."""
   texts = [""]
   for piece in pieces:
     texts[-1] += piece.text
