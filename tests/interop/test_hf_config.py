@@ -28,8 +28,8 @@ LLAMA3 = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192,
 }
-# Relevant keys of files on the hub, as transformers 4 and 5 wrote them. What those files
-# omit is omitted here.
+# Relevant keys of files on the hub, as transformers 4 and 5 wrote them. What these
+# files omit is omitted here.
 HUB = {
   "Llama-2-7b-hf": LLAMA
   | {

@@ -1,4 +1,4 @@
-"""The fused loss is the plain one, computes nothing twice and needs less memory."""
+"""The fused loss equals the plain one, repeats no product and needs less memory."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ WHOLE = Split()
 
 
 def inputs(dtype=jnp.float32):
-  """x, weight, targets, scale, bias."""
+  """Returns x, weight, targets, scale, bias."""
   keys = jax.random.split(jax.random.key(1), 5)
   x = jax.random.normal(keys[0], (T, D)).astype(dtype)
   w = (0.5 * jax.random.normal(keys[1], (D, V))).astype(dtype)
@@ -43,14 +43,14 @@ def fused(x, w, targets, scale, bias=None, **options):
 
 
 def differentiate(loss, arrays, **options):
-  """((sum, nats), gradients of x, weight and bias)."""
+  """Returns ((sum, nats), gradients of x, weight and bias)."""
   which = (0, 1, 4) if len(arrays) == 5 else (0, 1)
   function = functools.partial(loss, **options)
   return jax.jit(jax.value_and_grad(function, which, has_aux=True))(*arrays)
 
 
 def assert_close(got, expected, relative):
-  """Asserts equality up to `relative` times the largest number of each array."""
+  """Asserts equality up to `relative` times the largest value of each array."""
   (total, nats), gradients = expected
   for a, b in zip(
     jax.tree.leaves(got), jax.tree.leaves(((total, nats), gradients)), strict=True
@@ -89,7 +89,7 @@ def test_equals_the_plain_loss_and_all_its_gradients(chunk, options, with_bias):
 
 
 def test_bfloat16_is_rounded_once_or_twice(chunk):
-  """Logits and sums are float32: the distance is that of rounding d and the result."""
+  """Logits and sums are float32, so only d and the result are rounded."""
   arrays = inputs(jnp.bfloat16)
   exact = [a.astype(jnp.float32) if a.ndim == 2 else a for a in arrays]
   (got, gradients), expected = differentiate(fused, arrays), differentiate(plain, exact)
@@ -135,7 +135,7 @@ def compiled(T, D, V, which=(0, 1), split=WHOLE, place=lambda *axes: None, **opt
 
 @pytest.mark.parametrize("which, products", [((0, 1), 3), ((0,), 2)])
 def test_nothing_is_computed_twice(chunk, which, products):
-  """Three products; two where the matrix is frozen, as with LoRA."""
+  """Three products, or two if the matrix is frozen, as with LoRA."""
   text = compiled(T, D, V, which).as_text()
   assert len(re.findall(r"= \S+ dot\(", text)) == products
   assert len(re.findall(r" exponential\(", text)) == 1
@@ -147,11 +147,11 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
 
   def temporary(vocab):
     memory = compiled(tokens, width, vocab).memory_analysis()
-    # The sum of the gradient over chunks, and what a chunk adds to it.
+    # The gradient's sum over chunks, and one chunk's addend.
     return memory.temp_size_in_bytes - 2 * 4 * width * vocab
 
   small, large = temporary(8192), temporary(131_072)
-  assert small < 2.2 * (1 << 27)  # logits and their gradient, of a chunk
+  assert small < 2.2 * (1 << 27)  # a chunk's logits and their gradient
   assert large < 1.15 * small
 
 
@@ -197,7 +197,7 @@ def test_eight_devices_compute_what_one_does(sizes, monkeypatch):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
 def test_no_device_gets_logits_or_tokens_of_others(sizes, monkeypatch):
-  """Only sums travel: of gradients, and two numbers per token of a split vocabulary."""
+  """Devices exchange only sums of gradients and, if split, two numbers per token."""
   monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 128 * 4 * V)
   mesh, split = placed(sizes)
 
@@ -208,7 +208,7 @@ def test_no_device_gets_logits_or_tokens_of_others(sizes, monkeypatch):
     text = compiled(2048, D, V, (0, 1), split, place).as_text()
   assert "all-gather" not in text and "all-to-all" not in text
   assert "collective-permute" not in text
-  # Each product is of a device's own tokens and vocabulary.
+  # Each product has only a device's own tokens and vocabulary.
   tokens = 2048 // np.prod([mesh.shape[a] for a in split.tokens], dtype=int)
   vocab = V // np.prod([mesh.shape[a] for a in split.vocab], dtype=int)
   size = chunk_tokens(int(tokens), int(vocab))

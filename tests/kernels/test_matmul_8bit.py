@@ -1,4 +1,4 @@
-"""Products in 8 bits: near the exact ones, where asked for and nowhere else."""
+"""8-bit products: close to the exact ones, used where requested and nowhere else."""
 
 import collections
 import re
@@ -18,8 +18,8 @@ from flaxlm.parallel.mesh import make_mesh
 from flaxlm.runs import program
 
 T, I, O = 64, 128, 96  # noqa: E741
-# Relative distance of (product, dx, dw) from the exact ones. A number of m fraction
-# bits is off by up to 2^-(m+1) of itself, int8 by half of 1/127 of the row's largest.
+# Relative error of (product, dx, dw). A float with m fraction bits is off by up to
+# 2^-(m+1) of itself, an int8 by half of 1/127 of its row's largest value.
 BOUNDS = {"fp8": (0.045, 0.07, 0.07), "int8": (0.012, 1e-6, 1e-6)}
 
 
@@ -33,7 +33,7 @@ def distance(a, b) -> float:
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_is_near_the_exact_product_and_gradient(kind):
-  # Rows and columns of very different sizes, as activations have.
+  # Rows and columns of very different scales, as in activations.
   x = random(T, I) * 10.0 ** jnp.linspace(-3, 3, T)[:, None]
   w, g = 0.02 * random(I, O, seed=1), random(T, O, seed=2)
   y, backward = jax.vjp(lambda x, w: quantized_matmul(x, w, kind), x, w)
@@ -75,7 +75,7 @@ def test_what_is_not_a_number_is_not_hidden():
 
 
 def products(config, mesh=None) -> collections.Counter:
-  """How many products of which types the training step has, as it is lowered."""
+  """Counts the products of the lowered training step by type."""
   mesh = mesh or make_mesh(jax.devices()[:1], data=1, fsdp=1, tensor=1)
   built = program.build_program(config, mesh)
   with program.use_config_mesh(config, mesh):
@@ -100,7 +100,7 @@ def test_every_matrix_of_the_layers_is_quantised_and_nothing_else(tiny, gated, r
   tiny.model.gated_mlp, tiny.model.remat = gated, remat
   tiny.model.dtype = "bfloat16"
   matrices = 4 + 2 + gated
-  # The backward pass computes all again but the last, which it does not need.
+  # The backward pass recomputes all but the last, which it does not need.
   forward = matrices + (matrices - 1) * (remat == "full")
   plain = products(tiny)
   tiny.model.quantize = "fp8"
@@ -116,7 +116,7 @@ def test_every_matrix_of_the_layers_is_quantised_and_nothing_else(tiny, gated, r
 
 
 def train(config, steps: int, mesh=None) -> list[float]:
-  """Losses of a model that learns one of few sentences by heart."""
+  """Returns losses of a model that memorises a few sentences."""
   mesh = mesh or make_mesh(jax.devices()[:1], data=1, fsdp=1, tensor=1)
   built = program.build_program(config, mesh)
   losses = []
@@ -137,7 +137,8 @@ def learner(tiny):
   return tiny
 
 
-# Rows of 32 numbers, of which each has 3 fraction bits: more than wide models feel.
+# Rows have only 32 numbers with 3 fraction bits each, so rounding averages out less
+# than in wide models.
 @pytest.mark.parametrize(
   ("kind", "distance"),
   [("fp8", 0.03), pytest.param("int8", 0.02, marks=pytest.mark.slow)],

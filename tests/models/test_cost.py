@@ -1,4 +1,4 @@
-"""The cost of a token, against sums made by hand."""
+"""The cost per token, against sums made by hand."""
 
 import pytest
 
@@ -18,8 +18,8 @@ def test_flops_of_gpt2_by_hand():
   # Attention 4 x 768^2 and MLP 2 x 768 x 3072 in 12 layers; the tied head 768 x 50257.
   weights = 12 * (4 * 589_824 + 2 * 2_359_296) + 38_597_376
   assert weights == 123_532_032
-  # One layer and token: a query meets 512.5 keys of 1024 on average; q.k and p.v are
-  # 768 multiply-adds each, of 2 FLOPs, and the backward pass costs twice the forward.
+  # Per layer and token: a query sees 512.5 keys of 1024 on average; q.k and p.v are 768
+  # multiply-adds each, of 2 FLOPs, and the backward pass costs twice the forward.
   attention = 12 * 512.5 * (768 + 768) * 2 * 3
   assert flops_per_token(gpt2(), 1024) == 6 * weights + attention == 797_870_592
 

@@ -1,4 +1,4 @@
-"""Every shipped family at a small size: who sees whom, by gradients, and decoding."""
+"""Every shipped family at a small size: visibility by gradients, and decoding."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ LENGTH = 20
 
 
 def shrink(name: str) -> TransformerConfig:
-  """The family with its structure and small sizes; windows of 4 within 20 tokens."""
+  """Returns the family's structure at small sizes; windows of 4 within 20 tokens."""
   config = load_config(str(ROOT / f"configs/{name}.py"))
   model = config.model
   grouped = model.num_kv_heads < model.num_heads
@@ -51,7 +51,7 @@ def model(request):
 
 
 def reach(config) -> np.ndarray:
-  """Whether position i can be seen by position j through all layers: matrix [j, i]."""
+  """Returns the matrix [j, i]: whether position j sees i through all layers."""
   distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None, :]
   seen = np.eye(LENGTH, dtype=bool)
   for window in config.windows:
@@ -69,7 +69,7 @@ def test_no_position_sees_what_it_must_not(model):
   def feature(embed, position):
     changed = jax.tree.map(lambda x: x, model)
     changed.embed = nnx.Param(embed, axes=("vocab", "embed"))
-    # Token i is row i of the table: its gradient says whether it was seen.
+    # Token i is row i of the table, so its gradient shows whether it was seen.
     out = changed(jnp.arange(LENGTH)[None], positions, segments)
     return jnp.sum(jnp.sin(out.features[0, position]))
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: no token is lost, loads even out, devices do not matter."""
+"""Mixtures of experts: no token is lost, loads balance, devices do not matter."""
 
 import dataclasses
 import math
@@ -39,14 +39,14 @@ def layer(config, **moe):
     config.model.moe[name] = value
   model_config = TransformerConfig(**config.model)
   mlp = MoeMlp(model_config, nnx.Rngs(0))
-  # A router as it is after training: far from uniform.
+  # A router as after training: far from uniform.
   mlp.router[...] = jax.random.normal(jax.random.key(1), mlp.router[...].shape)
   x_TD = jax.random.normal(jax.random.key(2), (T, model_config.embed_dim))
   return mlp, x_TD, jnp.ones(T)
 
 
 def every_expert(mlp, x_TD):
-  """The dense reference: each expert computes each token; the chosen are summed."""
+  """The dense reference: every expert computes every token; chosen ones are summed."""
   moe = mlp.config.moe
   scores_TE = np.asarray(x_TD @ mlp.router[...], np.float64)
   if moe.router == "softmax":
@@ -146,7 +146,7 @@ def test_losses_of_the_router(config):
   assert float(routing.loss) == pytest.approx(0.25 * balance + 0.5 * z, rel=1e-5)
   even = layer(config, aux_loss=1.0, z_loss=0.0)[0]
   even.router[...] = jnp.zeros_like(even.router[...])
-  assert float(even(x_TD, is_token_T)[1].loss) == pytest.approx(2.0)  # k, its least
+  assert float(even(x_TD, is_token_T)[1].loss) == pytest.approx(2.0)  # k, the minimum
 
 
 def test_the_bias_moves_choices_and_no_gradient(config):
@@ -162,13 +162,13 @@ def test_the_bias_moves_choices_and_no_gradient(config):
     loads.append(routing.load_E)
     stacked = jax.tree.map(lambda x: x[None], mlp)
     mlp = jax.tree.map(lambda x: x[0], rebalance(stacked, routing.load_E[None], 0.004))
-  # Single steps swing around it: few tokens, each worth a fortieth of the load.
+  # Single steps vary: there are few tokens, each a fortieth of the load.
   after_E = np.mean(loads[150:], axis=0)
   assert np.ptp(after_E) < 0.2 * np.ptp(before.load_E)
 
 
 def words(config, step) -> dict[str, np.ndarray]:
-  """Random tokens of which few are frequent, as in text: left alone, experts starve."""
+  """Random tokens with few frequent ones, as in text: unbalanced experts starve."""
   data = config.data
   batch = SyntheticBatches(data.seq_len, data.batch_size, 0, 64)[step]
   for name in ("tokens", "targets"):

@@ -1,4 +1,4 @@
-"""One decoder, many ways to compute it, one result."""
+"""All ways to compute one decoder give the same result."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def make(config, key=0):
 
 
 def row(tokens, start=0):
-  """One document as a batch of one row."""
+  """Returns one document as a batch of one row."""
   tokens = jnp.asarray(tokens, jnp.int32)[None]
   positions = jnp.arange(start, start + tokens.shape[1])[None]
   return tokens, positions, jnp.ones_like(tokens)
@@ -82,7 +82,7 @@ def test_no_position_sees_a_later_one(config):
     return jnp.sum(x_BLD[0, position] ** 2)
 
   for position in (0, 7, 23):
-    # Token i is row i of the embedding: its gradient says whether it was seen.
+    # Token i is row i of the embedding, so its gradient shows whether it was seen.
     grads = jax.grad(feature)(model.embed[...], position)
     seen = np.abs(grads[:24]).sum(1) > 0
     window = config.sliding_window * config.num_layers

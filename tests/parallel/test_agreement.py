@@ -1,4 +1,4 @@
-"""Which process differs, and in what; test_multihost.py has real processes."""
+"""Finds which process differs and how; test_multihost.py has real processes."""
 
 import threading
 
@@ -17,7 +17,7 @@ def gathered(*facts):
 def test_the_process_that_differs_is_named():
   same = {"code": "a", "config.seed": 0, "config.b": [1, 2]}
   assert agreement._difference(gathered(same, same, same)) == []
-  # The usual value is that of most, even where process 0 is the odd one.
+  # The usual value is the majority's, even if process 0 is the odd one.
   other = same | {"config.seed": 1, "config.b": [1, 3]}
   error = ConfigError(*agreement._difference(gathered(other, same, same)))
   assert str(error).splitlines() == [

@@ -1,4 +1,4 @@
-"""Attention in a model: sinks, and chunks that each device computes by itself."""
+"""Attention in a model on a mesh: sinks, and chunks that stay on their device."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The table of chips and what `--hardware` may say."""
+"""The table of chips, and the values that `--hardware` takes."""
 
 import types
 
@@ -14,7 +14,7 @@ from flaxlm.parallel import hardware
     ("v5p:8x16x16", "v5p", 2048, 1, "8x16x16"),
     ("4xv6e:16x16", "v6e", 1024, 4, "16x16"),
     ("v4:4x4x4", "v4", 64, 1, "4x4x4"),
-    ("tpu7x:4x4x4", "tpu7x", 128, 1, "4x4x4"),  # two devices a chip
+    ("tpu7x:4x4x4", "tpu7x", 128, 1, "4x4x4"),  # two devices per chip
     ("h100x8", "h100", 8, 1, ""),
     ("h200x64", "h200", 64, 8, ""),
     ("h100x12", "h100", 12, 2, ""),
@@ -51,10 +51,10 @@ def test_every_device_kind_has_a_row_and_rows_are_sane():
     assert hardware.chip_of(device) is hardware.CHIPS[name]
     assert hardware.peak_flops(device) == hardware.CHIPS[name].bf16_flops
   for chip in hardware.CHIPS.values():
-    # Bytes a second fall from the memory to the links to the network.
+    # Bytes per second fall from memory to links to network.
     assert chip.memory_bandwidth > chip.link_bandwidth > chip.network_bandwidth > 0
     assert 1e14 < chip.bf16_flops < 3e15 and 16 <= chip.memory_bytes / 2**30 < 200
-    # FLOPs a byte at which a product is bound by compute: hundreds, for all of them.
+    # FLOPs per byte at which a product becomes compute-bound: hundreds, on all chips.
     assert 100 < chip.bf16_flops / chip.memory_bandwidth < 600
   unknown = types.SimpleNamespace(device_kind="cpu")
   assert hardware.peak_flops(unknown) is None and hardware.chip_of(unknown) is None

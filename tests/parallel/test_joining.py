@@ -16,7 +16,7 @@ def free_port():
 
 
 def call_roll(present, count, seconds, stop_requested=lambda: False, port=None):
-  """Answers the roll call in one thread a process; returns {process: its error}."""
+  """Answers the roll call in one thread per process; returns {process: its error}."""
   address, errors = f"127.0.0.1:{port or free_port()}", {}
 
   def answer(index):

@@ -1,11 +1,11 @@
-"""What a step frees is what the next one takes: the kernel zeroes no page for it."""
+"""A step reuses what the last one freed: the kernel need not zero new pages."""
 
 import subprocess
 import sys
 
 import pytest
 
-# Arrays above glibc's largest threshold (32 MiB), which it would map anew every time.
+# Arrays above glibc's largest threshold (32 MiB), which it would map again each time.
 SCRIPT = """
 import resource, statistics, sys
 from flaxlm import machine

@@ -1,4 +1,4 @@
-"""Eight devices, however split, compute what one does and hold only their share."""
+"""Eight devices, on any mesh, compute what one does and hold only their share."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 
 
 def mesh_of(config, **sizes):
-  """The config on a mesh of as many devices as `sizes` say, and that mesh."""
+  """Returns the config on a mesh of `sizes`, and that mesh."""
   config = config.copy_and_resolve_references()
   for axis, size in sizes.items():
     config.mesh[axis] = size
@@ -37,7 +37,7 @@ def mesh_of(config, **sizes):
 
 
 def place(config, mesh, step: int = 0):
-  """A batch of random tokens on the devices of the mesh."""
+  """Returns a batch of random tokens on the devices of the mesh."""
   data = config.data
   rows = SyntheticBatches(data.seq_len, data.batch_size, 0, 64)[step]
   if config.model.attention == "ring" and mesh.shape["context"] > 1:
@@ -48,7 +48,7 @@ def place(config, mesh, step: int = 0):
 
 
 def start(config, mesh):
-  """(program, state at step 0)."""
+  """Returns (program, state at step 0)."""
   program = programs.build_program(config, mesh)
   with programs.use_config_mesh(config, mesh):
     return program, program.init(KEY)
@@ -66,9 +66,9 @@ def train(config, mesh):
 
 
 def gradient(config, mesh, model=None):
-  """Returns (loss, its gradient, metrics, weights), at first or of `model`.
+  """Returns (loss, its gradient, metrics, weights) of `model` or of new weights.
 
-  Taking the weights of another mesh saves compiling what draws them.
+  Reusing the weights of another mesh avoids compiling the initialisation.
   """
   if model is None:
     program, state = start(config, mesh)
@@ -95,7 +95,7 @@ def gradient(config, mesh, model=None):
 
 
 def assert_same_gradient(got, expected):
-  """Losses to 1e-5; gradients to 1e-5 of the largest number in each array."""
+  """Compares losses to 1e-5, gradients to 1e-5 of each array's largest value."""
   assert got[0] == pytest.approx(expected[0], rel=1e-5)
   arrays = zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True)
   for a, b in arrays:
@@ -104,7 +104,7 @@ def assert_same_gradient(got, expected):
 
 @pytest.fixture
 def config(tiny):
-  # Divide over 8 devices.
+  # Divisible over 8 devices.
   tiny.model.num_heads = tiny.model.num_kv_heads = 8
   tiny.model.head_dim = 4
   tiny.optim.peak_learning_rate = 1e-2
@@ -113,7 +113,7 @@ def config(tiny):
 
 @pytest.fixture
 def full(config):
-  """A model with something for every axis to split."""
+  """A model that has something to split for every axis."""
   model = config.model
   model.num_layers = 4
   model.moe.num_experts = 4
@@ -129,8 +129,8 @@ def expected():
   return {}
 
 
-# Three axes at a time such that each pair of the seven meets once (the Fano plane);
-# stage with other schedules too.
+# Three axes at a time, so that each pair of the seven occurs once (the Fano plane);
+# stage also with other schedules.
 TRIPLES = ("013", "124", "235", "346", "450", "561", "602")
 SPLITS = [{AXES[int(i)]: 2 for i in triple} for triple in TRIPLES] + [
   {"stage": 2, "microbatches": 4, "stage_repeats": 2},
@@ -189,7 +189,7 @@ def test_ring_attention_in_a_model_of_windows_and_documents(config, split, one_d
 def test_training_on_eight_devices_is_that_on_one(config, split, one_device):
   expected, reference = train(config, one_device)
   assert len(set(expected)) == STEPS
-  config.step.offload_optimizer = True  # changes where moments are, and no number
+  config.step.offload_optimizer = True  # moves moments, changes no number
   config, mesh = mesh_of(config, **split)
   losses, state = train(config, mesh)
   # Only the order of float32 sums differs: 1e-5 of a loss, 1e-3 of a weight's scale.
@@ -243,7 +243,7 @@ def test_weights_and_moments_are_split_over_all_devices(full, name):
 
 
 def test_tokens_between_blocks_are_split_over_tensor_too(config):
-  """Sequence parallelism: and no device ever holds all logits, or a gathered half."""
+  """With sequence parallelism, no device ever holds all logits or half of them."""
   config.model.vocab_size = 512
   config.data.batch_size = 16
   config, mesh = mesh_of(config, fsdp=2, tensor=4)
@@ -270,7 +270,7 @@ def test_tokens_between_blocks_are_split_over_tensor_too(config):
   ],
 )
 def test_a_named_tensor_is_kept_or_offloaded(config, keep, backend, one_device):
-  """remat=full computes the dot again, unless it is named."""
+  """remat=full recomputes the dot, unless it is named."""
   config.model.attention = backend
 
   def dots(**changes):
@@ -293,7 +293,7 @@ def test_a_named_tensor_is_kept_or_offloaded(config, keep, backend, one_device):
 def test_a_pipeline_reports_its_bubble():
   assert bubble(1, 4, 1) == 0
   assert bubble(4, 4, 1) == pytest.approx(3 / 7)
-  assert bubble(4, 8, 2) == pytest.approx(3 / 19)  # more rounds, less waiting
+  assert bubble(4, 8, 2) == pytest.approx(3 / 19)  # more rounds, fewer bubbles
 
 
 def test_stages_hold_their_own_layers_and_send_activations_on(full):
@@ -352,7 +352,7 @@ def test_an_axis_splits_an_array_once():
 
 
 def test_a_ring_never_holds_all_scores_nor_masks(config):
-  """JAX would compute the masks of all layers ahead, were they the same in each."""
+  """JAX would compute the masks of all layers ahead if they were the same."""
   config.model.attention, config.data.seq_len = "ring", 128
   config, mesh = mesh_of(config, data=2, context=4)
   program = programs.build_program(config, mesh)

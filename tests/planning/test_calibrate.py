@@ -35,7 +35,7 @@ def test_a_machine_is_measured_stored_and_used(tiny, quick, tmp_path):
   assert 0 < found.low < found.mid < found.high < math.inf
   tiny.log.calibration = str(path)
   assert calibrate.expected_seconds(tiny, make_mesh()) == found.mid
-  # Eight devices share the cores of this machine: each is as slow as all together.
+  # Eight devices share this machine's cores, so each is as slow as all together.
   alone = calibrate.measured_hardware(measured | {"num_devices": 1})
   key = calibrate.SQUARE_KEY
   assert machine.calibration.seconds[key] == 8 * alone.calibration.seconds[key]

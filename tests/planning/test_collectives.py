@@ -1,4 +1,4 @@
-"""Messages by hand: which link, how many bytes, how long."""
+"""Messages against calculations by hand: which link, how many bytes, how long."""
 
 import pytest
 
@@ -45,21 +45,21 @@ def test_times_of_rings_by_hand():
   def took(kind, axes=("fsdp",), link="nvlink", hardware=gpu, sizes=sizes):
     return transfer_seconds(Collective(kind, size, 1, axes, link), sizes, hardware)
 
-  # A GPU sends 450 GB/s: all but its own eighth, twice in an all-reduce.
+  # A GPU sends at 450 GB/s all but its own eighth, twice in an all-reduce.
   assert took("all-gather") == pytest.approx(7 / 8, rel=1e-3)
   assert took("all-reduce") == pytest.approx(7 / 4, rel=1e-3)
   assert took("permute") == pytest.approx(1, rel=1e-3)
   assert took("all-gather", sizes=mesh(fsdp=1)) == 0
-  # Two nodes: 8 cards of 50 GB/s a node are nearly as fast as NVLink's 450.
+  # Two nodes: 8 cards of 50 GB/s per node are nearly as fast as NVLink's 450.
   two = parse_hardware("h100x16")
   sizes = mesh(fsdp=16)
   assert took("all-gather", link="ib", hardware=two, sizes=sizes) == pytest.approx(
     15 / 16 * 450 / 400, rel=1e-3
   )
-  # One GPU of each node has its own card alone.
+  # One GPU per node uses only its own card.
   sizes = mesh(data=2, tensor=8)
   assert took("all-reduce", ("data",), "ib", two, sizes) == pytest.approx(9, rel=1e-3)
-  # A v5p axis of one of three dimensions has a third of 600 GB/s, of all three all.
+  # On v5p, an axis on one of three dimensions has a third of 600 GB/s, on three, all.
   pod = parse_hardware("v5p:8x8x8")
   one = took("all-gather", ("tensor",), "ici", pod, mesh(fsdp=64, tensor=8))
   assert one == pytest.approx(7 / 8 * 450 / 200, rel=1e-3)
@@ -83,7 +83,7 @@ def test_fsdp_gathers_twice_and_scatters_once():
   ]  # fmt: skip
   assert [row.bytes * 2 for row in scatters] == [row.bytes for row in gathers]
   assert found.keys() == {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))}
-  # Replicas add their gradients once a step, however many passes it has.
+  # Replicas sum their gradients once per step, for any number of passes.
   config.step.accumulation_steps = 2
   (reduce,) = by_name(config, mesh(data=8), "h100x8")["all-reduce", ("data",)]
   assert reduce.bytes == 4 * (layers + table) and reduce.count == 1
@@ -96,7 +96,7 @@ def test_each_axis_sends_what_it_should():
   stream = 8 * config.data.seq_len * 768 * 4
   found = by_name(config, mesh(tensor=4), "h100x4")
   (gather,) = found["all-gather", ("tensor",)]
-  assert gather.bytes == 12 * 4 * stream  # two a layer forward, two backward
+  assert gather.bytes == 12 * 4 * stream  # two per layer forward, two backward
   config.model.attention = "ring"
   found = by_name(config, mesh(context=4), "h100x4")
   (ring,) = found["permute", ("context",)]

@@ -1,4 +1,4 @@
-"""The compiled step: its memory, and the messages in it, counted exactly."""
+"""The compiled step: its memory and its messages, counted exactly."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def messages(function, spec, mesh, shape):
-  """{(kind, axes): (count, bytes)} of a compiled program on the CPU."""
+  """Returns {(kind, axes): (count, bytes)} of a compiled program on the CPU."""
   mapped = jax.shard_map(
     function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
   )
@@ -48,11 +48,11 @@ def test_messages_in_loops_are_counted_exactly():
     x, _ = jax.lax.scan(outer, x, None, length=5)
     return jax.lax.psum(x, ("slice", "tensor"))
 
-  size = 64 * 16 * 4  # what each device has
+  size = 64 * 16 * 4  # per device
   assert messages(program, P(), mesh, (64, 16)) == {
     ("all-reduce", ("tensor",)): (15, 15 * size),
-    ("all-gather", ("fsdp",)): (5, 5 * 2 * size),  # what comes out
-    ("reduce-scatter", ("fsdp",)): (5, 5 * 2 * size),  # what goes in
+    ("all-gather", ("fsdp",)): (5, 5 * 2 * size),  # output
+    ("reduce-scatter", ("fsdp",)): (5, 5 * 2 * size),  # input
     ("permute", ("tensor",)): (5, 5 * size),
     ("all-to-all", ("fsdp",)): (5, 5 * size),
     ("all-reduce", ("slice", "tensor")): (1, size),
@@ -161,7 +161,7 @@ def test_a_step_compiles_for_tpus_that_are_not_here(tiny):
   result = compile.compile_step(tiny, parse_hardware("v5e:2x2"))
   assert result.how == "compiled" and result.fits
   held = result.memory
-  # AdamW's two moments; norms and the counters are whole on each chip.
+  # AdamW's two moments; each chip holds all norms and counters.
   assert held["optimizer"] == pytest.approx(2 * held["parameters"], rel=0.01)
   assert held["temporaries"] > held["batch"] == 4 * 2 * 32 * 4  # four int32 arrays
   kinds = {row.kind for row in result.collectives if "fsdp" in row.axes}

@@ -1,4 +1,4 @@
-"""Counted memory against what XLA allocates."""
+"""Counted memory, against what XLA allocates."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_each_knob_saves_what_it_should(tiny, monkeypatch):
   split, *_ = counted(tiny)
   assert split.parameters < whole.parameters / 2
   assert split.gathered > 0 == whole.gathered
-  # Four groups of chips for the rows instead of eight, and two chips for each token.
+  # Rows are split over four groups of chips instead of eight, each token over two.
   assert split.activations == whole.activations
 
 

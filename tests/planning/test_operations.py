@@ -1,4 +1,4 @@
-"""The list of operations against the FLOPs and weights of the model itself."""
+"""The list of operations, against the FLOPs and weights of the model itself."""
 
 import importlib
 import math
@@ -41,7 +41,7 @@ def test_operations_add_up_to_the_models_flops(name):
     if name == "mistral_7b" and config.data.batch_size % math.prod(sizes.values()):
       continue
     ops = operations(config, sizes, flash=True)
-    # A fused kernel does 7 products where the count of a model has 6.
+    # A fused kernel does 7 products, where model FLOPs count 6.
     found = flops(ops, "matmul") + flops(ops, "attention") * 6 / 7
     assert found * math.prod(sizes.values()) == pytest.approx(expected, rel=0.01)
 
@@ -69,7 +69,7 @@ def test_masked_pairs_and_recomputation_cost_extra():
   config.model.remat = "full"
   ops = operations(config, mesh(), False)
   products = [op for op in ops if op.kind == "matmul"]
-  # Forward is one of three products; the last, of the words, is not repeated.
+  # Forward is one of three products; the output projection is not recomputed.
   assert [op.again for op in products[:-1]] == [pytest.approx(1 / 3)] * (
     len(products) - 1
   )

@@ -1,4 +1,4 @@
-"""Predictions: their parts by hand, and that they move the right way."""
+"""Predictions: terms computed by hand, and changes in the right direction."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def llama(attention="cudnn"):
 def test_a_band_around_a_believable_step():
   found = predict(llama(), mesh(fsdp=128), parse_hardware("h100x128"))
   assert found.low < found.mid < found.high
-  # Published: 38 to 60% for such models; remat takes a quarter of it here.
+  # Published: 38 to 60% for such models; remat costs a quarter of that here.
   assert 0.3 < found.mfu < 0.55 and found.bound == "matmul"
   tokens = 512 * 8192
   assert found.tokens == tokens
@@ -33,7 +33,7 @@ def test_a_band_around_a_believable_step():
   model = flops_per_token(llama().model, 8192) * tokens / 128
   assert found.model_flops == pytest.approx(model)
   assert found.mfu == pytest.approx(model / found.mid / 989.4e12)
-  # Recomputation: a third of what matmuls cost, more with masked pairs.
+  # Recomputation costs a third of the matmuls, more with masked pairs.
   assert 1.25 < found.hardware_flops / found.model_flops < 1.4
   dense = predict(llama("xla"), mesh(fsdp=128), parse_hardware("h100x128"))
   assert dense.hardware_flops > found.hardware_flops and dense.mid > found.mid
@@ -52,7 +52,7 @@ def test_what_binds_is_named_and_hiding_has_limits():
   assert stormy.bound == "dcn" and stormy.terms.hidden.keys() == {"dcn"}
   assert stormy.mid > 3 * calm.mid
   small = [heavy[0]._replace(bytes=size / 30)]
-  # A tenth of the step: most of it hides, none of it under the harsh assumptions.
+  # A tenth of the step; most of it overlaps, none under the harsh assumptions.
   hidden = predict(config, sizes, hardware, small)
   assert calm.mid < hidden.mid < 1.1 * calm.mid
   exposed = [small[0]._replace(axes=("slice", "tensor"))]
@@ -78,7 +78,7 @@ def test_small_products_fill_no_tiles():
   assumed = roofline.ASSUMPTIONS["mid"]
   one, two = (roofline.op_seconds(o, config, hardware, assumed) for o in (narrow, wide))
   assert one == pytest.approx(2 * two)
-  # And bytes count where there are few FLOPs.
+  # With few FLOPs, bytes matter.
   moving = wide._replace(flops=1.0, bytes=2765e9)
   seconds = roofline.op_seconds(moving, config, hardware, assumed)
   assert seconds == pytest.approx(1 / assumed.bandwidth)
@@ -94,7 +94,7 @@ def test_measured_operations_replace_the_table():
   count = sum(op.count * (1 + op.again) for op in ops)
   factor = roofline.ASSUMPTIONS["mid"].measured
   assert found.mid == pytest.approx(1e-3 * count * factor + 0.5)
-  # What was measured at another size is scaled: twice the rows, twice the time.
+  # A measurement at another size is scaled: twice the rows, twice the time.
   config.data.batch_size = 16
   twice = predict(config, mesh(), hardware)
   fixed = sum(op.count for op in ops if op.kind in ("optimizer", "weights"))

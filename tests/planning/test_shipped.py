@@ -1,8 +1,8 @@
-"""Every shipped config names its hardware and fits it: compiled, so that none can rot.
+"""Every shipped config names hardware that it fits on.
 
-The slow tests trace and lower the real step of each for TPUs that are not here, and
-compile those that show what the others do not: two cores are busy for a minute or two
-with each. `python -m flaxlm.plan` compiles any of them.
+The slow tests trace and lower the real step of each, for TPUs that are not here. They
+compile those that show something of their own, which takes one or two minutes each on
+two cores. `python -m flaxlm.plan` compiles any of them.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ NAMES = sorted(
   for path in (ROOT / "configs").glob("*.py")
   if path.stem not in ("base", "__init__")
 )
-# Compiled, with a message that they are there to show: kind, axis of the mesh, link.
+# Compiled, each with the message that it is to show: kind, mesh axis, link.
 SHOWN = {
   "llama3_70b": ("all-gather", "tensor", "ici"),
   "gpt3_175b": ("all-gather", "fsdp", "ici"),
@@ -81,7 +81,7 @@ def test_a_config_lowers_for_tpus(name, libtpu):
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_config_compiles_for_its_hardware_and_fits(name, libtpu):
   config = load(name)
-  # A process each: libtpu keeps half a gigabyte of every program that it compiled.
+  # One process each: libtpu keeps half a gigabyte per program that it compiled.
   command = [sys.executable, "-m", "flaxlm.plan", f"--config=configs/{name}.py"]
   done = subprocess.run(
     [*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What people and programs get to read of a plan."""
+"""The output of a plan, for people and for programs."""
 
 import json
 import re

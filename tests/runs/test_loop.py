@@ -1,4 +1,4 @@
-"""The loop: when it evaluates, what it saves, how it stops; what it leaves alone.
+"""The loop: when it evaluates, what it saves, how it stops, what it does not change.
 
 Started, killed and resumed processes are in tests/test_end_to_end.py.
 """
@@ -18,7 +18,7 @@ from flaxlm.training.checkpoint import list_steps, read_meta
 
 
 class Stop:
-  """Asks for a stop after a step, or in the evaluation after it."""
+  """Requests a stop after a step, or in the evaluation after it."""
 
   def __init__(self, after: int = 10**9, in_evaluation: bool = False):
     self.after, self.in_evaluation, self.step = after, in_evaluation, 0
@@ -33,7 +33,7 @@ class Stop:
 
 @pytest.fixture(scope="module", autouse=True)
 def hold_out():
-  """Holds out two of the batches that are trained on."""
+  """Evaluates on two of the training batches."""
 
   def open_feed(*arguments, **options):
     feed = program.open_feed(*arguments, **options)
@@ -60,7 +60,7 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, make_tiny):
-  """A run that nothing stopped: (its config, the config as it was, its directory)."""
+  """An uninterrupted run: (its config, the config before it, its directory)."""
   config, workdir = four_steps(make_tiny()), tmp_path_factory.mktemp("finished")
   asked = config_to_json(config)
   run(config, workdir)

@@ -1,4 +1,4 @@
-"""The log of a run: exact, valid, without duplicates; speeds that can be trusted."""
+"""A run's log is exact, valid and free of duplicates; its speeds can be trusted."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_resume_leaves_no_duplicates_and_mends_a_torn_line(tmp_path):
     (20, 0.5),
     (30, 31.0),
   ]
-  # Cut after a complete object: only the missing line end tells that it is torn.
+  # Cut after a complete object: only the missing newline shows it.
   path.write_text(path.read_text().removesuffix("\n"))
   with writer(tmp_path, first_step=30) as log:
     log.log(40, {"loss": 41.0})

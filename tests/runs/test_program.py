@@ -1,6 +1,6 @@
-"""What one training step costs, counted in its compiled program: no clock is involved.
+"""The cost of a training step, counted in its compiled program without any timing.
 
-`pytest tests/test_compiled_step.py --update-golden` rewrites tests/golden; review the
+`pytest tests/runs/test_program.py --update-golden` rewrites tests/golden; review the
 changes. FLOPs of matrix products must be equal everywhere. What XLA decides (fusions,
 messages, memory) must be within SAME of the golden values under the version of JAX that
 made them, and within OTHER under any other.
@@ -23,12 +23,12 @@ from flaxlm.runs import loop, program, progress
 from flaxlm.training.guards import StopSignal
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/compiled_step.json"
-SAME, OTHER = 0.05, 0.3  # of the golden value: the processor, too, decides on fusions
+SAME, OTHER = 0.05, 0.3  # relative; fusions also depend on the processor
 MESHES = {"one device": None, "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2}}
 
 
 def causal(config):
-  config.tokenizer.vocab_size = 512  # logits are the largest array, as in life
+  config.tokenizer.vocab_size = 512  # logits are the largest array, as in practice
   return config
 
 
@@ -40,7 +40,7 @@ def bert(config):
   model.positions, model.norm, model.norm_placement = "learned", "layernorm", "residual"
   model.embedding_norm = model.use_bias = True
   model.gated_mlp, model.activation, model.num_kv_heads = False, "gelu", 4
-  # So large that what a mesh leaves whole (biases, the head) is a small share.
+  # Large enough that unsharded weights (biases, the head) are a small share.
   model.num_layers, model.embed_dim, model.mlp_dim = 4, 64, 1024
   return config
 
@@ -53,12 +53,12 @@ def compiled(config, axes):
   with program.use_config_mesh(config, mesh):
     batch = program.abstract_batch(config, mesh)
     lowered = built.train_step.lower(built.target, batch, None)
-    # As users compile: tests do it with other emitters (tests/quick.py).
+    # Compile as users do; tests use other emitters (tests/quick.py).
     return lowered.compile({"xla_cpu_use_fusion_emitters": True}), built.target
 
 
 def instructions(computations, name, times=1):
-  """Yields (instruction, its neighbours by name, how often it runs) of a program."""
+  """Yields (instruction, its neighbours by name, times that it runs) of a program."""
   here = {instruction.name: instruction for instruction in computations[name]}
   for one in here.values():
     yield one, here, times
@@ -87,7 +87,7 @@ def dot_flops(dot, here) -> int:
 
 
 def count(config, axes) -> dict:
-  """The cost of a step: exact numbers first, then those that XLA decides."""
+  """Returns the cost of a step: exact numbers, then those that XLA decides."""
   step, target = compiled(config, axes)
   computations, entry = hlo.parse_hlo(step.as_text())
   found = collections.Counter()
@@ -102,7 +102,7 @@ def count(config, axes) -> dict:
   assert not found["infeed"] + found["outfeed"] + found["send"] + found["recv"]
   assert "callback" not in step.as_text()
   memory = step.memory_analysis()
-  # All of the state is donated, and its memory is used again: weights, moments, counts.
+  # All of the state is donated and its memory reused: weights, moments, counts.
   assert memory.alias_size_in_bytes == bytes_per_device(target)
   kinds = {
     key: n for key, n in sorted(found.items()) if re.match("messages|bytes", key)
@@ -178,7 +178,7 @@ def test_the_loop_compiles_once_and_reads_each_step_once(
     jax.config.update("jax_cpu_enable_async_dispatch", before)
   first = log.index("dispatched 1")
   assert "compile" in log[:first]
-  # One read a step, late where steps overlap; nothing is compiled any more.
+  # One read per step, late if steps overlap; nothing more is compiled.
   reads = [x for i in range(1, 7) for x in (f"dispatched {i}", "read")]
   if asynchronous:
     reads.remove("read")

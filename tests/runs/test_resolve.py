@@ -17,19 +17,19 @@ from flaxlm.runs.resolve import choose_attention, describe_kernel, resolve, stor
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-  """Where measurements of kernels are kept."""
+  """Returns the path where measurements of kernels are stored."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def gpu():
-  """A mesh of one pretended GPU; its `card` may be changed."""
+  """A fake mesh of one GPU; tests may change its `card`."""
   card = types.SimpleNamespace(platform="gpu", device_kind="H")
   return types.SimpleNamespace(devices=types.SimpleNamespace(flat=[card]), card=card)
 
 
 def labelled(labels=(), template_path=""):
-  """What resolve reads of a feed of labelled examples."""
+  """The attributes that resolve reads from a feed of labelled examples."""
   examples = types.SimpleNamespace(label_names=labels) if labels else None
   return types.SimpleNamespace(
     examples=examples, template_path=template_path, tokenizer=b"", chat_template=None
@@ -68,7 +68,7 @@ def test_the_config_that_was_asked_for_stays(tiny, gpu, tmp_path):
     "task.chat_template": "chat.jinja",
     "task.labels": ("animal", "tool"),
   }
-  tiny.tokenizer.vocab_size = 96  # linked knobs follow, but not in what is resolved
+  tiny.tokenizer.vocab_size = 96  # linked knobs follow, but not in the resolved config
   assert (tiny.model.vocab_size, config.model.vocab_size) == (96, 64)
 
 

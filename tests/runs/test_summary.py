@@ -1,4 +1,4 @@
-"""The card of a run says what will be trained; on a terminal, in colour."""
+"""A run's card shows what will be trained; on a terminal, in colour."""
 
 import io
 

@@ -40,7 +40,7 @@ def restore(workdir, step=None):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, make_tiny):
-  """A trained run that others start from."""
+  """A trained run from which others start."""
   config, path = make_tiny(), tmp_path_factory.mktemp("base")
   config.num_steps, config.log.every = 4, 1
   run(config, path)
@@ -95,7 +95,7 @@ def test_a_new_head_is_initialised_and_said_so(config, base, capsys):
   "use_bias", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
 def test_a_classifier_starts_from_the_pooler(make_tiny, tmp_path, use_bias):
-  """As in BERT, where the pooler is trained by the task on sentence pairs."""
+  """As in BERT, where the sentence-pair task trains the pooler."""
   config = make_tiny()
   model = config.model
   model.causal, model.head, model.pair_head = False, "mlm", True

@@ -1,4 +1,4 @@
-"""Conversations: the ids of transformers, loss only on the assistant, no forgery."""
+"""Conversations: same ids as transformers, loss only on the assistant, no forgery."""
 
 import datetime
 import io
@@ -86,7 +86,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def byte_bpe(english) -> FastTokenizer:
-  """Byte-level BPE with the special tokens of all templates here."""
+  """A byte-level BPE with the special tokens of all templates here."""
   library = tokenizers.pre_tokenizers.ByteLevel
   made = tokenizers.Tokenizer(tokenizers.models.BPE())
   made.pre_tokenizer = library(add_prefix_space=False)
@@ -103,14 +103,14 @@ def byte_bpe(english) -> FastTokenizer:
 
 @pytest.fixture(scope="module")
 def own(english) -> Tokenizer:
-  """A tokenizer as flaxlm trains it, with the tokens of ChatML."""
+  """A tokenizer that flaxlm trained, with the tokens of ChatML."""
   lines = sample_lines([english], 100_000)
   return Tokenizer(train_tokenizer(lines, "bpe", 600, user_symbols=SPECIAL[2:]))
 
 
 @pytest.fixture(scope="module")
 def prefixed(english) -> Tokenizer:
-  """A model like that of Llama 2 and Mistral: a space before every text."""
+  """A tokenizer like Llama 2's and Mistral's, with a space before every text."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(
@@ -128,7 +128,7 @@ def prefixed(english) -> Tokenizer:
 
 
 def learnt(tokenizer, ids, is_predicted) -> list[str]:
-  """The predicted stretches of a conversation, with special tokens by name."""
+  """Returns the predicted spans of a conversation, with special tokens by name."""
   names = {i: name for name, i in tokenizer.special_tokens.items()}
   parts, pieces = [], tokenizer.pieces()
   for i, (token, predicted) in enumerate(zip(ids.tolist(), is_predicted, strict=True)):

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: the ids of the originals, and nothing forged or lost."""
+"""Hugging Face tokenizers: same ids as the originals, nothing forged or lost."""
 
 import json
 import pathlib
@@ -107,7 +107,7 @@ def copy(source: pathlib.Path, target: pathlib.Path, **files: dict) -> pathlib.P
 
 
 def assert_same_ids(ours: FastTokenizer, theirs) -> None:
-  """Equal to a tokenizer of transformers, in text and in templates."""
+  """Ours equals a transformers tokenizer, in text and in templates."""
   theirs.model_max_length = 10**9
   for text in TEXTS:
     plain = theirs(text, add_special_tokens=False, split_special_tokens=True)
@@ -244,7 +244,7 @@ def test_special_tokens_cannot_be_forged(kind):
     ids = made.encode(text, add_special_tokens=False).ids
     assert tok.encode(text, specials=True) == ids
     assert {0, 1} & set(ids)
-  if kind == "unigram":  # the reason not to use the switch of the library
+  if kind == "unigram":  # why the library's own switch is not used
     made.encode_special_tokens = True
     assert 1 in made.encode("a </s>").ids
 
@@ -415,7 +415,7 @@ def test_export_of_sentencepiece_gives_the_same_ids(
   different = 0
   for text in [*TEXTS, *english.splitlines(keepends=True)[:3000]]:
     if not byte_fallback and SPACE_MARK in text:
-      continue  # one <unk> for it alone, or for its neighbours too
+      continue  # <unk> may include its neighbours
     expected, ids = ours.encode(text), made.encode(text)
     different += ids != expected
     assert ids == expected or (kind == "unigram" and sorted(ids) == sorted(expected))
@@ -425,7 +425,7 @@ def test_export_of_sentencepiece_gives_the_same_ids(
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_export_keeps_a_dummy_prefix(kind, sentences):
-  """A dummy prefix, as in Llama 2 and Mistral, without losing leading spaces."""
+  """A dummy prefix, as in Llama 2 and Mistral, loses no leading spaces."""
   options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
   model = reference_model(sentences, model_type=kind, byte_fallback=True, **options)
   original = sentencepiece.SentencePieceProcessor(model_proto=model)

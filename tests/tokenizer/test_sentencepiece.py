@@ -28,7 +28,7 @@ ODD = [
 
 
 def random_text(rng: random.Random) -> str:
-  """Characters of all planes, and runs of the ones that tokenizers treat specially."""
+  """Characters of all planes, and runs of those that tokenizers treat specially."""
   pools = [
     lambda: chr(rng.randrange(0x80)),
     lambda: chr(rng.randrange(0x800)),
@@ -74,7 +74,7 @@ def test_special_tokens_cannot_be_forged(english):
   assert min(tok.encode(text)) >= 9
   assert tok.decode(tok.encode(text)) == text
   assert tok.decode([1, *tok.encode("a b"), 4, 7, 2, 0]) == "a b"
-  # A template may: the longest name counts, and what is between is plain text.
+  # A template may. The longest name counts, and text in between is plain.
   assert tok.special_tokens["<user>"] == 7 and "<unk>" not in tok.special_tokens
   whole = tok.encode("<bos>a <user><user>+<eos", specials=True)
   assert whole == [1, *tok.encode("a "), 7, 8, *tok.encode("<eos")]

@@ -1,4 +1,4 @@
-"""Texts encoded word by word: the ids of the whole text, and each token's position."""
+"""Encoding word by word gives the ids of the whole text and each token's position."""
 
 import random
 

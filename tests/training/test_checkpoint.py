@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, or its loss is noticed."""
+"""Checkpoints are restored bit for bit, or the damage is detected."""
 
 import dataclasses
 import gc
@@ -130,7 +130,7 @@ def test_restores_onto_another_mesh(saved, shape):
 
 
 def test_donated_buffers_are_saved_as_they_were(tmp_path):
-  """On CPU a numpy view of an array is its memory, which a donated step overwrites."""
+  """On CPU, numpy views share the array's memory, which a donated step overwrites."""
   overwrite = jax.jit(
     lambda s: jax.tree.map(lambda x: x * 0 + jnp.array(77, x.dtype), s),
     donate_argnums=0,
@@ -151,7 +151,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
 
 
 def test_every_file_every_damage_is_found(saved, capsys):
-  """One flipped bit, a cut, a deletion: in each file, the manifest included."""
+  """A flipped bit, a cut or a deletion in each file, including the manifest."""
   path = saved / "2"
   files = sorted(f for f in path.rglob("*") if f.is_file())
   assert len(files) > 8 and path / "MANIFEST.json" in files
@@ -254,7 +254,7 @@ def test_mismatches_are_refused_by_name(saved):
   text = message(changed(full, embed, dtype=jnp.bfloat16))
   assert "embed float32[16, 8]" in text and "embed bfloat16[16, 8]" in text
   assert "17 in all" in message({"extra": full["extra"]})
-  assert entries(path) == ["1"]  # a mistake in the config damages nothing
+  assert entries(path) == ["1"]  # an error in the config damages nothing
 
 
 def test_partial_restore_reads_only_what_is_named(saved):

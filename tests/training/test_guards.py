@@ -1,4 +1,4 @@
-"""Guards, each tried on a real process: signals, hangs, and numbers gone bad."""
+"""Guards, each tested on a real process: signals, hangs and non-finite numbers."""
 
 import os
 import signal
@@ -106,7 +106,7 @@ def test_a_signal_that_is_handled_late_is_not_taken_for_a_second_one():
 
 
 def test_signals_that_only_the_handler_sees_still_count():
-  """Event loops inside Orbax borrow the wakeup descriptor while they run."""
+  """Event loops inside Orbax use the wakeup descriptor while they run."""
   before = signal.getsignal(signal.SIGINT)
   with StopSignal() as stop:
     signal.set_wakeup_fd(-1)
@@ -136,7 +136,7 @@ assert stop.should_stop()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_processes_stop_after_the_same_step(number):
-  """One process is told; a process of a job may never decide alone."""
+  """One process gets the signal; a process of a job never decides alone."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]

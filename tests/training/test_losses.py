@@ -14,7 +14,7 @@ compute_losses = jax.jit(losses, static_argnums=2)
 
 
 def make_model(config, **changes):
-  """One layer of random numbers: nothing to compile."""
+  """A model with one layer of random numbers, so nothing is compiled."""
   config.model.update(changes, num_layers=1)
   model_config, rng = TransformerConfig(**config.model), np.random.default_rng(1)
   abstract = jax.eval_shape(
@@ -45,7 +45,7 @@ def features_of(model, batch):
 
 
 def logits_of(model, batch):
-  """Over the vocabulary, in float64."""
+  """Returns logits over the vocabulary, in float64."""
   x_BLD = np.asarray(features_of(model, batch), np.float64)
   return x_BLD @ np.asarray(model.unembedding(), np.float64)
 
@@ -107,7 +107,7 @@ def test_predictions_are_counted_by_task():
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_micro_batches_add_up_to_the_batch(tiny, experts):
-  """Exactly the mean over all predictions, though the halves predict unequally."""
+  """The loss is the mean over all predictions, although the halves differ in count."""
   tiny.model.moe.num_experts = experts
   model, batch = make_model(tiny), make_batch(tiny)
   counts = count_predicted(batch)
@@ -120,7 +120,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, experts):
   whole = compute_losses(model, batch)
   mean = float(whole.nats.sum()) / (3.5 * 32)
   assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-5)
-  if experts:  # the loss that balances experts is a mean over each micro-batch
+  if experts:  # the balancing loss is a mean over each micro-batch
     load_SE = metrics["expert_load"]
     np.testing.assert_array_equal(load_SE, whole.routing.load_E)
     assert float(total) > mean + 1e-3 and float(metrics["dropped"]) == 0

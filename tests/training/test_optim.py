@@ -1,4 +1,4 @@
-"""Unknown names are refused; schedules reach their marks. Updates: test_state.py."""
+"""Unknown names are refused; schedules have the right values."""
 
 import pytest
 

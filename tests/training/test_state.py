@@ -1,4 +1,4 @@
-"""The step: what it optimises, what cannot poison it, what each weight gets."""
+"""The training step: its objective, its guard against NaNs, its update per weight."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_every_optimizer_learns_a_batch_by_heart(tiny, name):
 
 
 def test_adamw_is_the_textbook_update(tiny):
-  """One step by hand: clipping, moments, bias correction, decay by name."""
+  """One step computed by hand: clipping, moments, bias correction, decay by name."""
   tiny.optim.max_grad_norm = 0.01
   tiny.optim.warmup_steps = 0
   tiny.model.positions, tiny.model.norm, tiny.model.use_bias = (
@@ -179,7 +179,7 @@ def test_dropout_is_a_function_of_seed_and_step(tiny):
 
   assert loss_at(0, 0) == loss_at(0, 0)
   assert len({loss_at(0, 0), loss_at(0, 1), loss_at(1, 0)}) == 3
-  # Nothing is dropped where a model is evaluated.
+  # Evaluation has no dropout.
   nats, tokens, _ = jax.jit(make_eval_step())(state.model, rows)
   plain = dataclasses.replace(tiny_model(tiny), dropout=0.0)
   same = jax.jit(lambda key: init_state(key, plain, tx, 0.0))(jax.random.key(0))
@@ -201,7 +201,7 @@ def test_dropout_keeps_the_mean():
 
 
 def test_sentence_pairs_add_their_own_loss(tiny):
-  """Two tasks of one batch, each a mean over its own predictions."""
+  """Each of a batch's two tasks is a mean over its own predictions."""
   tiny.model.causal, tiny.model.head, tiny.model.pair_head = False, "mlm", True
   tiny.model.num_segment_types = 2
   tiny.objective.kind, tiny.objective.pairs = "masked", "nsp"

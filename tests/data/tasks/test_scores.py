@@ -31,7 +31,7 @@ def test_two_classes_by_hand():
   assert score_predictions("classify", 1 - true, true, TWO)[
     "matthews"
   ] == pytest.approx(-1)
-  # A constant answer knows nothing, and its F1 of the other class is 0.
+  # A constant answer scores 0: it knows nothing, and never predicts the other class.
   found = score_predictions("classify", np.zeros_like(true), true, TWO)
   assert (found["matthews"], found["f1"]) == (0, 0)
   assert found["macro_f1"] == pytest.approx((2 * 6 / 16) / 2)

@@ -1,4 +1,4 @@
-"""Every backend equals the definition, and no mask leaks: in values and gradients."""
+"""Every backend equals the definition; no mask leaks in values or gradients."""
 
 import itertools
 
@@ -24,14 +24,14 @@ PREFIX = np.array([[1, 1, 1, 0, 0] + [1, 1, 0, 0] + [0] * 3, [1] * 6 + [0] * 6])
 
 
 def sees(i, j, causal=True, window=0, segments=None, prefix=None) -> bool:
-  """Whether a query in slot i sees slot j; `segments` and `prefix` are of one row."""
+  """Returns whether slot i sees slot j; `segments` and `prefix` are of one row."""
   past = not causal or j <= i or (prefix is not None and prefix[j] > 0)
   near = not window or abs(i - j) < window
   return past and near and (segments is None or segments[i] == segments[j])
 
 
 def by_hand(q, k, v, scale=H**-0.5, softcap=0.0, segments=None, prefix=None, **mask):
-  """The definition in float64 with Python loops: no code shared with the package."""
+  """The definition in float64 with Python loops; shares no code with the package."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   out = np.zeros(q.shape)
   for b, n, i in itertools.product(range(B), range(N), range(L)):

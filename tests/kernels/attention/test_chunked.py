@@ -1,4 +1,4 @@
-"""Chunks need memory for a block of scores, and skip blocks that no query sees."""
+"""Chunks need memory for one block of scores and skip blocks that no query sees."""
 
 import functools
 
@@ -75,7 +75,7 @@ def test_blocks_that_nobody_sees_are_not_computed(mask):
   if mask.packed:
     seen = seen & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
   expected = seen.reshape(B, 6, 16, 6, 16).any((0, 2, 4))
-  for row in expected:  # from the first that is seen to the last
+  for row in expected:  # from the first visible to the last
     first, last = np.flatnonzero(row)[[0, -1]]
     row[first : last + 1] = True
   # Anything computed with a NaN is NaN, even at weight 0.
@@ -113,7 +113,7 @@ def test_layers_of_a_scan_keep_no_scores_and_no_masks():
     return jnp.sum(jax.lax.scan(layer, x, windows)[0])
 
   memory = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis()
-  # A mask of one layer alone would be length ** 2 bytes.
+  # The mask of a single layer would be length ** 2 bytes.
   inputs = layers * length * N * H * 4
   assert memory.temp_size_in_bytes < 8 * inputs + length**2 / 2
 

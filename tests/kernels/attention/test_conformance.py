@@ -1,4 +1,4 @@
-"""Every backend against the definition in float64, and nothing leaks by one bit."""
+"""Every backend against the definition in float64; not one bit leaks."""
 
 import functools
 import importlib.util
@@ -31,7 +31,7 @@ def runs_on_a_cpu(backend):
   return row.timed and choice.why_not(backend, case) is None
 
 
-# Half of the cases, and with the slow tests the others: first one type of each mask.
+# Half of the cases here, the others with the slow tests: one dtype per mask first.
 HALVES = pytest.mark.parametrize(
   "half", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["half", "other half"]
 )
@@ -99,7 +99,7 @@ def test_the_tpu_kernel_compiles_for_a_tpu():
 
 
 def leaky(given, mask):
-  """A kernel whose documents see each other a little, beyond what a tolerance shows."""
+  """A kernel whose documents see each other a little, too little for a tolerance."""
   right = kernels("dense")
   wrong = right(given._replace(segments_BL=None), mask)
   return right(given, mask) + 1e-9 * wrong
@@ -179,7 +179,7 @@ def test_auto_goes_by_platform_shape_and_measurement(tmp_path, monkeypatch):
 
 
 def test_the_definition_is_the_definition():
-  # Against one query by hand, and gradients against finite differences.
+  # One query is computed by hand; gradients are checked by finite differences.
   mask = MASKS[-1]
   given = conformance.inputs(mask, "float32", "GQA", 60)
   out, _, dk, _, dsinks = conformance.exact(given, mask)

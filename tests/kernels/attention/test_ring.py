@@ -1,4 +1,4 @@
-"""A ring of any size equals the reference on the whole sequence, at half the work."""
+"""A ring of any size equals the reference on the whole sequence, with half the work."""
 
 import functools
 import re
@@ -39,7 +39,7 @@ def make_mesh(data, context, tensor):
 
 
 def inputs(num_kv_heads=K, dtype=jnp.float32, length=L):
-  """Weights of the loss, queries, keys and values."""
+  """Returns weights of the loss, queries, keys and values."""
   keys = jax.random.split(jax.random.key(0), 4)
   heads = (N, N, num_kv_heads, num_kv_heads)
   return [
@@ -70,7 +70,7 @@ def whole(**static):
 
 
 def dealt(C, **static):
-  """Returns `function(q, k, v, masks)`: the whole sequence, on a ring of C devices."""
+  """Returns `function(q, k, v, masks)` of whole sequences, on a ring of C devices."""
 
   def shard(q, k, v, q_segments, k_segments, prefix, window):
     return ring_attention(

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted here, computes what the reference does."""
+"""The TPU kernel, in interpret mode, equals the reference."""
 
 import functools
 
