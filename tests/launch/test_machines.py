@@ -37,7 +37,7 @@ def steps(workdir):
   return path.read_text().count('"train"') if path.exists() else 0
 
 
-def fake_door(tmp_path, code):
+def fake_train(tmp_path, code):
   """Makes a fake `python -m flaxlm.train` that prints what it got."""
   (tmp_path / "python").mkdir()
   text = f"""#!{sys.executable}
@@ -69,7 +69,7 @@ def clone(tmp_path):
 def test_a_host_leaves_the_exit_code_behind(stubs, tmp_path, code):
   home = clone(tmp_path)
   (home / "runs/.secrets").write_text("HF_TOKEN=a $(touch canary) b\n")
-  env = stubs.environment(PATH=fake_door(tmp_path, f"sys.exit({code})"))
+  env = stubs.environment(PATH=fake_train(tmp_path, f"sys.exit({code})"))
   command = ["bash", str(home / "launch/host.sh"), "v5p", "1", "--workdir=a b"]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
   assert done.returncode == code, done.stderr
@@ -79,7 +79,7 @@ def test_a_host_leaves_the_exit_code_behind(stubs, tmp_path, code):
 
 def test_a_host_passes_signals_on(stubs, tmp_path):
   home = clone(tmp_path)
-  env = stubs.environment(PATH=fake_door(tmp_path, "time.sleep(60)"))
+  env = stubs.environment(PATH=fake_train(tmp_path, "time.sleep(60)"))
   command = ["bash", str(home / "launch/host.sh"), "cpu", "1", "--workdir=a"]
   process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
   assert "--workdir=a" in process.stdout.readline()

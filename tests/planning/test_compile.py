@@ -74,8 +74,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_parts_of_one_message_count_once_and_pairs_too():
-  # As TPUs print them: pieces in fusions share a chain; a start and its end; a
-  # reduce-scatter is named by its computation; slices talk through the host.
+  # As TPUs print them: pieces in fusions share a chain; a start has an end; a
+  # reduce-scatter is named by its computation; slices use the host.
   text = """
 %start (p: f32[2]) -> f32[8] {
   %g.1 = f32[8]{0} all-gather(%p), replica_groups={{0,1,2,3}}, chain_id="1"

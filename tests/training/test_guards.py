@@ -75,7 +75,7 @@ import ctypes, signal
 from flaxlm.training.guards import StopSignal
 stop = StopSignal()
 for number in StopSignal.SIGNALS:
-  signal.siginterrupt(number, False)  # read() below goes on after one, as XLA does
+  signal.siginterrupt(number, False)  # read() continues after a signal, as XLA does
 libc, buffer = ctypes.CDLL(None), ctypes.create_string_buffer(1)
 print("ready")
 libc.read(0, buffer, 1)
