@@ -13,7 +13,7 @@ from flaxlm.kernels.attention import choice, conformance
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  # All cases take most of a minute: tests/kernels/test_conformance.py runs them.
+  # All cases take most of a minute: kernels/attention/test_conformance.py runs them.
   monkeypatch.setattr(conformance, "MASKS", conformance.MASKS[1:2])
   monkeypatch.setattr(conformance, "LAYOUTS", {"GQA": 2})
   monkeypatch.setattr(conformance, "teraflops", lambda *_: 0.5)
