@@ -53,9 +53,18 @@ class _Child:
       raise errors.ConfigError("the command", given, "a program") from None
     if self.stopped_by:  # the signal came before there was a process to send it to
       self.process.send_signal(self.stopped_by)
-    code = self.process.wait()
+    code = self._wait()
     self.process = None
     return code if code >= 0 else 128 - code
+
+  def _wait(self) -> int:
+    # Python runs a signal's handler between bytecodes. One that arrives just before the
+    # process blocks would be handled only when the command ends: never block for long.
+    while True:
+      try:
+        return self.process.wait(timeout=1)
+      except subprocess.TimeoutExpired:
+        pass
 
   def sleep(self, seconds: float) -> None:
     """Waits, or returns early when told to stop."""

@@ -1,5 +1,7 @@
 """The supervisor: what it restarts, what it passes on, how it stops."""
 
+import contextlib
+import os
 import pathlib
 import signal
 import subprocess
@@ -34,13 +36,42 @@ if action == "kill": os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(action))
 """
 
+# Supervises with a thread that takes SIGTERM for itself once the command is ready. The
+# main thread's system call is not interrupted, as if the signal came just before it.
+UNNOTICED = """
+import pathlib, signal, sys, threading, time
+from flaxlm import supervise
+def take_the_signal():
+  while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)
+  time.sleep(0.2)
+  signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=take_the_signal).start()
+supervise.main(sys.argv[2:])
+"""
 
-def start(tmp_path, *actions, options=("--backoff=0.01",)):
-  command = [sys.executable, "-m", "flaxlm.supervise", *options, "--"]
-  command += [sys.executable, "-c", CHILD, str(tmp_path / "log"), *map(str, actions)]
-  return subprocess.Popen(
-    command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-  )
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process():
+  yield
+  for process in STARTED:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+  STARTED.clear()
+
+
+def start(tmp_path, *actions, options=("--backoff=0.01",), supervisor=None):
+  supervisor = supervisor or ["-m", "flaxlm.supervise", *options]
+  child = [sys.executable, "-c", CHILD, str(tmp_path / "log"), *map(str, actions)]
+  process = subprocess.Popen(
+    [sys.executable, *supervisor, "--", *child], cwd=ROOT, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+  )  # fmt: skip
+  STARTED.append(process)
+  return process
 
 
 def run(tmp_path, *actions, **kwargs):
@@ -128,6 +159,14 @@ def test_a_signal_reaches_the_command_and_ends_the_supervisor(
   assert process.returncode == expected and printed == ""
   assert (tmp_path / "log.signal").read_text() == f"{number.value}\n"
   assert len(starts(tmp_path)) == 1
+
+
+def test_a_signal_that_interrupts_nothing_is_not_lost(tmp_path):
+  ready = tmp_path / "log.ready"
+  process = start(tmp_path, "sleep:75", supervisor=["-c", UNNOTICED, str(ready)])
+  printed, _ = process.communicate(timeout=30)
+  assert (process.returncode, printed) == (75, "")
+  assert (tmp_path / "log.signal").read_text() == f"{signal.SIGTERM.value}\n"
 
 
 def test_a_signal_ends_the_waiting_between_two_runs(tmp_path):

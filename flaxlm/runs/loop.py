@@ -82,8 +82,8 @@ def train(
     progress = enter(TrainingProgress(config, workdir, first_step, compiled, expected))
     profiler = enter(Profiler(config.log, files.profile))
     evaluate_after = make_evaluation(program, feed, progress, stop, watchdog)
-    if owed:
-      evaluate_after(first_step, state, base)
+    if owed and not evaluate_after(first_step, state, base):
+      raise stopped(files, config, first_step)
 
     say("compiling the training step ...")
     batches = progress.waiting_for(feed.read_train(first_step, config.num_steps))
@@ -102,12 +102,17 @@ def train(
         if stopping:  # a signal came during the evaluation
           checkpoints.save(step, state, describe_checkpoint(config, feed, step))
       if stopping:
-        raise Preempted(
-          f"stopped after step {step} of {config.num_steps}\n"
-          f"  saved:  {files.checkpoints / str(step)}\n"
-          "  next:   the same command continues from there"
-        )
+        raise stopped(files, config, step)
   say(f"done: {files.checkpoints / str(config.num_steps)}, {files.metrics}")
+
+
+def stopped(files: RunFiles, config, step: int) -> Preempted:
+  """Returns the error that ends a run whose state after `step` is saved."""
+  return Preempted(
+    f"stopped after step {step} of {config.num_steps}\n"
+    f"  saved:  {files.checkpoints / str(step)}\n"
+    "  next:   the same command continues from there"
+  )
 
 
 def make_evaluation(

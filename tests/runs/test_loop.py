@@ -106,6 +106,10 @@ def test_a_run_that_is_done_does_only_what_it_owes(finished, tmp_path, capsys):
   lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
   (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
   assert [*logged(workdir)["eval"]] == [2]
+  # A signal while it makes up for the evaluation leaves that owed.
+  with pytest.raises(Preempted, match=r"step 4 of 4\n.*checkpoints/4\n"):
+    run(load_run_config(workdir), workdir, Stop(after=0, in_evaluation=True))
+  assert [*logged(workdir)["eval"]] == [2]
   assert run(load_run_config(workdir), workdir) == losses
 
 

@@ -175,7 +175,9 @@ def conll_records(
   rows, first = [], 0
   for number, line in numbered_lines(file):
     line = line.rstrip("\r\n")
-    values = line.split("\t") if "\t" in line else line.split()
+    # Other white space separates nothing: a no-break space is part of a word.
+    spaced = [value for value in line.split(" ") if value]
+    values = line.split("\t") if "\t" in line else spaced
     if not values or values[0] == "-DOCSTART-":
       if rows:
         yield Record(_sentence(rows, names, usual), file, "line", first)

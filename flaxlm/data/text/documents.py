@@ -240,10 +240,10 @@ def json_documents(path: str, field: str) -> DocumentParts:
 
 
 def parse_json(text: str) -> object:
-  """Returns the value of a line of JSON; None if it is not JSON."""
+  """Returns the value of a line; None if it is not JSON, or nested too deeply."""
   try:
     return json.loads(text)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
 
 

@@ -25,6 +25,19 @@ READ_BYTES = 1 << 20  # bytes read at a time
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # from damaged files
 SURROGATES = re.compile("[\ud800-\udfff]")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
+# A zstd file may begin with a frame to skip, as pzstd's do (RFC 8878, section 3.1.2).
+MAGIC |= {bytes([0x50 + n, 0x2A, 0x4D, 0x18]): "zstd" for n in range(16)}
+UNICODE_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+  codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+  codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+NO_TEXT = {
+  b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF",
+  b"\x04\x22\x4d\x18": "compressed by lz4", b"\x1f\x9d": "compressed by compress",
+  b"PAR1": "parquet", b"ARROW1": "Arrow", b"Obj\x01": "Avro", b"\x7fELF": "a program",
+  b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image",
+  b"SQLite format 3": "a database", b"\x89HDF": "HDF5",
+}  # fmt: skip
 # Problems.
 BAD_UTF8 = "invalid UTF-8, replaced"
 BAD_SURROGATE = "lone surrogate, replaced"
@@ -50,7 +63,7 @@ def find_files(key: str, pattern: str) -> list[str]:
       files = [str(path) for path in matches if path.exists() and not path.is_dir()]
   else:
     pattern = os.path.expanduser(pattern)
-    files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+    files = local_files(pattern)
   if not files:
     folder = not remote.is_remote(pattern) and os.path.isdir(pattern)
     raise errors.MissingInputError(
@@ -60,6 +73,47 @@ def find_files(key: str, pattern: str) -> list[str]:
       f"{pattern.rstrip('/')}/**/*.txt" if folder else "check path and quotes",
     )
   return sorted(files)
+
+
+def local_files(pattern: str) -> list[str]:
+  """Returns the local files that match a glob, each once, however many names it has.
+
+  What exists by its literal name is taken literally, brackets and all.
+  """
+  head, tail = pattern, ""
+  while head and not os.path.exists(head):
+    head, _, last = head.rstrip("/").rpartition("/")
+    tail = f"/{last}{tail}"
+  pattern = glob.escape(head) + (tail if head or pattern.startswith("/") else tail[1:])
+  found = {}
+  # Of the names of a file, one without links comes first.
+  matches = sorted(_expand(pattern))
+  for path in sorted(matches, key=lambda path: os.path.realpath(path) != path):
+    if os.path.isfile(path):
+      status = os.stat(path)
+      found.setdefault((status.st_dev, status.st_ino), path)
+  return list(found.values())
+
+
+def _expand(pattern: str) -> Iterator[str]:
+  """Yields the paths that match a glob; `**` enters each directory once, links too."""
+  stars = re.search(r"(?:^|(?<=/))\*\*(?=/|$)", pattern)
+  if not stars:
+    yield from glob.iglob(pattern)
+    return
+  before, after = pattern[: stars.start()], pattern[stars.end() :].lstrip("/") or "*"
+  entered = set()
+  for root in glob.glob(before) if before else [""]:
+    for folder, folders, _ in os.walk(root or ".", followlinks=True):
+      status = os.stat(folder)
+      folders[:] = sorted(name for name in folders if not name.startswith("."))
+      if (status.st_dev, status.st_ino) in entered:
+        folders.clear()
+        continue
+      entered.add((status.st_dev, status.st_ino))
+      inside = folder if root else os.path.relpath(folder)
+      inside = "" if inside == "." else inside
+      yield from _expand(os.path.join(glob.escape(inside), after))
 
 
 def file_size(path: str) -> int:
@@ -78,9 +132,40 @@ def open_binary(path: str) -> IO[bytes]:
   return open(path, "rb")
 
 
+class _Recoded(io.RawIOBase):
+  """A stream of text in UTF-16 or UTF-32, read as UTF-8."""
+
+  def __init__(self, stream: IO[bytes], encoding: str):
+    self._text = io.TextIOWrapper(stream, encoding, errors="replace", newline="")
+    self._rest = b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    if not self._rest:
+      self._rest = self._text.read(READ_BYTES).encode()
+    size = min(len(buffer), len(self._rest))
+    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+    return size
+
+
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
-  """Opens a file and decompresses it as its first bytes, not its name, say."""
+  """Opens a file, decompressed and in UTF-8, as its first bytes, not its name, say."""
+  with _open_decompressed(path) as stream:
+    if not hasattr(stream, "peek"):
+      stream = io.BufferedReader(stream, READ_BYTES)
+    start = stream.peek(4)
+    for mark, encoding in UNICODE_MARKS.items():
+      if start.startswith(mark):
+        stream = io.BufferedReader(_Recoded(stream, encoding), READ_BYTES)
+        break
+    yield stream
+
+
+@contextlib.contextmanager
+def _open_decompressed(path: str) -> Iterator[IO[bytes]]:
   with open_binary(path) as file:
     start = file.read(6)
     file.seek(0)
@@ -115,6 +200,7 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         problems = ()
         if first and text:
           first = False
+          _check_text(path, chunk, text)
           if text[0] == "\ufeff":
             text, problems = text[1:], (BOM,)
         if text:
@@ -125,6 +211,24 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
   except READ_ERRORS as error:
     needed = "a whole text file (plain, gz, bz2, xz, zst)"
     raise damaged_file(path, error, needed) from error
+
+
+def _check_text(path: str, chunk: bytes, text: str) -> None:
+  """Refuses a file that is no text, by its first bytes or because few are text.
+
+  Args:
+    text: `chunk` decoded, with a surrogate per byte that is no UTF-8.
+  """
+  kind = next((kind for mark, kind in NO_TEXT.items() if chunk.startswith(mark)), "")
+  bad = len(SURROGATES.findall(text)) + text.count("\0")
+  if not kind and 32 <= bad > len(text) / 10:
+    kind = f"bytes of which {bad / len(text):.0%} are no text"
+  if kind:
+    raise errors.DataError(
+      f"{path} holds no text",
+      kind,
+      "UTF-8, UTF-16 or UTF-32, plain, gz, bz2, xz or zst",
+    )
 
 
 def clean(text: str, problem: str) -> tuple[str, tuple[str, ...]]:
@@ -142,15 +246,18 @@ def clean(text: str, problem: str) -> tuple[str, tuple[str, ...]]:
 
 
 def lines(chunks: Iterable) -> DocumentParts:
-  """Splits (text, problems) chunks into lines, without their newlines."""
-  open_line = False
+  """Splits (text, problems) chunks into lines, without their newlines (LF or CR LF)."""
+  open_line, held = False, ""
   for text, problems in chunks:
-    *whole, rest = text.split("\n")
+    text = held + text
+    held = "\r" if text.endswith("\r") else ""  # a newline may follow it
+    *whole, rest = text.removesuffix("\r").split("\n")
     for line in whole:
+      line = line.removesuffix("\r")
       yield line, True, problems
       problems, open_line = (), False
     if rest:
       yield rest, False, problems
       open_line = True
-  if open_line:
-    yield "", True, ()
+  if open_line or held:
+    yield held, True, ()

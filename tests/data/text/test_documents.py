@@ -205,6 +205,98 @@ def test_order_is_sorted_and_the_fingerprint_sees_changes(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_newlines_of_windows(tmp_path, monkeypatch):
+  for size in (1, 2, 3, 5, 100):  # a chunk may end between the two characters
+    monkeypatch.setattr(formats, "READ_BYTES", size)
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\nthree\r\n\r\n \r\nf\rour\r")
+    path = str(tmp_path / "a.txt")
+    lines = read(kind="text", path=path, document="line")
+    assert whole_documents(lines) == ["one", "", "two", "three", "", " ", "f\rour\r"]
+    paragraphs = read(kind="text", path=path, document="paragraph")
+    assert whole_documents(paragraphs) == ["one", "two\nthree", "f\rour\r"]
+
+
+def test_a_file_is_read_once_whatever_its_names(tmp_path):
+  folder = tmp_path / "t"
+  (folder / "deep" / ".hidden").mkdir(parents=True)
+  for name in ("x.txt", "deep/y.txt", "deep/.hidden/z.txt"):
+    (folder / name).write_text(name)
+  for link in ("me", "myself", "deep/up"):  # together, they would never end
+    (folder / link).symlink_to(folder)
+  (folder / "a.txt").symlink_to(folder / "x.txt")
+  os.link(folder / "x.txt", folder / "deep" / "same.txt")
+  found = [f"{folder}/deep/y.txt", f"{folder}/x.txt"]
+  for pattern in ("**/*.txt", "**", "**/**/*.txt", "../t/**/*.txt"):
+    files = formats.local_files(f"{folder}/{pattern}")
+    assert sorted(map(os.path.realpath, files)) in (
+      found, [f"{folder}/deep/same.txt", f"{folder}/deep/y.txt"],
+    ), pattern  # fmt: skip
+  # Links to folders elsewhere are followed.
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "link").symlink_to(folder / "deep")
+  assert len(formats.local_files(f"{tmp_path}/other/**/y.txt")) == 1
+
+
+def test_names_with_brackets_are_taken_literally(tmp_path):
+  (tmp_path / "[1]" / "in").mkdir(parents=True)
+  path = tmp_path / "[1]" / "in" / "x[a].txt"
+  path.write_text("text")
+  for pattern in (path, f"{tmp_path}/[1]/in/*.txt", f"{tmp_path}/[1]/**/*.txt"):
+    assert formats.find_files("key", str(pattern)) == [str(path)]
+
+
+def test_relative_patterns(tmp_path, monkeypatch):
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  (tmp_path / "a" / "b" / "x.txt").write_text("x")
+  monkeypatch.chdir(tmp_path)
+  for pattern in ("**/*.txt", "a/**/*.txt", "a/*/x.txt", "a/b/x.txt", "**"):
+    assert formats.local_files(pattern) == ["a/b/x.txt"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-16-le"])
+def test_other_encodings_of_unicode(encoding, tmp_path):
+  text = '{"text": "h\u00e9llo\u2028 \U0001f600"}\n' * 3
+  mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
+  (tmp_path / "a.jsonl").write_bytes((mark + text).encode(encoding))
+  (tmp_path / "a.txt.gz").write_bytes(gzip.compress((mark + text).encode(encoding)))
+  found = read(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+  assert whole_documents(found) == ["h\u00e9llo\u2028 \U0001f600"] * 3
+  found = read(kind="text", path=str(tmp_path / "a.txt.gz"))
+  assert whole_documents(found) == [text] and not problems(found)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+  rng = random.Random(0)
+  noise = bytes(rng.randrange(256) for _ in range(4000))
+  for data, kind in [
+    (b"PK\x03\x04" + noise, "zip"),
+    (b"\x04\x22\x4d\x18abc", "lz4"),
+    (noise, "no text"),
+    (("text without a mark " * 9).encode("utf-16-le"), "no text"),
+  ]:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(errors.DataError, match=f"holds no text\n.*{kind}"):
+      read(kind="text", path=str(tmp_path / "a.txt"))
+
+
+def test_zstd_that_begins_with_a_frame_to_skip(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  skipped = (0x184D2A5E).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"abcd"
+  codec = pyarrow.Codec("zstd")
+  frames = [codec.compress(text, asbytes=True) for text in (b"one\n", b"two\n")]
+  (tmp_path / "a.zst").write_bytes(skipped + frames[0] + skipped + frames[1])
+  found = read(kind="text", path=str(tmp_path / "a.zst"), document="line")
+  assert whole_documents(found) == ["one", "two"]
+
+
+def test_json_nested_too_deeply_is_skipped(tmp_path):
+  deep = '{"text": "b", "m": ' + "[" * 100_000 + "]" * 100_000 + "}"
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + deep + '\n{"text": "c"}\n')
+  found = read(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+  assert whole_documents(found) == ["a", "", "c"]
+  assert problems(found) == [formats.BAD_JSON]
+
+
 def test_a_line_of_200_megabytes_takes_little_memory(tmp_path):
   path = tmp_path / "long.txt"
   with open(path, "wb") as file:
