@@ -230,6 +230,7 @@ def test_a_signal_saves_and_the_same_command_continues(project, tmp_path, number
   assert_same_run(project / "straight", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_lost(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   process = start(*command, JAX_ENABLE_COMPILATION_CACHE="false")
@@ -241,6 +242,7 @@ def test_a_signal_before_the_first_step_is_not_lost(project, tmp_path):
   assert_same_run(project / "straight", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   assert "profile of steps 5 to 7" in run(*command, "--config.log.profile_step=5")

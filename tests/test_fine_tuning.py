@@ -116,6 +116,7 @@ def test_tagging_finds_the_words(pretrained, tmp_path):
   assert final["kind"] == "eval" and final["f1"] > 0.9 and final["accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_questions_are_answered_from_the_text(pretrained, tmp_path):
   paragraphs = [
     {
@@ -141,6 +142,7 @@ def test_questions_are_answered_from_the_text(pretrained, tmp_path):
   assert final["exact_match"] > 0.9 and final["f1"] > 0.9
 
 
+@pytest.mark.slow
 def test_choices_are_compared(pretrained, tmp_path):
   lines = []
   for number, (_, name, _) in enumerate(sentences()):
@@ -156,6 +158,7 @@ def test_choices_are_compared(pretrained, tmp_path):
   assert final["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_chat_learns_the_assistants_turns_alone(tiny, tmp_path):
   pytest.importorskip("jinja2", reason="chat templates need jinja2: the extra `hf`")
   (tmp_path / "text.txt").write_text("\n".join(text for text, _, _ in sentences()))

@@ -92,6 +92,7 @@ def test_a_second_start_compiles_next_to_nothing(runs, cold):
   assert "cache" not in err and "machine" not in err.lower()
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_compiled_again(runs, cold):
   # All programs are cached, not only those that are slow to compile here.
   every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -201,6 +201,7 @@ def test_slurm_queues_again_what_was_preempted_and_nothing_else(
     assert stubs.calls()[-1] == ["scontrol", "requeue", number]
 
 
+@pytest.mark.slow
 def test_slurm_trains_saves_at_its_signal_and_goes_on(stubs, tmp_path):
   """Two real processes that find each other through Slurm's variables."""
   stubs.write("srun", SRUN.format(python=sys.executable))

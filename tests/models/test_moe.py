@@ -207,7 +207,7 @@ def run(config, mesh, steps, skew=1.0):
   "capacity_factor, split",
   [
     (0.0, {"data": 2, "expert": 2}),
-    (2.0, {"fsdp": 2, "expert": 2, "tensor": 2}),
+    pytest.param(2.0, {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param(2.0, {"data": 8}, marks=pytest.mark.slow),
     pytest.param(0.0, {"data": 8}, marks=pytest.mark.slow),
     pytest.param(0.0, {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),

@@ -225,7 +225,10 @@ def test_evaluation_does_not_depend_on_the_mesh(config, one_device):
     assert result == pytest.approx(results[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize(
+  "name",
+  ["adamw", *(pytest.param(x, marks=pytest.mark.slow) for x in ("muon", "adafactor"))],
+)
 def test_weights_and_moments_are_split_over_all_devices(full, name):
   full.optim.name = name
   config, mesh = mesh_of(full, stage=2, fsdp=2, tensor=2)
@@ -262,11 +265,11 @@ def test_tokens_between_blocks_are_split_over_tensor_too(config):
 @pytest.mark.parametrize(
   "keep, backend",
   [
-    ("attention", "reference"),
     ("attention", "xla"),
+    pytest.param("attention", "reference", marks=pytest.mark.slow),
     ("attention", "chunked"),
     ("hidden", "xla"),
-    ("query", "xla"),
+    pytest.param("query", "xla", marks=pytest.mark.slow),
   ],
 )
 def test_a_named_tensor_is_kept_or_offloaded(config, keep, backend, one_device):
