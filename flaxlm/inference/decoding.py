@@ -93,8 +93,9 @@ def generate(
 ) -> Iterator[np.ndarray]:
   """Yields arrays of new tokens, one row per prompt, `max_tokens` per row in all.
 
-  A text that outgrows the model's context continues from its last half. Rows are
-  independent; the caller cuts each at its end-of-text token.
+  Each token is drawn from the whole text, until that is longer than the model's
+  context. A text that outgrows it continues from its last half. Rows are independent;
+  the caller cuts each at its end-of-text token.
 
   Args:
     prompts: token ids, at least one each (a beginning-of-text token will do).
@@ -113,35 +114,37 @@ def generate(
     sampling = [dataclasses.replace(sampling, index=i) for i in range(len(prompts))]
   assert len(sampling) == len(prompts)
   rows = jax.tree.map(jnp.asarray, SamplingRows.stack(sampling))
-  texts = [list(prompt) for prompt in prompts]
+  texts = [list(prompt[-context:]) for prompt in prompts]
   allowed_V, made, room = jnp.asarray(allowed_V), 0, 0
   while made < max_tokens:
-    if room < PORTION:
-      keep = context - PORTION if made == 0 else context // 2
-      texts = [text[-keep:] for text in texts]
-      logits_BV, cache, room = _start(model, texts, max_tokens - made)
+    if room == 0:
+      half = -(context // 2)
+      texts = [text[half:] if len(text) > context else text for text in texts]
+      # The last token to draw needs no place in the context itself.
+      room = context + 1 - max(map(len, texts))
+      logits_BV, cache = _start(model, texts, min(room, max_tokens - made))
     position_B = np.array([len(text) for text in texts], np.int32)
     count_B = np.full(len(texts), made, np.int32)
     tokens_BP, logits_BV, cache = decode(
       model, logits_BV, cache, position_B, count_B, allowed_V, rows
     )
-    room -= PORTION
-    new = np.asarray(tokens_BP)[:, : max_tokens - made]
-    made += new.shape[1]
+    new = np.asarray(tokens_BP)[:, : min(room, max_tokens - made)]
+    made, room = made + new.shape[1], room - new.shape[1]
     for text, row in zip(texts, new, strict=True):
       text.extend(row.tolist())
     yield new
 
 
 def _start(model: Transformer, texts: list[list[int]], max_tokens: int):
-  """Prefills a cache with left-padded texts; returns (logits, cache, its empty slots).
+  """Prefills a cache with left-padded texts; returns (logits, cache).
 
-  Lengths are rounded up, to compile less; the cache has no more slots than will be
-  filled, because each token reads all of them.
+  Lengths are rounded up, to compile less. The cache has slots for the padding, which
+  takes no place in the context, and for `max_tokens` more; few others, because each
+  token reads all of them.
   """
-  context, longest = model.config.max_len, max(map(len, texts))
-  length = max(longest, min(round_up(longest), context - PORTION))
-  slots = min(round_up(length + -(-max_tokens // PORTION) * PORTION), context)
+  longest = max(map(len, texts))
+  length = max(longest, min(round_up(longest), model.config.max_len))
+  slots = round_up(length + -(-max_tokens // PORTION) * PORTION)
   tokens = np.zeros((len(texts), length), np.int32)
   segment_ids = np.zeros((len(texts), length), np.int32)
   for i, text in enumerate(texts):
@@ -149,7 +152,7 @@ def _start(model: Transformer, texts: list[list[int]], max_tokens: int):
     segment_ids[i, length - len(text) :] = 1
   cache = KVCache.empty(model.config, len(texts), slots)
   logits_BV, cache = prefill(model, tokens, segment_ids, cache)
-  return logits_BV, cache, slots - length
+  return logits_BV, cache
 
 
 def round_up(length: int) -> int:

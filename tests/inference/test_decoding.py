@@ -33,12 +33,15 @@ def model(request, tiny):
 def uncached(model, prompt, num_tokens):
   """Decodes greedily by running the whole text again for each token."""
   run = jax.jit(lambda model, *batch: model.logits(model(*batch)[0]))
-  text = list(prompt)
+  text, made = list(prompt), []
   for _ in range(num_tokens):
+    if len(text) > 32:
+      text = text[-16:]
     tokens = jnp.array([text + [0] * (32 - len(text))])
     logits = run(model, tokens, jnp.arange(32)[None], jnp.ones((1, 32), jnp.int32))
-    text.append(int(jnp.argmax(logits[0, len(text) - 1])))
-  return text[len(prompt) :]
+    made.append(int(jnp.argmax(logits[0, len(text) - 1])))
+    text.append(made[-1])
+  return made
 
 
 def written(*args, **kwargs):
@@ -103,11 +106,18 @@ def test_other_settings_do_not_compile_again(model):
   assert decode._cache_size() == programs and not compiled
 
 
-def test_a_text_may_outgrow_the_context(model):
-  rows = written(model, [[5]], 70, Sampling(temperature=0), ALL)
-  assert rows.shape == (1, 70)
+def test_the_whole_context_is_used_and_a_text_may_outgrow_it(model):
+  """Also where the prompts are padded, and where other rows outgrow it earlier."""
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 64, size).tolist() for size in (17, 9, 32)]
+  rows = written(model, prompts, 28, Sampling(temperature=0), ALL)
+  alone = written(model, prompts[:1], 28, Sampling(temperature=0), ALL)
+  np.testing.assert_array_equal(alone, rows[:1])
+  for prompt, row in zip(prompts, rows, strict=True):
+    assert row.tolist() == uncached(model, prompt, 28)
   portions = [p.shape[1] for p in generate(model, [[5]], 70, Sampling(seed=1), ALL)]
-  assert sum(portions) == 70 and set(portions[:-1]) == {PORTION}
+  # 32 tokens from a text of 1 to one of 33, then 17 from each of 16.
+  assert portions == [PORTION] * 4 + [8, 8, 1] * 2 + [4]
 
 
 def test_only_allowed_ids_are_drawn(model):
