@@ -106,10 +106,8 @@ def generate(
   """
   assert prompts and all(prompts), "a prompt needs at least one token"
   model, context = for_decoding(model), model.config.max_len
-  if context < 2 * PORTION:
-    raise ConfigError(
-      "config.model.max_len", context, f"at least {2 * PORTION} to decode"
-    )
+  if context < 2:
+    raise ConfigError("config.model.max_len", context, "at least 2 to decode")
   if isinstance(sampling, Sampling):
     sampling = [dataclasses.replace(sampling, index=i) for i in range(len(prompts))]
   assert len(sampling) == len(prompts)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flaxlm.errors import ConfigError
 from flaxlm.inference.decoding import (
   PORTION,
   decode,
@@ -33,12 +34,13 @@ def model(request, tiny):
 def uncached(model, prompt, num_tokens):
   """Decodes greedily by running the whole text again for each token."""
   run = jax.jit(lambda model, *batch: model.logits(model(*batch)[0]))
-  text, made = list(prompt), []
+  text, made, context = list(prompt), [], model.config.max_len
+  positions = jnp.arange(context)[None]
   for _ in range(num_tokens):
-    if len(text) > 32:
-      text = text[-16:]
-    tokens = jnp.array([text + [0] * (32 - len(text))])
-    logits = run(model, tokens, jnp.arange(32)[None], jnp.ones((1, 32), jnp.int32))
+    if len(text) > context:
+      text = text[-(context // 2) :]
+    tokens = jnp.array([text + [0] * (context - len(text))])
+    logits = run(model, tokens, positions, jnp.ones_like(positions))
     made.append(int(jnp.argmax(logits[0, len(text) - 1])))
     text.append(made[-1])
   return made
@@ -118,6 +120,17 @@ def test_the_whole_context_is_used_and_a_text_may_outgrow_it(model):
   portions = [p.shape[1] for p in generate(model, [[5]], 70, Sampling(seed=1), ALL)]
   # 32 tokens from a text of 1 to one of 33, then 17 from each of 16.
   assert portions == [PORTION] * 4 + [8, 8, 1] * 2 + [4]
+
+
+def test_the_shortest_contexts(tiny):
+  for tiny.model.max_len in (2, 3):
+    model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
+    row = written(model, [[5]], 7, Sampling(temperature=0), ALL)[0]
+    assert row.tolist() == uncached(model, [5], 7)
+  tiny.model.max_len = 1
+  model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
+  with pytest.raises(ConfigError, match="at least 2"):
+    written(model, [[5]], 7, Sampling(temperature=0), ALL)
 
 
 def test_only_allowed_ids_are_drawn(model):

@@ -31,12 +31,12 @@ UNICODE_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
   codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
   codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+# No text begins like these. Other formats show by how few of their bytes are text.
 NO_TEXT = {
-  b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF",
+  b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive",
   b"\x04\x22\x4d\x18": "compressed by lz4", b"\x1f\x9d": "compressed by compress",
-  b"PAR1": "parquet", b"ARROW1": "Arrow", b"Obj\x01": "Avro", b"\x7fELF": "a program",
-  b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image",
-  b"SQLite format 3": "a database", b"\x89HDF": "HDF5",
+  b"Obj\x01": "Avro", b"\x7fELF": "a program", b"\x89HDF": "HDF5",
+  b"\x89PNG": "an image", b"\xff\xd8\xff": "an image",
 }  # fmt: skip
 # Problems.
 BAD_UTF8 = "invalid UTF-8, replaced"
@@ -88,7 +88,8 @@ def local_files(pattern: str) -> list[str]:
   found = {}
   # Of the names of a file, one without links comes first.
   matches = sorted(_expand(pattern))
-  for path in sorted(matches, key=lambda path: os.path.realpath(path) != path):
+  matches.sort(key=lambda path: os.path.realpath(path) != os.path.abspath(path))
+  for path in matches:
     if os.path.isfile(path):
       status = os.stat(path)
       found.setdefault((status.st_dev, status.st_ino), path)

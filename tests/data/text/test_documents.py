@@ -216,7 +216,7 @@ def test_newlines_of_windows(tmp_path, monkeypatch):
     assert whole_documents(paragraphs) == ["one", "two\nthree", "f\rour\r"]
 
 
-def test_a_file_is_read_once_whatever_its_names(tmp_path):
+def test_a_file_is_read_once_whatever_its_names(tmp_path, monkeypatch):
   folder = tmp_path / "t"
   (folder / "deep" / ".hidden").mkdir(parents=True)
   for name in ("x.txt", "deep/y.txt", "deep/.hidden/z.txt"):
@@ -231,6 +231,10 @@ def test_a_file_is_read_once_whatever_its_names(tmp_path):
     assert sorted(map(os.path.realpath, files)) in (
       found, [f"{folder}/deep/same.txt", f"{folder}/deep/y.txt"],
     ), pattern  # fmt: skip
+  # Of two names the one without links is taken, also in a relative pattern.
+  monkeypatch.chdir(folder)
+  (folder / "deep" / "same.txt").unlink()
+  assert formats.local_files("*.txt") == ["x.txt"]
   # Links to folders elsewhere are followed.
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "link").symlink_to(folder / "deep")
@@ -272,6 +276,7 @@ def test_what_is_no_text_is_refused(tmp_path):
     (b"PK\x03\x04" + noise, "zip"),
     (b"\x04\x22\x4d\x18abc", "lz4"),
     (noise, "no text"),
+    (b"%PDF-1.7\n" + noise, "no text"),
     (("text without a mark " * 9).encode("utf-16-le"), "no text"),
   ]:
     (tmp_path / "a.txt").write_bytes(data)
