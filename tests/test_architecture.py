@@ -25,7 +25,7 @@ LEVELS = [
   {"config"},
   {"parallel", "kernels"},
   {"cli"},
-  {"machine", "files", "console"},
+  {"machine", "files", "json_files", "console"},
   {"errors"},
 ]
 LAZY = {
