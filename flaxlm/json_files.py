@@ -14,7 +14,7 @@ import re
 
 from flaxlm.errors import DataError
 
-MAX_BYTES = 32 << 20  # the index of a model with 10^5 tensors has 10 MB
+MAX_BYTES = 64 << 20  # large tokenizers have 35 MB, indexes of large models 10 MB
 MAX_DEPTH = 100  # far below Python's limit of recursion
 _MAX_DIGITS = 20  # of a whole number: 64 bits
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

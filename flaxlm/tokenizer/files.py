@@ -11,6 +11,7 @@ import os
 import pathlib
 
 from flaxlm import errors
+from flaxlm.json_files import read_json
 from flaxlm.tokenizer.fast import (
   CHAT_TEMPLATE,
   SPECIAL_IDS,
@@ -148,17 +149,6 @@ def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
   return specials.keys() - unknown <= own.special_tokens.keys() and spaces == {
     i: own.piece(i) for i in range(own.vocab_size)
   }
-
-
-def read_json(file: pathlib.Path) -> dict:
-  """Returns the object in a JSON file; DataError if it holds anything else."""
-  try:
-    tree = json.loads(file.read_bytes())
-  except ValueError as error:
-    raise unreadable(f"{file}: {error}") from error
-  if not isinstance(tree, dict):
-    raise unreadable(f"{file}: not an object")
-  return tree
 
 
 class FilesBeside:

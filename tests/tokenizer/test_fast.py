@@ -351,7 +351,7 @@ def test_which_file_of_a_directory(bpe, byte_bpe, wordpiece, tmp_path):
 @pytest.mark.parametrize(
   ("name", "content", "needle"),
   [
-    ("tokenizer.json", b"{", "tokenizer.json cannot be used"),
+    ("tokenizer.json", b"{", "tokenizer.json cannot be read"),
     ("tokenizer.json", b'{"model": {"vocab": {}}}', "cannot be used"),
     ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
     ("vocab.txt", b"a\nb\n", "not a WordPiece vocabulary"),

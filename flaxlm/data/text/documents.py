@@ -222,9 +222,9 @@ def json_documents(path: str, field: str) -> DocumentParts:
         if not line.strip():
           continue
         try:
-          record = parse_json(line.decode())
+          record = parse_line(line.decode())
         except UnicodeDecodeError:
-          record = parse_json(line.decode(errors="replace"))
+          record = parse_line(line.decode(errors="replace"))
           problems += (BAD_UTF8,)
         text = record.get(field) if isinstance(record, dict) else None
         if isinstance(record, dict) and field not in record and not found:
@@ -239,7 +239,7 @@ def json_documents(path: str, field: str) -> DocumentParts:
     raise damaged_file(path, error, "a whole file of JSON lines") from error
 
 
-def parse_json(text: str) -> object:
+def parse_line(text: str) -> object:
   """Returns the value of a line; None if it is not JSON, or nested too deeply."""
   try:
     return json.loads(text)
