@@ -1,3 +1,17 @@
 """flaxlm: language models in JAX/Flax, from raw text to a checkpoint people use."""
 
 __version__ = "0.1.0"
+
+
+def load(path, step: int | None = None, mesh=None):
+  """Loads a trained model; returns a `LanguageModel` (inference/language_model.py).
+
+  Args:
+    path: a run (`runs/a`), one of its checkpoints (`runs/a/checkpoints/500`), or a
+      directory with a Hugging Face model.
+    step: of the checkpoint; None is the newest.
+    mesh: the devices (`jax.sharding.Mesh`); None is the first device.
+  """
+  from flaxlm.library import load_model  # JAX is imported only now
+
+  return load_model(path, step, mesh)

@@ -93,7 +93,7 @@ def import_model(
       "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
       "config": json.loads(config_to_json(config)),
     }
-    checkpoints.save(0, {"model": nest(_to_jax(model.leaves))}, meta)
+    checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)
   _keep_files(source, workdir, config, tokenizer)
   _print_summary(model, tokenizer, workdir)
 
@@ -125,8 +125,7 @@ def _make_config(
     config.objective.pairs = "nsp" if model.pair_head else "none"
   elif model.head in _TASKS:
     config.task.kind = _TASKS[model.head]
-    names = imported.config.get("id2label") if fields["num_labels"] else None
-    config.task.labels = tuple(names[i] for i in sorted(names or {}, key=int))
+    config.task.labels = label_names(imported)
     config.task.path = "labelled.jsonl"  # a placeholder: fine-tuning names its own
   elif model.head != "lm":
     raise AssertionError(model.head)
@@ -135,7 +134,13 @@ def _make_config(
   return apply_overrides(config, overrides)
 
 
-def _to_jax(leaves: dict) -> dict:
+def label_names(imported: Imported) -> tuple[str, ...]:
+  """Returns the names of the classes by number; () if the model has no classes."""
+  names = imported.config.get("id2label") if imported.fields["num_labels"] else None
+  return tuple(names[i] for i in sorted(names or {}, key=int))
+
+
+def to_jax(leaves: dict) -> dict:
   """Returns JAX arrays over NumPy's memory, without a copy."""
   return {path: jax.dlpack.from_dlpack(leaf) for path, leaf in leaves.items()}
 
@@ -152,13 +157,13 @@ def _keep_files(
       shutil.copyfile(source / name, originals / name)
   if tokenizer:
     write_atomically(workdir / file_name(tokenizer.model), tokenizer.model)
-    template = tokenizer.chat_template or _find_chat_template(source)
+    template = tokenizer.chat_template or find_chat_template(source)
     if template:
       write_atomically(files.chat_template, template)
   write_atomically(files.config, config_to_json(config))
 
 
-def _find_chat_template(source: pathlib.Path) -> str:
+def find_chat_template(source: pathlib.Path) -> str:
   """Returns the template beside a SentencePiece model, which cannot hold one, or ''."""
   try:
     return read_template(source)

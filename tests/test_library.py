@@ -1,0 +1,98 @@
+"""A model is opened where it lies, and a run and its export are the same model."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import flaxlm
+from flaxlm.config.load import config_to_json
+from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.interop.export_run import export_model
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer
+from flaxlm.models.trees import named_leaves, nest
+from flaxlm.runs.directory import RunFiles
+from flaxlm.training.checkpoint import Checkpointer
+
+
+def save_run(config, workdir, tokenizer=None, step=7):
+  """Writes a run whose weights are random; returns the model."""
+  model = Transformer(TransformerConfig(**config.model), nnx.Rngs(3))
+  files = RunFiles(workdir)
+  workdir.mkdir()
+  with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
+    meta = {"step": step, "tokenizer_sha256": tokenizer.sha256 if tokenizer else ""}
+    checkpoints.save(step, {"model": nest(named_leaves(model))}, meta)
+  files.config.write_text(config_to_json(config))
+  if tokenizer:
+    (workdir / "tokenizer.model").write_bytes(tokenizer.model)
+  return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_tiny, bpe):
+  """A run and its export, with the same random weights."""
+  home, config = tmp_path_factory.mktemp("library"), make_tiny()
+  config.tokenizer.vocab_size = bpe.vocab_size
+  save_run(config, home / "run", bpe)
+  export_model(config, home / "run", home / "exported")
+  return home
+
+
+def test_importing_flaxlm_imports_no_jax():
+  code = "import sys, flaxlm; flaxlm.load; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_its_checkpoint_and_its_export_are_one_model(saved):
+  run = flaxlm.load(saved / "run")
+  assert run.step == 7 and flaxlm.load(f"{saved}/run/checkpoints/7").step == 7
+  theirs = flaxlm.load(saved / "exported")
+  assert theirs.step is None
+  ids = run.encode("def main(argv):")
+  assert theirs.encode("def main(argv):") == ids
+  assert theirs.decode(ids) == run.decode(ids) == "def main(argv):"
+  np.testing.assert_allclose(run.logits(ids), theirs.logits(ids), atol=1e-5)
+  pairs = [("def main(", "argv):"), ("", "import sys")]
+  for a, b in zip(run.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+    assert a.log_p == pytest.approx(b.log_p, abs=1e-4) and a[1:] == b[1:]
+
+
+def test_overrides_change_a_run_and_nothing_else(saved):
+  from flaxlm.library import load_model
+
+  model = load_model(saved / "run", overrides=["model.dtype=bfloat16"])
+  assert model.config.dtype == "bfloat16"
+  with pytest.raises(ConfigError, match="without steps or knobs"):
+    load_model(saved / "exported", overrides=["model.dtype=bfloat16"])
+  with pytest.raises(ConfigError, match="step=3"):
+    flaxlm.load(saved / "exported", step=3)
+  with pytest.raises(ConfigError, match="step"):
+    flaxlm.load(f"{saved}/run/checkpoints/7", step=3)
+
+
+def test_what_is_no_model_is_refused(saved, tmp_path):
+  with pytest.raises(MissingInputError, match="holds no model"):
+    flaxlm.load(tmp_path / "nothing")
+  (tmp_path / "config.json").write_text("[1, 2")
+  with pytest.raises(MissingInputError, match="a run"):
+    flaxlm.load(tmp_path)
+  shutil.copyfile(saved / "exported/config.json", tmp_path / "config.json")
+  with pytest.raises(MissingInputError, match="weights"):
+    flaxlm.load(tmp_path)
+
+
+def test_a_mesh_gives_the_same_numbers(saved):
+  from flaxlm.parallel.mesh import make_mesh
+
+  one = flaxlm.load(saved / "run")
+  mesh = make_mesh(jax.devices()[:4], data=1, fsdp=2, tensor=2)
+  for name in ("run", "exported"):
+    many = flaxlm.load(saved / name, mesh=mesh)
+    ids = one.encode("import sys")
+    np.testing.assert_allclose(many.logits(ids), one.logits(ids), atol=1e-5)
