@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted(
 LEVELS = [
   {"__main__", "__init__"},
   {"library"},
-  {"planning", "interop"},
+  {"planning", "interop", "evals"},
   {"inference"},
   {"runs"},
   {"training", "data"},

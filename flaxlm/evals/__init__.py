@@ -1,0 +1,1 @@
+"""Scores models on tasks: packed log-likelihoods, task files, the lm-eval adapter."""
