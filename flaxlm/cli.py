@@ -68,9 +68,8 @@ def run_command(main: Callable[[], None], cache: bool = True) -> None:
   except KeyboardInterrupt:
     print("flaxlm: interrupted", file=sys.stderr)
     code = errors.Preempted.exit_code
-  except BaseException:
-    traceback.print_exc()
-    code = errors.UserError.exit_code
+  except BaseException as error:
+    code = _report(error)
   with contextlib.suppress(BrokenPipeError):
     sys.stdout.flush()
   sys.stderr.flush()
@@ -79,3 +78,17 @@ def run_command(main: Callable[[], None], cache: bool = True) -> None:
   if code == 141:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   sys.exit(code)
+
+
+def _report(error: BaseException) -> int:
+  """Prints an error that no room expected; returns the exit code.
+
+  A file that the system refuses is for the user to mend. All else is our bug.
+  """
+  if isinstance(error, OSError) and error.filename is not None:
+    failure = errors.storage_failure(error.filename, error)
+    print(errors.terminal_text(failure), file=sys.stderr)
+    return failure.exit_code
+  for line in "".join(traceback.format_exception(error)).splitlines():
+    print(errors.printable(line, 2000), file=sys.stderr)
+  return errors.UserError.exit_code

@@ -11,11 +11,10 @@ not.
 
 import json
 import os
-import pathlib
 import platform
 import sys
 
-from flaxlm import cli, machine
+from flaxlm import cli, files, machine
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,12 +22,15 @@ def main(argv: list[str] | None = None) -> None:
   parser.epilog = None  # no config is read
   parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
   args = parser.parse_args(argv)
+  if args.json:
+    files.check_output(args.json, f"--json={args.json}")
   found = {"machine": _describe_machine()}
   for name, value in found["machine"].items():
     print(f"{name:12}  {value}", flush=True)
   found["attention"] = _check_attention()
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    with files.writing(f"--json={args.json}"):
+      files.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
   if not all(row["conforms"] for row in found["attention"].values() if row["checked"]):
     sys.exit(1)
 

@@ -6,11 +6,18 @@ durable, and fsync of the directory makes the name durable.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from flaxlm.errors import OutputError, storage_failure
+
+_DRAFT_LOCK = ".draft.lock"  # held by the process that fills a draft of a directory
 
 
 def write_atomically(
@@ -69,3 +76,95 @@ def sync_directory(path: str | os.PathLike) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(name: object) -> Iterator[None]:
+  """Says which output cannot be written, if the block fails to write it.
+
+  Args:
+    name: as the user knows it, such as --html=FILE.
+  Raises:
+    OutputError: the place does not exist, is no directory or is read-only.
+    StorageError: the disk is full or fails.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise storage_failure(name, error, writing=True) from error
+
+
+def check_output(path: str | os.PathLike, name: object, parents: bool = False) -> None:
+  """Raises OutputError unless `path` can be written; for use before long work.
+
+  Args:
+    name: as in `writing`.
+    parents: missing directories will be made.
+  """
+  path = pathlib.Path(path).absolute()
+  with writing(name):
+    if not parents and path.is_dir():
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = path if parents else path.parent
+    while parents and not os.path.lexists(folder):
+      folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+      pass
+
+
+@contextlib.contextmanager
+def write_directory(path: str | os.PathLike, name: object) -> Iterator[pathlib.Path]:
+  """Yields a draft directory that becomes `path` when the block ends.
+
+  An exception in the block removes the draft. A draft that a killed process left is
+  removed by the next call.
+
+  Args:
+    path: does not exist, or is an empty directory.
+    name: as in `writing`.
+  Raises:
+    OutputError, StorageError: `path` or its draft holds something, or cannot be
+      written.
+  """
+  import filelock
+
+  path = pathlib.Path(path).absolute()
+  draft = path.with_name(f"{path.name}.unfinished")
+  needed = "a new or empty directory"
+  with writing(name):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+      raise OutputError(f"{name} cannot be written", f"{path}, not empty", needed)
+    draft.mkdir(parents=True, exist_ok=True)
+    left = [entry.name for entry in draft.iterdir()]
+    if left and _DRAFT_LOCK not in left:
+      given, hint = f"{draft}, not empty", f"delete {draft}"
+      raise OutputError(f"{name} cannot be written", given, needed, hint)
+    lock = filelock.FileLock(draft / _DRAFT_LOCK, timeout=0)
+    try:
+      lock.acquire()
+    except filelock.Timeout:
+      given = f"{draft}, which another process is writing"
+      raise OutputError(f"{name} cannot be written", given, needed) from None
+  try:
+    with writing(name):
+      _empty(draft)
+    yield draft
+    with writing(name):
+      if path.exists():
+        path.rmdir()
+      rename(draft, path)
+      (path / _DRAFT_LOCK).unlink(missing_ok=True)
+  except BaseException:
+    shutil.rmtree(draft, ignore_errors=True)
+    raise
+  finally:
+    lock.release()
+
+
+def _empty(draft: pathlib.Path) -> None:
+  """Removes what a killed process left in a draft, but not the lock."""
+  for entry in draft.iterdir():
+    if entry.is_dir() and not entry.is_symlink():
+      shutil.rmtree(entry)
+    elif entry.name != _DRAFT_LOCK:
+      entry.unlink()

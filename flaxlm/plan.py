@@ -13,7 +13,7 @@ done, whether it fits or not; 2 config.
 import json
 import pathlib
 
-from flaxlm import cli
+from flaxlm import cli, files
 from flaxlm.config.load import load_config
 from flaxlm.errors import ConfigError
 
@@ -23,12 +23,16 @@ def main(argv: list[str] | None = None) -> None:
   if not args.config:
     raise ConfigError("--config", "nothing", "a config file", "configs/llama3_8b.py")
   loaded = {path: load_config(path, overrides) for path in args.config}
+  if args.html:
+    files.check_output(args.html, f"--html={args.html}")
   if args.calibrate:
     from flaxlm.planning import calibrate
 
-    calibrate.save_calibration(
-      calibrate.measure(list(loaded.values())), args.calibration
-    )
+    name = f"--calibration={args.calibration}"
+    files.check_output(args.calibration, name)
+    measured = calibrate.measure(list(loaded.values()))
+    with files.writing(name):
+      calibrate.save_calibration(measured, args.calibration)
     print(f"measured this machine: {args.calibration}, --hardware=this")
     return
   if args.scaling:
@@ -44,8 +48,7 @@ def _show(found: list[tuple], args) -> None:
   from flaxlm.planning.page import plan_page
 
   if args.html:
-    page = "\n".join(plan_page(plan) for plan, _ in found)
-    pathlib.Path(args.html).write_text(page)
+    _write_page(args.html, "\n".join(plan_page(plan) for plan, _ in found))
   if args.json:
     print(
       json.dumps([table.plan_to_json(plan) | more for plan, more in found], indent=2)
@@ -70,8 +73,12 @@ def _scale(loaded: dict, args) -> None:
   for name, found in series.items():
     print(f"{name}, the same rows per chip:\n{scaling.scaling_table(found)}")
   if args.html:
-    page = scaling_page("weak scaling, predicted", series)
-    pathlib.Path(args.html).write_text(page)
+    _write_page(args.html, scaling_page("weak scaling, predicted", series))
+
+
+def _write_page(file: str, page: str) -> None:
+  with files.writing(f"--html={file}"):
+    files.write_atomically(file, page)
 
 
 def _hardware_of(path: str, config, args):

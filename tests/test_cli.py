@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import flaxlm
+from flaxlm import cli
 from flaxlm.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,3 +99,14 @@ def test_the_command_prints_five_lines_and_an_exit_code(arguments, code, message
   assert done.returncode == code
   assert message in done.stderr and "Traceback" not in done.stderr
   assert len(done.stderr.strip().splitlines()) <= 5
+
+
+def test_what_the_system_refuses_is_no_traceback_and_a_bug_is(tmp_path, capsys):
+  with pytest.raises(FileNotFoundError) as caught:
+    (tmp_path / "\x1b[2J").read_text()
+  assert cli._report(caught.value) == 66
+  shown = capsys.readouterr().err
+  assert "Traceback" not in shown and "\\x1b[2J" in shown and "\x1b" not in shown
+  assert cli._report(ValueError("\x1b[2J")) == 70
+  shown = capsys.readouterr().err
+  assert "ValueError" in shown and "\x1b" not in shown

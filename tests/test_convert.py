@@ -90,8 +90,14 @@ def test_in_and_out(model_config, sentencepiece, tmp_path, one_device, capsys):
   more = {"eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": None}
   source = make_source(tmp_path / "hub", model_config, leaves, sentencepiece, **more)
   workdir = tmp_path / "run"
+  for name in ("run", "out"):  # what killed calls left
+    (tmp_path / f"{name}.unfinished" / "checkpoints" / "0").mkdir(parents=True)
+    (tmp_path / f"{name}.unfinished" / ".draft.lock").write_text("")
   run_import(source, workdir)
   assert "imported llama" in capsys.readouterr().out
+  assert {".draft.lock", "checkpoints/0.unfinished"}.isdisjoint(
+    str(path.relative_to(workdir)) for path in workdir.rglob("*")
+  )
   config, found, meta = restore(workdir, one_device)
   assert (meta["step"], meta["tokens"]) == (0, 0)
   assert meta["tokenizer_sha256"] == Tokenizer(sentencepiece).sha256
@@ -251,6 +257,11 @@ def test_what_is_in_the_way_is_not_touched(model_config, sentencepiece, tmp_path
     run_export(tmp_path / "run", tmp_path / "new", "--family=qwen3")
   with pytest.raises(ConfigError, match="--dtype cannot be used"):
     run_export(tmp_path / "run", tmp_path / "new", "--dtype=int8")
+  for out in ("out/note/x", "out/note"):  # below a file, and a file
+    with pytest.raises(OutputError, match=r"--to=.* cannot be written"):
+      run_export(tmp_path / "run", tmp_path / out)
+    with pytest.raises(OutputError, match=r"--workdir=.* cannot be (written|used)"):
+      run_import(source, tmp_path / out)
   assert not list(tmp_path.glob("new*"))
   assert (tmp_path / "out" / "note").read_text() == "mine"
   (tmp_path / "hub" / "model.safetensors").write_bytes(b"1234567890")

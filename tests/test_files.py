@@ -5,6 +5,7 @@ import os
 import pytest
 
 from flaxlm import files
+from flaxlm.errors import OutputError, StorageError
 
 
 def test_text_is_utf_8_and_bytes_are_as_given(tmp_path):
@@ -84,3 +85,65 @@ def test_a_directory_gets_its_name_in_one_step(tmp_path):
   files.rename(draft, tmp_path / "final")
   assert os.listdir(tmp_path) == ["final"]
   assert (tmp_path / "final/file").read_text() == "x"
+
+
+@pytest.fixture
+def bad_places(tmp_path):
+  """Paths that nobody can write, not even root."""
+  (tmp_path / "file").write_text("")
+  return [tmp_path / "absent" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 300)]
+
+
+def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, bad_places):
+  files.check_output(tmp_path / "x", "--html")
+  files.check_output(tmp_path / "new" / "x", "--html", parents=True)
+  for path in [*bad_places[:2], tmp_path]:
+    with pytest.raises(OutputError, match="--html=x cannot be written"):
+      files.check_output(path, "--html=x")
+  with pytest.raises(OutputError):
+    files.check_output(tmp_path / "file" / "a" / "b", "--to", parents=True)
+  assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_the_system_refuses_has_a_name_and_an_exit_code(bad_places):
+  for path in bad_places:
+    with (
+      pytest.raises(OutputError, match="--html=x") as caught,
+      files.writing("--html=x"),
+    ):
+      files.write_atomically(path, "")
+    assert caught.value.exit_code == 73
+  for number, kind in ((28, StorageError), (5, StorageError), (30, OutputError)):
+    with pytest.raises(kind, match="x"), files.writing("x"):
+      raise OSError(number, os.strerror(number))
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+  out = tmp_path / "a" / "out"
+  with pytest.raises(KeyboardInterrupt), files.write_directory(out, "x") as draft:
+    (draft / "half").write_text("")
+    raise KeyboardInterrupt
+  assert os.listdir(out.parent) == []
+  out.mkdir()
+  with files.write_directory(out, "x") as draft:
+    (draft / "whole").write_text("")
+    with pytest.raises(OutputError, match="another process is writing"):
+      files.write_directory(out, "x").__enter__()
+    assert os.listdir(out) == []
+  assert os.listdir(out) == ["whole"] and os.listdir(out.parent) == ["out"]
+  with pytest.raises(OutputError, match="not empty"), files.write_directory(out, "x"):
+    pass
+
+
+def test_a_draft_of_a_killed_process_is_replaced_and_no_other(tmp_path):
+  draft = tmp_path / "out.unfinished"
+  (draft / "folder").mkdir(parents=True)
+  (draft / "folder" / "mine").write_text("")
+  with pytest.raises(OutputError, match=r"delete .*unfinished"):
+    files.write_directory(tmp_path / "out", "x").__enter__()
+  assert (draft / "folder" / "mine").exists()
+  (draft / ".draft.lock").write_text("")  # held by nobody
+  with files.write_directory(tmp_path / "out", "x") as again:
+    assert os.listdir(again) == [".draft.lock"]
+    (again / "whole").write_text("")
+  assert os.listdir(tmp_path / "out") == ["whole"]

@@ -10,7 +10,7 @@ import pytest
 
 from flaxlm import plan
 from flaxlm.config.load import config_to_json
-from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.errors import ConfigError, MissingInputError, OutputError
 from flaxlm.parallel.hardware import parse_hardware
 from flaxlm.planning import calibrate, search
 from flaxlm.planning.compile import Compiled, count_step
@@ -222,3 +222,12 @@ def test_this_machine_is_planned_for_when_it_was_measured(
   plan.main([*command, "--calibrate"])
   plan.main([*command, "--hardware=this", "--no_compile"])
   assert "config on this" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--html", "--calibration"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(flag, tmp_path):
+  (tmp_path / "file").write_text("")
+  more = ["--calibrate"] if flag == "--calibration" else []
+  for place in (tmp_path, tmp_path / "file" / "x", tmp_path / "absent" / "x"):
+    with pytest.raises(OutputError, match=f"{flag}=.* cannot be written"):
+      plan.main(["--config=quickstart", f"{flag}={place}", *more])

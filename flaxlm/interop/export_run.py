@@ -6,13 +6,12 @@ original, as far as they are still true of it.
 
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 
-from flaxlm.errors import OutputError
-from flaxlm.files import rename, write_atomically
+from flaxlm.files import write_atomically, write_directory, writing
 from flaxlm.interop.huggingface import write_model
 from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
+from flaxlm.json_files import read_json
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import one_device
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
@@ -42,25 +41,10 @@ def export_model(
     family: the model_type to write; "" is that of the original, or the first that fits.
   Raises:
     ConfigError: no Hugging Face family computes what this model does.
-    OutputError: `out` is not empty.
+    OutputError, StorageError: `out` is not empty, or cannot be written.
   """
-  draft = out.with_name(f"{out.name}.unfinished")
-  for path in (out, draft):
-    if path.exists() and any(path.iterdir()):
-      raise OutputError(
-        f"--to={out} cannot be written",
-        f"{path.absolute()}, not empty",
-        "a new or empty directory",
-      )
-  draft.mkdir(parents=True, exist_ok=True)
-  try:
+  with write_directory(out, f"--to={out}") as draft:
     hf, meta = _write_files(config, workdir, draft, step, dtype, family)
-    if out.exists():
-      out.rmdir()
-    rename(draft, out)
-  except BaseException:
-    shutil.rmtree(draft, ignore_errors=True)
-    raise
   print(f"exported step {meta['step']} as {hf['architectures'][0]}: {out}")
 
 
@@ -78,7 +62,7 @@ def _write_files(
   tokenizer, files = _tokenizer_files(config.model, workdir, originals)
   like = _special_token_keys(tokenizer)
   if originals:
-    like = json.loads((originals / "config.json").read_text())
+    like = read_json(originals / "config.json")
   like |= _label_keys(config)
   if family:
     like["model_type"] = family
@@ -89,8 +73,9 @@ def _write_files(
     generation = {key: i for key, i in hf.items() if key in _GENERATION_KEYS}
     text = json.dumps(generation | {"_from_model_config": True}, indent=2) + "\n"
     files[_GENERATION_FILE] = text.encode()
-  for name, content in files.items():
-    write_atomically(directory / name, content)
+  with writing(f"--to={directory}"):
+    for name, content in files.items():
+      write_atomically(directory / name, content)
   return hf, meta
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from flaxlm.errors import ConfigError, DataError, MissingInputError
-from flaxlm.files import write_atomically
+from flaxlm.files import write_atomically, writing
 from flaxlm.interop.family import Family
 from flaxlm.interop.hf_config import (
   choose_family,
@@ -36,6 +36,7 @@ from flaxlm.interop.weight_layout import (
   weight_to_ours,
   weight_to_theirs,
 )
+from flaxlm.json_files import read_json
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe_weights
 from flaxlm.models.trees import nest
@@ -98,19 +99,13 @@ def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
 
 def _read_config_json(path: pathlib.Path) -> dict:
   try:
-    value = json.loads(path.read_text())
-    if isinstance(value, dict):
-      return value
-    reason = f"a JSON {type(value).__name__}"
+    return read_json(path)
   except FileNotFoundError:
     raise MissingInputError(
       f"{path} does not exist",
       path.parent.absolute(),
       "a directory with config.json and weights, as transformers saves it",
     ) from None
-  except ValueError as error:
-    reason = f"{error}"
-  raise DataError(f"{path} cannot be read", reason, "a JSON object")
 
 
 def weight_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -188,7 +183,8 @@ def write_model(
   order = {path: i for i, path in enumerate(shapes)}
   parts.sort(key=lambda part: order[part.paths[0]])
   text = json.dumps(hf, indent=2, sort_keys=True) + "\n"
-  write_atomically(pathlib.Path(directory) / "config.json", text)
+  with writing(directory):
+    write_atomically(pathlib.Path(directory) / "config.json", text)
   specs = {part.name: (part.shape, EXPORT_DTYPES[dtype]) for part in parts}
   arrays = _convert_weights(parts, leaves, shapes, EXPORT_DTYPES[dtype])
   write_safetensors(directory, specs, arrays, max_shard)

@@ -13,8 +13,8 @@ import jax
 
 from flaxlm.config import base
 from flaxlm.config.load import apply_overrides, config_to_json
-from flaxlm.errors import MissingInputError, OutputError
-from flaxlm.files import write_atomically
+from flaxlm.errors import MissingInputError, OutputError, printable
+from flaxlm.files import write_atomically, write_directory, writing
 from flaxlm.interop.huggingface import Imported, read_model
 from flaxlm.models.trees import nest
 from flaxlm.runs.directory import RunFiles
@@ -73,7 +73,7 @@ def import_model(
     skip: patterns of tensors to leave out.
     overrides: `key=value` texts for the config of the run.
   Raises:
-    OutputError: `workdir` already holds a run.
+    OutputError, StorageError: `workdir` holds something, or cannot be written.
     DataError, MissingInputError: see `huggingface.read_model`.
   """
   files = RunFiles(workdir)
@@ -81,20 +81,22 @@ def import_model(
     raise OutputError(
       f"--workdir={workdir} holds a run already", workdir.absolute(), "a new directory"
     )
-  tokenizer = read_tokenizer(source) if with_tokenizer else None
-  model = read_model(source, skip)
-  config = _make_config(model, tokenizer, overrides)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
-    meta = {
-      "step": 0,
-      "tokens": 0,
-      "data_fingerprint": "imported",
-      "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
-      "config": json.loads(config_to_json(config)),
-    }
-    checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)
-  _keep_files(source, workdir, config, tokenizer)
+  with write_directory(workdir, f"--workdir={workdir}") as draft:
+    tokenizer = read_tokenizer(source) if with_tokenizer else None
+    model = read_model(source, skip)
+    config = _make_config(model, tokenizer, overrides)
+    directory = RunFiles(draft).checkpoints
+    with Checkpointer(directory, **config.checkpoint) as checkpoints:
+      meta = {
+        "step": 0,
+        "tokens": 0,
+        "data_fingerprint": "imported",
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
+        "config": json.loads(config_to_json(config)),
+      }
+      checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)
+    with writing(f"--workdir={workdir}"):
+      _keep_files(source, draft, config, tokenizer)
   _print_summary(model, tokenizer, workdir)
 
 
@@ -177,7 +179,7 @@ def _print_summary(
   count = sum(math.prod(leaf.shape) for leaf in model.leaves.values())
   print(f"imported {model.family.model_type}, {count:,} parameters: {workdir}")
   if model.left_out:
-    names = ", ".join(model.left_out[:6])
+    names = printable(", ".join(model.left_out[:6]))
     print(f"left out: {names} ({len(model.left_out)} tensors)")
   rows = model.fields["vocab_size"]
   if tokenizer is None:

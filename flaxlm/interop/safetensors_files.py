@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-from flaxlm.errors import DataError, MissingInputError, StorageError
-from flaxlm.files import open_atomically, write_atomically
+from flaxlm.errors import DataError, MissingInputError, printable
+from flaxlm.files import open_atomically, write_atomically, writing
+from flaxlm.json_files import MAX_BYTES, check_fields, parse_json, read_json
 
 _DTYPES = {
   "F64": np.dtype(np.float64),
@@ -39,7 +40,8 @@ _DTYPES = {
   "BOOL": np.dtype(np.bool_),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the format
+_MAX_HEADER = MAX_BYTES  # the format allows 100 MB; 10^5 tensors need 10 MB
+MAX_DIMS = 16  # of a tensor: none has more, and a product of many is slow
 MAX_SHARD = 5_000_000_000  # bytes of tensors in one file that we write
 INDEX = ".index.json"
 
@@ -109,14 +111,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if length > min(_MAX_HEADER, size - 8):
       raise damaged_weights(path, f"a header of {length} bytes in a file of {size}")
     text = file.read(length)
-  try:
-    header = json.loads(text, object_pairs_hook=_without_repeats)
-    header.pop("__metadata__", None)
-    tensors = {name: _parse_entry(path, 8 + length, e) for name, e in header.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise damaged_weights(
-      path, f"a bad header: {type(error).__name__}: {error}"
-    ) from error
+  header = parse_json(text, f"the header of {path}")
+  header.pop("__metadata__", None)
+  tensors = {
+    name: _parse_entry(path, 8 + length, name, e) for name, e in header.items()
+  }
   # Every byte belongs to one tensor: this finds cuts, gaps and overlaps.
   end = 8 + length
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -130,23 +129,28 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
   return tensors
 
 
-def _without_repeats(pairs: list) -> dict:
-  if len(dict(pairs)) != len(pairs):
-    raise ValueError("a name occurs twice")
-  return dict(pairs)
-
-
-def _parse_entry(path: pathlib.Path, start: int, entry: dict) -> Tensor:
-  """Parses an entry of the header; raises ValueError and others if it is invalid."""
+def _parse_entry(path: pathlib.Path, start: int, name: str, entry: object) -> Tensor:
+  """Parses an entry of the header; raises DataError if it is invalid."""
+  where = printable(f"{path}: {name}")
+  if not isinstance(entry, dict):
+    raise damaged_weights(path, f"{name} is not an object")
+  check_fields(entry, where, {"dtype": str, "shape": list, "data_offsets": list})
   if entry["dtype"] not in _DTYPES:
-    raise ValueError(f"dtype {entry['dtype']} is not one of {' '.join(_DTYPES)}")
-  dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-  begin, end = entry["data_offsets"]
-  if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-    raise ValueError(f"shape {shape} at {begin}..{end}")
+    needed = f"is not one of {' '.join(_DTYPES)}"
+    raise damaged_weights(path, f"{name}: dtype {entry['dtype'][:40]} {needed}")
+  dtype, shape, place = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+  numbers = [*shape[: MAX_DIMS + 1], *place[:3]]
+  if (
+    len(shape) > MAX_DIMS
+    or len(place) != 2
+    or not all(type(n) is int and n >= 0 for n in numbers)
+  ):
+    raise damaged_weights(path, f"{name}: shape {shape[:9]} at {place[:9]}")
+  begin, end = place
   if end - begin != dtype.itemsize * math.prod(shape):
-    raise ValueError(f"shape {shape} of {dtype} in {end - begin} bytes")
-  return Tensor(path, start + begin, dtype, shape)
+    reason = f"{name}: shape {shape} of {dtype} in {end - begin} bytes"
+    raise damaged_weights(path, reason)
+  return Tensor(path, start + begin, dtype, tuple(shape))
 
 
 def read_index(path: str | os.PathLike, read_file) -> dict[str, Tensor]:
@@ -159,12 +163,11 @@ def read_index(path: str | os.PathLike, read_file) -> dict[str, Tensor]:
     DataError: the index and the shards do not name the same tensors.
   """
   path = pathlib.Path(path)
-  try:
-    files = json.loads(path.read_text())["weight_map"]
-    if not all(f and pathlib.PurePath(f).name == f for f in files.values()):
-      raise ValueError("a shard outside of the directory")
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise damaged_weights(path, f"{type(error).__name__}: {error}") from error
+  files = read_json(path, {"weight_map": dict})["weight_map"]
+  for file in files.values():
+    inside = isinstance(file, str) and file and pathlib.PurePath(file).name == file
+    if not inside or len(file.encode()) > 255:
+      raise damaged_weights(path, f"a shard outside of the directory: {file!r}")
   shards = sorted(set(files.values()))
   missing = [name for name in shards if not (path.parent / name).is_file()]
   if missing:
@@ -206,7 +209,7 @@ def write_safetensors(
   if len(shards) == 1:
     names = ["model.safetensors"]
   arrays = iter(arrays)
-  try:
+  with writing(directory):
     for name, shard in zip(names, shards, strict=True):
       _write_file(directory / name, {key: specs[key] for key in shard}, arrays)
     if len(shards) > 1:
@@ -218,12 +221,6 @@ def write_safetensors(
       }
       text = json.dumps(index, indent=2) + "\n"
       write_atomically(directory / f"model.safetensors{INDEX}", text)
-  except OSError as error:
-    raise StorageError(
-      f"{directory} cannot be written",
-      f"{type(error).__name__}: {error}",
-      "a directory with space",
-    ) from error
   assert next(arrays, None) is None, "more arrays than specs"
   return names
 

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
 from flaxlm.files import write_atomically
+from flaxlm.json_files import read_json
 from flaxlm.parallel import AXES
 from flaxlm.parallel.hardware import (
   CHIPS,
@@ -129,7 +130,7 @@ def load_calibration(path: str | os.PathLike) -> Hardware:
     ConfigError: it is not a calibration.
   """
   try:
-    return measured_hardware(json.loads(pathlib.Path(path).read_text()))
+    return measured_hardware(read_json(path))
   except FileNotFoundError as error:
     raise MissingInputError(
       f"{path} does not exist", needed="a calibration", hint="--calibrate"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from flaxlm.errors import UserError
 from flaxlm.files import write_atomically
+from flaxlm.json_files import read_json
 
 LANES = 128  # tokens in the smallest block that splash works on
 
@@ -196,7 +197,7 @@ def load_measured(device_kind: str, version: str) -> dict:
   not run, or if the file cannot be read.
   """
   try:
-    found = json.loads(cache_path().read_text())[f"{device_kind}, jax {version}"]
+    found = read_json(cache_path())[f"{device_kind}, jax {version}"]
     return {name: found[name] for name in BACKENDS if name in found}
   except (OSError, ValueError, KeyError, TypeError):
     return {}
@@ -207,7 +208,7 @@ def save_measured(device_kind: str, version: str, found: dict) -> pathlib.Path:
   path = cache_path()
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    known = dict(json.loads(path.read_text()))
+    known = read_json(path)
   except (OSError, ValueError, TypeError):
     known = {}
   known[f"{device_kind}, jax {version}"] = found
