@@ -27,11 +27,15 @@ from flaxlm.parallel.sharding import constrain, current_layout, gather, shard_ma
 
 
 class Routing(NamedTuple):
-  """What the routers did; with a leading S after the scan over layers."""
+  """What the routers did; with a leading S after the scan over layers.
 
-  load_E: jax.Array  # tokens sent to each expert, without padding, float32
-  loss: jax.Array  # what load balancing and the router's z-loss add
-  dropped: jax.Array  # (token, expert) pairs without room, float32
+  All are float32 sums over tokens, without padding: those of parts of a batch add up.
+  """
+
+  load_E: jax.Array  # tokens sent to each expert
+  probability_E: jax.Array  # what the router gave each expert, of 1 per token
+  log_z_squared: jax.Array  # log(Z)^2 of the router's scores
+  dropped: jax.Array  # (token, expert) pairs without room
 
 
 def route(scores_TE, balance_bias_E, moe: MoeConfig):
@@ -56,26 +60,43 @@ def route(scores_TE, balance_bias_E, moe: MoeConfig):
   return chosen_TK, weight_TK * moe.routed_scale, probability_TE
 
 
-def _routing_loss(scores_TE, probability_TE, chosen_TK, is_token_T, moe: MoeConfig):
-  """Returns (tokens per expert E, loss).
+def _sums(scores_TE, probability_TE, chosen_TK, is_token_T) -> tuple[jax.Array, ...]:
+  """Returns (tokens per expert E, probability per expert E, log(Z)^2), all summed."""
+  sent_TE = jnp.sum(jax.nn.one_hot(chosen_TK, scores_TE.shape[1]), axis=1)
+  # Balancing needs shares, and sigmoids do not sum to 1.
+  share_TE = probability_TE / jnp.sum(probability_TE, axis=1, keepdims=True)
+  log_z_T = jax.nn.logsumexp(scores_TE, axis=1)
+  load_E, probability_E = (
+    jnp.sum(x_TE * is_token_T[:, None], axis=0) for x_TE in (sent_TE, share_TE)
+  )
+  return load_E, probability_E, jnp.sum(jnp.square(log_z_T) * is_token_T)
 
-  Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e). Its least
-  value, k, means equal loads (Switch, Fedus et al. 2021, eq. 4, for top k). z: the mean
-  of log(Z)^2 over the tokens (ST-MoE, Zoph et al. 2022, eq. 5).
+
+def routing_loss(
+  routing: Routing, seen_SE: jax.Array, tokens: jax.Array, moe: MoeConfig
+) -> jax.Array:
+  """Returns what a micro-batch adds to the step's loss for its routing.
+
+  Balancing: E * sum_e (share of tokens sent to e) * (mean probability of e), summed
+  over layers. Its least value, k, means equal loads (Switch, Fedus et al. 2021, eq. 4,
+  for top k). z: the mean of log(Z)^2 over the tokens (ST-MoE, Zoph et al. 2022, eq. 5).
+
+  Args:
+    routing: of all layers, in this micro-batch.
+    seen_SE: loads of the step up to this micro-batch, which give the shares. Only a
+      second pass could know those of the whole batch (Qiu et al. 2025, arXiv
+      2501.11873, section 3).
+    tokens: in the step's whole batch.
   """
-  E = moe.num_experts
-  sent_TE = jnp.sum(jax.nn.one_hot(chosen_TK, E), axis=1) * is_token_T[:, None]
-  load_E, count = jnp.sum(sent_TE, axis=0), jnp.maximum(jnp.sum(is_token_T), 1.0)
   loss = jnp.zeros(())
   if moe.balance == "loss" and moe.aux_loss:
-    # The loss needs shares, and sigmoids do not sum to 1.
-    share_TE = probability_TE / jnp.sum(probability_TE, axis=1, keepdims=True)
-    mean_E = jnp.sum(share_TE * is_token_T[:, None], axis=0) / count
-    loss += moe.aux_loss * E * jnp.sum(load_E / count * mean_E)
+    pairs_S1 = jnp.sum(seen_SE, axis=1, keepdims=True)
+    share_SE = seen_SE * moe.experts_per_token / jnp.maximum(pairs_S1, 1.0)
+    balance = jnp.sum(share_SE * routing.probability_E) / tokens
+    loss += moe.aux_loss * moe.num_experts * balance
   if moe.z_loss:
-    log_z_T = jax.nn.logsumexp(scores_TE, axis=1)
-    loss += moe.z_loss * jnp.sum(jnp.square(log_z_T) * is_token_T) / count
-  return load_E, loss
+    loss += moe.z_loss * jnp.sum(routing.log_z_squared) / tokens
+  return loss
 
 
 class MoeMlp(nnx.Module):
@@ -105,9 +126,7 @@ class MoeMlp(nnx.Module):
     )  # fmt: skip
     offset_E = None if self.balance_bias is None else self.balance_bias[...]
     chosen_TK, weight_TK, probability_TE = route(scores_TE, offset_E, self.config.moe)
-    load_E, loss = _routing_loss(
-      scores_TE, probability_TE, chosen_TK, is_token_T, self.config.moe
-    )
+    sums = _sums(scores_TE, probability_TE, chosen_TK, is_token_T)
     if self.config.moe.capacity_factor:
       out_TD, dropped = self.with_capacity(x_TD, chosen_TK, weight_TK, is_token_T)
     else:
@@ -118,7 +137,7 @@ class MoeMlp(nnx.Module):
         gate_TO = project(x_TD, self.shared_gate)
         shared_TD *= jax.nn.sigmoid(gate_TO)
       out_TD += shared_TD
-    return out_TD, Routing(load_E, loss, dropped)
+    return out_TD, Routing(*sums, dropped)
 
   def weights(self, dtype) -> tuple[jax.Array, ...]:
     """Returns up, down and the gate, if there is one, in the dtype of activations."""

@@ -277,8 +277,6 @@ class Transformer(nnx.Module):
     )  # fmt: skip
     x_MBLD = jax.vmap(lambda x: split_rows(x, B // M))(x_MTD)
     x_BLD = jnp.swapaxes(x_MBLD, 0, 1).reshape(B, *x_MBLD.shape[2:])
-    if routing is not None:  # its loss is a mean over tokens
-      routing = routing._replace(loss=routing.loss / M)
     return constrain(join_rows(x_BLD), *_STREAM), routing
 
   def for_vocabulary(self, x: jax.Array) -> jax.Array:

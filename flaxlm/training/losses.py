@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flaxlm.kernels.cross_entropy import Split, linear_cross_entropy
 from flaxlm.models.heads import best_spans, label_scores, pool
-from flaxlm.models.moe import Routing
+from flaxlm.models.moe import Routing, routing_loss
 from flaxlm.models.transformer import Output, Transformer
 from flaxlm.parallel.sharding import current_layout, join_rows, split_rows
 
@@ -120,12 +120,19 @@ def _pair_losses(
 
 
 def count_predicted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Returns how many predictions a batch asks for, by task; at least 1."""
+  """Returns how many predictions a batch asks for, by task, and its tokens.
+
+  Each is at least 1, so that nothing is divided by 0.
+  """
   main = "targets" if "targets" in batch else "labels"
-  names = {"main": main, "pairs": "pair_labels"}
+  lowest = {
+    "main": (main, 0),
+    "pairs": ("pair_labels", 0),
+    "tokens": ("segment_ids", 1),
+  }
   return {
-    name: jnp.maximum(jnp.sum(batch[key] >= 0), 1).astype(jnp.float32)
-    for name, key in names.items()
+    name: jnp.maximum(jnp.sum(batch[key] >= low), 1).astype(jnp.float32)
+    for name, (key, low) in lowest.items()
     if key in batch
   }
 
@@ -135,14 +142,14 @@ def summed_loss(
   batch: dict[str, jax.Array],
   counts: dict[str, jax.Array],
   z_loss: float,
-  share: float,
+  earlier_load: jax.Array | float = 0.0,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the part of the step's mean loss that a micro-batch contributes.
 
   Args:
     counts: `count_predicted` of the step's whole batch.
-    share: of this micro-batch in the step, for the routing loss, which is a mean.
+    earlier_load: the sum of "expert_load" of the step's earlier micro-batches.
   Returns:
     (loss to differentiate: z-loss, pair loss and routing included; metrics: "loss" is
     cross entropy alone, in nats per prediction). All add up over micro-batches.
@@ -153,7 +160,8 @@ def summed_loss(
     metrics["pair_loss"] = jnp.sum(result.pair_nats) / counts["pairs"]
     total += metrics["pair_loss"]
   if result.routing is not None:
-    total += share * jnp.sum(result.routing.loss)
     metrics["expert_load"] = result.routing.load_E
+    seen_SE = earlier_load + result.routing.load_E
+    total += routing_loss(result.routing, seen_SE, counts["tokens"], model.config.moe)
     metrics["dropped"] = jnp.sum(result.routing.dropped)
   return total, metrics

@@ -6,6 +6,7 @@ are a pure function of (seed, step).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,7 @@ class TrainState:
   skipped: jax.Array  # those of them whose update was not finite
   model: Transformer  # or its adapters, if only these are trained
   opt_state: optax.OptState
-  ema: Transformer | None  # moving average of the weights
+  ema: Transformer | None  # moving average of the weights since step 1, debiased
 
   @property
   def eval_model(self) -> Transformer:
@@ -109,9 +110,9 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     counts = count_predicted(batch)
 
-    def loss(trained, part, share, key):
+    def loss(trained, part, earlier_load, key):
       model = assemble(trained, base)
-      return summed_loss(model, part, counts, z_loss, share, key)
+      return summed_loss(model, part, counts, z_loss, earlier_load, key)
 
     metrics, grads = _gradients(loss, state.model, batch, key, accumulation_steps)
     grad_norm = optax.tree.norm(grads)
@@ -128,10 +129,8 @@ def make_train_step(
     opt_state = _select(_known_after(model, finite), opt_state, old_opt_state)
     ema = state.ema
     if ema is not None:
-      average = jax.tree.map(
-        lambda e, m: ema_decay * e + (1 - ema_decay) * m, ema, model
-      )
-      ema = _select(finite, average, ema)
+      number = state.step - state.skipped + 1
+      ema = _select(finite, _move_average(ema, model, ema_decay, number), ema)
     skipped = state.skipped + (~finite).astype(jnp.int32)
     metrics = _summarize_load(metrics) | {
       "grad_norm": grad_norm,
@@ -144,17 +143,30 @@ def make_train_step(
   return step
 
 
+def _move_average(average, model, decay: float, number: jax.Array):
+  """Returns the average of the weights after all updates; this is update `number`.
+
+  The weights of i updates ago count decay^i, and all counts sum to 1, from the first
+  update on. So what is stored is debiased (as Adam's moments are when they are used:
+  Kingma and Ba 2015, section 3), and its readers need not know the step.
+  """
+  log_decay = jnp.float32(math.log(decay))
+  newest = jnp.minimum((1 - decay) / -jnp.expm1(number * log_decay), 1.0)
+  return jax.tree.map(
+    lambda a, m: a + (newest * (m - a)).astype(a.dtype), average, model
+  )
+
+
 def _gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
   """Returns (metrics, gradient) of a batch, summed over its micro-batches.
 
   Args:
-    loss: (trained, micro-batch, its share of the batch, key) -> (its part of the
-      batch's loss, metrics that add up).
+    loss: (trained, micro-batch, expert_load of the earlier ones, key) -> (its part of
+      the batch's loss, metrics that add up).
   """
   compute = jax.value_and_grad(loss, has_aux=True)
-  share = 1 / accumulation_steps
   if accumulation_steps == 1:
-    (_, metrics), grads = compute(trained, batch, share, key)
+    (_, metrics), grads = compute(trained, batch, 0.0, key)
     return metrics, grads
 
   def split(x):
@@ -162,16 +174,19 @@ def _gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
     x = jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1)
     return constrain(x, None, "batch", "length")
 
-  def of_part(part, number):
-    (_, metrics), grads = compute(trained, part, share, jax.random.fold_in(key, number))
+  def of_part(part, number, earlier_load):
+    part_key = jax.random.fold_in(key, number)
+    (_, metrics), grads = compute(trained, part, earlier_load, part_key)
     return metrics, grads
 
   def add(total, part_and_number):
-    return jax.tree.map(jnp.add, total, of_part(*part_and_number)), None
+    earlier_load = total[0].get("expert_load", 0.0)
+    new = of_part(*part_and_number, earlier_load)
+    return jax.tree.map(jnp.add, total, new), None
 
   parts = jax.tree.map(split, batch)
   one = jax.tree.map(lambda x: x[0], parts)
-  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, one, 0))
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, one, 0, 0.0))
   total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(accumulation_steps)))
   return total
 

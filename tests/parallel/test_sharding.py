@@ -83,7 +83,7 @@ def gradient(config, mesh, model=None):
 
   def loss(model, batch):
     counts = count_predicted(batch)
-    return summed_loss(model, batch, counts, 0.0, 1.0)
+    return summed_loss(model, batch, counts, 0.0)
 
   compute = jax.jit(
     jax.value_and_grad(loss, has_aux=True),
@@ -118,8 +118,7 @@ def full(config):
   model.num_layers = 4
   model.moe.num_experts = 4
   model.moe.expert_dim = 16
-  model.moe.balance = "bias"  # a balancing loss is not linear in the batch
-  model.moe.z_loss = 1e-3
+  model.moe.aux_loss, model.moe.z_loss = 0.1, 1e-3
   return config
 
 

@@ -108,21 +108,28 @@ def test_predictions_are_counted_by_task():
 @pytest.mark.parametrize("experts", [0, 4])
 def test_micro_batches_add_up_to_the_batch(tiny, experts):
   """The loss is the mean over all predictions, although the halves differ in count."""
-  tiny.model.moe.num_experts = experts
+  tiny.model.moe.num_experts, tiny.model.moe.z_loss = experts, 0.1
   model, batch = make_model(tiny), make_batch(tiny)
+  batch["segment_ids"] = batch["segment_ids"].at[0, 20:].set(0)  # padding
   counts = count_predicted(batch)
-  compute = jax.jit(lambda rows: summed_loss(model, rows, counts, 0.0, 0.5))
-  halves = [
-    compute({name: x[rows] for name, x in batch.items()})
-    for rows in (slice(0, 2), slice(2, 4))
-  ]
-  total, metrics = jax.tree.map(jnp.add, *halves)
+  compute = jax.jit(lambda rows, load: summed_loss(model, rows, counts, 0.0, load))
+  parts = [{n: x[at] for n, x in batch.items()} for at in (slice(0, 2), slice(2, 4))]
+  first = compute(parts[0], jnp.zeros((1, 4)))
+  second = compute(parts[1], first[1].get("expert_load"))
+  total, metrics = jax.tree.map(jnp.add, first, second)
   whole = compute_losses(model, batch)
   mean = float(whole.nats.sum()) / (3.5 * 32)
   assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-5)
-  if experts:  # the balancing loss is a mean over each micro-batch
-    load_SE = metrics["expert_load"]
-    np.testing.assert_array_equal(load_SE, whole.routing.load_E)
-    assert float(total) > mean + 1e-3 and float(metrics["dropped"]) == 0
+  if experts:
+    np.testing.assert_array_equal(metrics["expert_load"], whole.routing.load_E)
+    # Balancing takes the shares of the micro-batches so far; all else is of the batch.
+    one, two = (jax.device_get(compute_losses(model, part).routing) for part in parts)
+    balance = np.sum(one.load_E / (2 * 32 - 12) * one.probability_E)
+    so_far_SE = one.load_E + two.load_E
+    balance += np.sum(so_far_SE / (4 * 32 - 12) * two.probability_E)
+    log_z = float(whole.routing.log_z_squared.sum())
+    added = (0.01 * experts * balance + 0.1 * log_z) / (4 * 32 - 12)
+    assert float(total) == pytest.approx(mean + added, rel=1e-5)
+    assert added > 0.05 and float(metrics["dropped"]) == 0
   else:
     assert float(total) == pytest.approx(mean, rel=1e-5)

@@ -59,9 +59,7 @@ def test_adamw_is_the_textbook_update(tiny):
   )
   state, step = build(tiny)
   rows = batch(tiny)
-  loss = functools.partial(
-    summed_loss, counts={"main": 8.0 * 32}, z_loss=0.0, share=1.0
-  )
+  loss = functools.partial(summed_loss, counts={"main": 8.0 * 32}, z_loss=0.0)
   grads, _ = jax.jit(jax.grad(loss, has_aux=True))(state.model, rows)
   norm = float(optax.tree.norm(grads))
   new, metrics = step(state, rows)
@@ -125,15 +123,40 @@ def test_a_bad_step_changes_nothing_but_the_counters(tiny, poison):
   assert not bool(metrics["bad"]) and int(good.skipped) == 0
 
 
-def test_ema_is_the_average_of_the_weights(tiny):
-  tiny.step.ema_decay = 0.75
+def test_ema_is_the_debiased_average_of_the_weights(tiny):
+  """The weights before the first step have no part in it, however high the decay."""
+  decay = tiny.step.ema_decay = 0.999
   state, step = build(tiny)
-  new, _ = step(state, batch(tiny))
-  for ema, old, model in zip(
-    *map(jax.tree.leaves, (new.ema, state.model, new.model)), strict=True
-  ):
-    np.testing.assert_allclose(ema, 0.75 * old + 0.25 * model, atol=1e-6)
-  assert new.eval_model is new.ema
+  state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100.0, state.ema))
+  total, counted = jax.tree.map(np.zeros_like, state.model), 0.0
+  for i in range(5):
+    rows = batch(tiny, i)
+    if i == 1:  # a step that is skipped does not count
+      scale = state.model.final_norm.scale[...]
+      state.model.final_norm.scale[...] = scale.at[3].set(np.nan)
+    new, _ = step(state, rows)
+    if i == 1:
+      new.model.final_norm.scale[...] = scale
+    else:
+      total = jax.tree.map(lambda t, m: decay * t + m, total, new.model)
+      counted = decay * counted + 1
+    for ema, sum_ in zip(*map(jax.tree.leaves, (new.ema, total)), strict=True):
+      np.testing.assert_allclose(ema, sum_ / counted, atol=3e-5)
+    state = new
+  assert int(state.skipped) == 1 and state.eval_model is state.ema
+
+
+def test_the_average_of_a_constant_model_is_the_model_from_step_1(tiny):
+  tiny.step.ema_decay = 0.9999
+  tiny.optim.peak_learning_rate = 0.0
+  state, step = build(tiny)
+  state = dataclasses.replace(state, ema=jax.tree.map(jnp.zeros_like, state.ema))
+  for _ in range(3):
+    state, _ = step(state, batch(tiny))
+    for ema, weight in zip(
+      *map(jax.tree.leaves, (state.ema, state.model)), strict=True
+    ):
+      np.testing.assert_allclose(ema, weight, rtol=1e-6)
 
 
 def test_positions_without_a_target_do_not_count(tiny):
@@ -156,7 +179,7 @@ def test_evaluation_counts_every_token_once(tiny):
   result = evaluate(state.model, batches, jax.jit(make_eval_step()), 2.5)
   assert result["tokens"] == (8 + 8 + 4) * 32
   one = {"main": 1.0}
-  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0, 1.0)[1]["loss"])
+  loss = jax.jit(lambda m, rows: summed_loss(m, rows, one, 0.0)[1]["loss"])
   total = sum(float(loss(state.model, rows)) for rows in batches)
   assert result["loss"] == pytest.approx(total / result["tokens"], rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
