@@ -3,23 +3,36 @@
 A pickle is a program: loading one runs what its author wrote. Here its instructions
 are only listed (`pickletools.genops`), and a small machine follows those that build
 plain values and tensors. It imports and calls nothing: a name that it does not know
-becomes a `Placeholder`, and a tensor made of one is refused.
+becomes a `Placeholder`, and a tensor made of one is refused. A small pickle can also
+describe a value that takes hours to compare, hash or print, by using one part in many
+places. So sizes and numbers of instructions are bounded, keys are plain values, and
+values from the file are named in messages by their kind.
 
 Both layouts are read: the zip archive of PyTorch 1.6 and later, and the older sequence
 of pickles. Numbers stay in the file until they are asked for.
 """
 
 import dataclasses
+import itertools
+import math
 import os
 import pathlib
 import pickletools
 import struct
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
 
-from flaxlm.interop.safetensors_files import Tensor, c_strides, damaged_weights, extent
+from flaxlm.errors import printable
+from flaxlm.interop.safetensors_files import (
+  MAX_DIMS,
+  Tensor,
+  c_strides,
+  damaged_weights,
+  extent,
+)
 
 _STORAGES = {
   "torch.DoubleStorage": np.dtype(np.float64),
@@ -37,6 +50,10 @@ _DICTS = ("collections.OrderedDict", "builtins.dict", "__builtin__.dict")
 # Keys under which training scripts store the weights, beside other things.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# A tensor takes about 32 instructions and 150 bytes; files have 10^4 tensors at most.
+_MAX_PICKLE = 32 << 20  # bytes of one pickle
+_MAX_INSTRUCTIONS = 1_000_000  # each of them adds at most a few hundred bytes
+_MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats those of its storage
 _FAILURES = (
   ValueError,
   TypeError,
@@ -44,12 +61,12 @@ _FAILURES = (
   IndexError,
   AttributeError,
   OverflowError,
-  RecursionError,
   MemoryError,
   EOFError,
   struct.error,
   zipfile.BadZipFile,
-  NotImplementedError,  # an unknown compression
+  RuntimeError,  # an unknown compression, or encryption
+  zlib.error,
 )
 
 
@@ -96,11 +113,11 @@ class _PickleMachine:
     self.stack, self.memo = [], {}
 
   def run(self, instructions):
-    for opcode, argument, _ in instructions:
+    for opcode, argument, _ in itertools.islice(instructions, _MAX_INSTRUCTIONS):
       if opcode.name == "STOP":
         return self.stack.pop()
       self.step(opcode.name, argument)
-    raise ValueError("a pickle without an end")
+    raise ValueError(f"a pickle without an end, or with {_MAX_INSTRUCTIONS:,} parts")
 
   def step(self, name: str, argument) -> None:
     push, pop = self.stack.append, self.stack.pop
@@ -127,7 +144,7 @@ class _PickleMachine:
         push(Placeholder(argument.replace(" ", ".", 1)))
       case "STACK_GLOBAL":
         attribute, module = pop(), pop()
-        push(Placeholder(f"{module}.{attribute}"))
+        push(Placeholder(f"{_show(module)}.{_show(attribute)}"))
       case "BINPERSID":
         push(make_storage(pop()))
       case "REDUCE" | "NEWOBJ":
@@ -163,7 +180,7 @@ class _PickleMachine:
       case "LIST":
         push(self.pop_marked())
       case "FROZENSET":
-        push(frozenset(self.pop_marked()))
+        push(frozenset(map(_check_key, self.pop_marked())))
       case "DICT":
         push(_pairs(self.pop_marked()))
       case "APPEND":
@@ -194,7 +211,7 @@ class _PickleMachine:
     elif isinstance(target, list):
       target.extend(items)
     elif isinstance(target, set):
-      target.update(items)
+      target.update(map(_check_key, items))
     elif not isinstance(target, Placeholder):
       raise TypeError(f"items for a {type(target).__name__}")
 
@@ -209,17 +226,48 @@ _CONSTANTS = {
 
 
 def _pairs(items: list) -> dict:
-  return dict(zip(items[::2], items[1::2], strict=True))
+  return dict(zip(map(_check_key, items[::2]), items[1::2], strict=True))
+
+
+def _check_key(value):
+  """Returns a key or element of a set; one that is slow to hash is refused."""
+  parts = value if isinstance(value, tuple) else (value,)
+  plain = (str, bytes, int, float, bool, type(None), Placeholder)
+  if len(parts) > MAX_DIMS or not all(isinstance(part, plain) for part in parts):
+    raise TypeError(f"a key that is {_show(value)}")
+  return value
+
+
+def _show(value) -> str:
+  """Returns a value from the file for a message: containers by their kind alone."""
+  if isinstance(value, Placeholder):
+    return printable(value.name, 80)
+  if isinstance(value, str | bool | float | None):
+    return printable(value, 80)
+  if isinstance(value, int) and value.bit_length() < 64:
+    return str(value)
+  return f"a {type(value).__name__}"
+
+
+def _numbers(values) -> tuple[int, ...]:
+  """Returns a shape or strides; ValueError if they are anything else."""
+  if not isinstance(values, tuple | list) or len(values) > MAX_DIMS:
+    raise ValueError(f"{_show(values)} where a tensor has its shape or strides")
+  if not all(type(n) is int and 0 <= n < 2**63 for n in values):
+    raise ValueError(f"a tensor of shape or strides ({', '.join(map(_show, values))})")
+  return tuple(values)
 
 
 def make_storage(persistent_id: tuple) -> Storage:
   """Makes a storage from ("storage", type, key, device, size[, view or None])."""
   kind, storage_type, key, _, size, *view = persistent_id
-  if kind != "storage" or storage_type.name not in _STORAGES:
-    raise ValueError(f"a storage of type {storage_type}")
+  known = isinstance(storage_type, Placeholder) and storage_type.name in _STORAGES
+  if kind != "storage" or not known or not isinstance(key, str | int):
+    raise ValueError(f"a storage of type {_show(storage_type)}, key {_show(key)}")
   start = 0
   if view and view[0] is not None:
     _, start, size = view[0]
+  start, size = _numbers((start, size))
   return Storage(str(key), _STORAGES[storage_type.name], size, start)
 
 
@@ -227,9 +275,12 @@ def _call_known(function, arguments: tuple):
   """Returns what calling `function` would return, for the few that are known."""
   name = function.name if isinstance(function, Placeholder) else ""
   if name in _DICTS:
-    return _pairs([x for pair in arguments[0] for x in pair]) if arguments else {}
+    pairs = arguments[0] if arguments else []
+    if not isinstance(pairs, list | tuple):
+      raise TypeError(f"a dictionary made of {_show(pairs)}")
+    return {_check_key(key): value for key, value in pairs}
   if name == "torch.Size":
-    return tuple(arguments[0])
+    return _numbers(arguments[0])
   if name in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"):
     return arguments[0]
   if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
@@ -238,14 +289,16 @@ def _call_known(function, arguments: tuple):
 
 
 def make_tensor_recipe(storage, offset, shape, strides) -> Recipe:
-  numbers = (offset, *shape, *strides)
   if not isinstance(storage, Storage):
-    raise ValueError(f"a tensor made of {storage}")
-  if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
+    raise ValueError(f"a tensor made of {_show(storage)}")
+  (offset,), shape, strides = _numbers((offset,)), _numbers(shape), _numbers(strides)
+  if len(shape) != len(strides):
     raise ValueError(f"a tensor of shape {shape} with strides {strides} at {offset}")
   if offset + extent(shape, strides) > storage.size:
     raise ValueError(f"a tensor of shape {shape} in {storage.size} numbers")
-  return Recipe(storage, offset, tuple(shape), tuple(strides))
+  if math.prod(shape) > max(storage.size, _MAX_REPEATED):
+    raise ValueError(f"a tensor of shape {shape} that repeats {storage.size} numbers")
+  return Recipe(storage, offset, shape, strides)
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -255,7 +308,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
   "model_state_dict" or "module".
 
   Raises:
-    DataError: the file is damaged, compressed, big-endian or holds no such weights.
+    DataError: the file is damaged, compressed, big-endian, holds no such weights, or
+      describes its tensors by more than files of models do.
   """
   path = pathlib.Path(path)
   with path.open("rb") as file:
@@ -269,8 +323,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, Tensor]:
       size = path.stat().st_size
       return {name: locate_tensor(path, size, r, starts) for name, r in recipes.items()}
     except _FAILURES as error:
-      reason = " ".join(f"{type(error).__name__}: {error}".split())
-      raise damaged_weights(path, reason[:300]) from error
+      reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+      raise damaged_weights(path, reason) from error
 
 
 def _read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
@@ -279,8 +333,11 @@ def _read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     (main,) = [name for name in entries if name.split("/")[1:] == ["data.pkl"]]
     root = main.removesuffix("data.pkl")
-    if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+    order = entries.get(f"{root}byteorder")
+    if order and (order.file_size > 64 or archive.read(order) != b"little"):
       raise ValueError("numbers in big-endian order")
+    if entries[main].file_size > _MAX_PICKLE:
+      raise ValueError(f"a description of {entries[main].file_size:,} bytes")
     value = _PickleMachine().run(pickletools.genops(archive.read(main)))
   starts = {}
   for name, entry in entries.items():
@@ -289,7 +346,7 @@ def _read_archive(file) -> tuple[object, dict[str, tuple[int, int]]]:
     if entry.compress_type != zipfile.ZIP_STORED:
       raise ValueError(f"{name} is compressed")
     # The local header repeats the name, with its own padding: only this one is exact.
-    file.seek(entry.header_offset + 26)
+    file.seek(max(entry.header_offset + 26, 0))
     name_length, padding = struct.unpack("<HH", file.read(4))
     start = entry.header_offset + 30 + name_length + padding
     starts[name.removeprefix(f"{root}data/")] = (start, entry.file_size)
@@ -303,21 +360,44 @@ def _read_legacy(file) -> tuple[object, dict[str, tuple[int, int]]]:
     raise ValueError("not a PyTorch checkpoint")
   file.seek(0)
   _, protocol, system, value, keys = [
-    _PickleMachine().run(pickletools.genops(file)) for _ in range(5)
+    _PickleMachine().run(pickletools.genops(_Bounded(file))) for _ in range(5)
   ]
   if protocol != 1001 or not system["little_endian"]:
-    raise ValueError(f"protocol {protocol} with {system}")
+    raise ValueError(f"protocol {_show(protocol)}, or numbers in big-endian order")
+  if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+    raise ValueError(f"{_show(keys)} where the names of the storages are")
   sizes = {}
   _gather_storages(value, sizes, set())
   starts = {}
   for key in keys:
-    (size,) = struct.unpack("<q", file.read(8))
+    (size,) = struct.unpack("<Q", file.read(8))
     start = file.tell()
     # A storage that no tensor uses has no known width, and hides where the next starts.
     width = sizes[key]
     starts[key] = (start, size * width)
-    file.seek(start + size * width)
+    file.seek(min(start + size * width, 2**62))
   return value, starts
+
+
+class _Bounded:
+  """The part of a file that a pickle may take, for `pickletools`."""
+
+  def __init__(self, file):
+    self.file, self.left = file, _MAX_PICKLE
+    self.tell = file.tell
+
+  def read(self, size: int) -> bytes:
+    self.left -= size
+    if size < 0 or self.left < 0:
+      raise ValueError(f"a description of more than {_MAX_PICKLE:,} bytes")
+    return self.file.read(size)
+
+  def readline(self) -> bytes:
+    line = self.file.readline(self.left + 1)
+    self.left -= len(line)
+    if self.left < 0:
+      raise ValueError(f"a description of more than {_MAX_PICKLE:,} bytes")
+    return line
 
 
 def _gather_storages(value, sizes: dict[str, int], seen: set[int]) -> None:
@@ -350,7 +430,7 @@ def _find_weights(value) -> dict[str, Recipe]:
   others = {k: v for k, v in value.items() if not isinstance(v, Recipe)}
   if others or not value:
     shown = [
-      f"{k!r}: {v.name if isinstance(v, Placeholder) else type(v).__name__}"
+      f"{_show(k)!r}: {_show(v) if isinstance(v, Placeholder) else type(v).__name__}"
       for k, v in list(others.items())[:4]
     ]
     raise ValueError(

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import pickle
+import time
 import zipfile
 
 import numpy as np
 import pytest
 
 from flaxlm.errors import DataError
+from flaxlm.interop import torch_files
 from flaxlm.interop.safetensors_files import read_index
 from flaxlm.interop.torch_files import (
   Placeholder,
@@ -246,3 +248,73 @@ def test_no_byte_of_a_pickle_can_do_harm(tmp_path):
         read_torch(rewrite(path, lambda n, c, bad=bad: bytes(bad) if n == name else c))
       except DataError as error:
         assert len(str(error).splitlines()) <= 5
+
+
+def nested(times: int) -> bytes:
+  """Instructions for a tuple of two equal tuples of two equal …: 2**times in all."""
+  return b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(times))
+
+
+STORAGE = b"ctorch\nFloatStorage\n"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+ORDERED = b"ccollections\nOrderedDict\n"
+SLOW = nested(60)
+HOSTILE = {
+  "a key": b"}" + SLOW + b"K\x01s.",
+  "a key of many": b"}(" + SLOW + b"K\x01u.",
+  "a dictionary": b"(" + SLOW + b"K\x01d.",
+  "an element": b"\x8f(" + SLOW + b"\x90.",
+  "a frozen element": b"(" + SLOW + b"\x91.",
+  "the name of a storage": b"}(X\x01\0\0\0w" + b"(X\x07\0\0\0storage" + STORAGE + SLOW
+  + b"X\x03\0\0\0cpuK\x04tQu.",
+  "the kind of a storage": b"(" + SLOW + STORAGE + b"K\x00X\x03\0\0\0cpuK\x04tQ.",
+  "the type of a storage": b"(X\x07\0\0\0storage" + SLOW + b"K\x00K\x00K\x04tQ.",
+  "the storage of a tensor": TENSOR + b"(" + SLOW + b"K\x00))tR.",
+  "a module": SLOW + b"X\x01\0\0\0a\x93.",
+  "a tensor": b"}X\x01\0\0\0a" + SLOW + b"s.",
+  "the items of a dictionary": ORDERED + b"(" + SLOW + b"tR.",
+  "a size": b"ctorch\nSize\n(" + SLOW + b"tR.",
+  "all of it": SLOW + b".",
+  "deep tuples": b")" + b"\x85" * 90_000 + b".",
+  "deep keys": b"})" + b"\x85" * 90_000 + b"K\x01s.",
+  "deep lists": b"]" + b"]" * 40_000 + b"a" * 40_000 + b".",
+  "no end": b"(" * 200_000 + b".",
+  "sizes without end": b"(" + b"K\x01" * 300_000 + b"tq\x00"
+  + (b"ctorch\nSize\nh\x00\x85R" * 30_000) + b".",
+  "a number without end": b"L" + b"9" * 3_000_000 + b"L\n.",
+  "a shape without end": TENSOR + b"((X\x07\0\0\0storage" + STORAGE
+  + b"K\x00K\x00K\x04tQK\x00(" + b"\x8a\x08" + b"\x7f" * 8 + b"2" * 300_000
+  + b"t)tR.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_values_that_take_for_ever_are_refused_at_once(case, tmp_path, monkeypatch):
+  monkeypatch.setattr(torch_files, "_MAX_INSTRUCTIONS", 100_000)
+  path = tmp_path / "x.bin"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("archive/data.pkl", HOSTILE[case])
+  started = time.process_time()
+  with pytest.raises(DataError, match="cannot be read") as caught:
+    read_torch(path)
+  assert time.process_time() - started < 5 and len(str(caught.value)) < 1000
+
+
+def test_a_description_is_read_up_to_a_size(tmp_path):
+  path = tmp_path / "x.bin"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("archive/data.pkl", b"(" * (40 << 20))
+  assert path.stat().st_size < 100_000
+  with pytest.raises(DataError, match=r"description of 41,943,040 bytes"):
+    read_torch(path)
+  magic = b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
+  path.write_bytes(magic + b"\x8e" + (1 << 40).to_bytes(8, "little") + b"x")
+  with pytest.raises(DataError, match="description of more than"):
+    read_torch(path)
+
+
+def test_a_tensor_that_repeats_one_number_for_ever(tmp_path):
+  storage = make_storage(("storage", Placeholder("torch.FloatStorage"), "0", "", 1))
+  make_tensor_recipe(storage, 0, (1000, 1000), (0, 0))
+  with pytest.raises(ValueError, match="repeats 1 numbers"):
+    make_tensor_recipe(storage, 0, (10**9, 10**9), (0, 0))
