@@ -8,6 +8,7 @@ beside the package, by its file.
 import ast
 import contextlib
 import difflib
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -24,6 +25,7 @@ from flaxlm.errors import ConfigError, DataError, MissingInputError
 
 # Keys that older versions stored and that no longer choose anything.
 _RETIRED = ("step.chunk_size",)
+_SEAL = "sha256"  # the key of a stored config's check
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _INSTALLED = _PACKAGE / "configs"  # where a wheel puts the shipped configs: setup.py
 _CLONE = _PACKAGE.parent
@@ -165,12 +167,40 @@ def config_to_json(config: ConfigDict) -> str:
   return json.dumps(json.loads(config.to_json()), indent=2) + "\n"
 
 
+def seal_config(config: ConfigDict) -> str:
+  """Returns `config_to_json` with a sha256 of its values, which readers check."""
+  stored = json.loads(config_to_json(config))
+  return json.dumps(stored | {_SEAL: _digest(stored)}, indent=2) + "\n"
+
+
+def _digest(stored: dict) -> str:
+  """Returns the sha256 of a stored config: of its values, not of its layout."""
+  return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+def _check_seal(stored: dict) -> None:
+  """Removes the sha256 of a stored config; raises DataError if it is another's.
+
+  Older versions stored none.
+  """
+  if _SEAL in stored and stored.pop(_SEAL) != _digest(stored):
+    raise DataError(
+      "the stored config is damaged, or was edited",
+      "values that do not match its sha256",
+      "the values that a run stored",
+      f'without its line "{_SEAL}" it is a config for a new run',
+    )
+
+
 def config_from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
   """Rebuilds a stored config; nothing in it is executed."""
   config = base.get_config()
   try:
     stored = json.loads(text)
+    _check_seal(stored)
     names = stored["data"]["sources"]
+  except DataError:
+    raise
   except (ValueError, KeyError, TypeError) as error:
     given = f"{type(error).__name__}: {error}"
     raise DataError("the stored config is damaged", given) from error

@@ -4,6 +4,7 @@ The data is a token store, labelled examples (config.task) or random tokens. Eac
 process makes only the rows that its own devices hold.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -205,9 +206,20 @@ class Feed:
       return None
     return token_frequencies.bytes_per_token(self.validation)
 
-  def read_train(self, first_step: int, num_steps: int) -> Iterator[dict]:
-    """Yields the batches (dicts of jax.Array) of steps first_step to num_steps - 1."""
-    return self._read(self.train, range(first_step, num_steps))
+  def read_train(
+    self, first_step: int, num_steps: int, rows_read: int | None = None
+  ) -> Iterator[dict]:
+    """Yields the batches (dicts of jax.Array) of steps first_step to num_steps - 1.
+
+    Args:
+      rows_read: rows that came before these batches. Steps before them may have had
+        another batch size; None means that they had this one.
+    """
+    batches, size = self.train, self.data.batch_size
+    shift = 0 if rows_read is None else rows_read - first_step * size
+    if shift and not isinstance(batches, SyntheticBatches):  # those have no epochs
+      batches = dataclasses.replace(batches, first_row=batches.first_row + shift)
+    return self._read(batches, range(first_step, num_steps))
 
   def read_validation(self) -> Iterator[dict]:
     """Yields the batches of one evaluation, the same ones each time."""

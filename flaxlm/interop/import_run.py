@@ -12,7 +12,7 @@ import shutil
 import jax
 
 from flaxlm.config import base
-from flaxlm.config.load import apply_overrides, config_to_json
+from flaxlm.config.load import apply_overrides, config_to_json, seal_config
 from flaxlm.errors import MissingInputError, OutputError, printable
 from flaxlm.files import write_atomically, write_directory, writing
 from flaxlm.interop.huggingface import Imported, read_model
@@ -162,7 +162,7 @@ def _keep_files(
     template = tokenizer.chat_template or find_chat_template(source)
     if template:
       write_atomically(files.chat_template, template)
-  write_atomically(files.config, config_to_json(config))
+  write_atomically(files.config, seal_config(config))
 
 
 def find_chat_template(source: pathlib.Path) -> str:

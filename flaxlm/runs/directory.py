@@ -15,9 +15,11 @@ from typing import Self
 
 from ml_collections import ConfigDict
 
-from flaxlm.config.load import config_from_json
+from flaxlm.config.load import apply_overrides, config_from_json
 from flaxlm.errors import MissingInputError, OutputError
 from flaxlm.files import open_atomically, write_atomically
+from flaxlm.runs import binding
+from flaxlm.training.manifest import newest_meta
 
 
 class RunFiles:
@@ -43,15 +45,51 @@ class RunFiles:
 def load_run_config(
   workdir: str | os.PathLike, overrides: list[str] = ()
 ) -> ConfigDict:
-  """Returns the config that the run in `workdir` stored, with overrides applied."""
-  path = RunFiles(workdir).config
+  """Returns the config that the run in `workdir` stored, with overrides applied.
+
+  Overrides that change what the weights compute are named on stderr.
+
+  Raises:
+    MissingInputError: there is no run.
+    DataError: a file of the run is damaged, or is not that of its checkpoints.
+  """
+  files = RunFiles(workdir)
+  meta = newest_meta(files.checkpoints)
+  config = _read_config(files, meta)
+  if meta is not None:
+    binding.check_files(files.workdir, meta)
+  before = binding.of_the_model(config)
+  config = apply_overrides(config, overrides)
+  for line in binding.differences(binding.of_the_model(config), before):
+    print(f"flaxlm: warning: {line}", file=sys.stderr)
+  return config
+
+
+def _read_config(files: RunFiles, meta: dict | None) -> ConfigDict:
+  """Returns the stored config; that of the newest checkpoint if the file is missing."""
+  path, trained = files.config, binding.trained_config(meta or {})
   if not path.is_file():
-    raise MissingInputError(
-      f"--workdir={workdir} holds no run",
-      f"{path.absolute()} (missing)",
-      "a directory that `python -m flaxlm.train --workdir=...` wrote",
+    if trained is None:
+      raise MissingInputError(
+        f"--workdir={files.workdir} holds no run",
+        f"{path.absolute()} (missing)",
+        "a directory that `python -m flaxlm.train --workdir=...` wrote",
+      )
+    print(
+      f"flaxlm: {path} is missing: the config of checkpoint {meta['step']} is used",
+      file=sys.stderr,
     )
-  return config_from_json(path.read_text(), overrides)
+    return trained
+  try:
+    config = config_from_json(path.read_text())
+  except ValueError as error:  # UserErrors and texts that are no UTF-8
+    if trained is None:
+      raise
+    found = binding.describe_edit(path.read_bytes(), meta) or str(error)
+    raise binding.not_of_this_run(path, found.splitlines()[0], meta) from error
+  if meta is not None:
+    binding.check_stored(path, config, meta)
+  return config
 
 
 def split_address(address: str) -> tuple[pathlib.Path, int | None]:

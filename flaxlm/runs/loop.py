@@ -6,14 +6,12 @@ A checkpoint is saved before anything that could fail.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 
 import jax
 
 from flaxlm import machine
-from flaxlm.config.load import config_to_json
 from flaxlm.config.tree import flatten
 from flaxlm.data.feed import Feed
 from flaxlm.errors import Preempted
@@ -21,7 +19,7 @@ from flaxlm.parallel.agreement import agree, local_facts
 from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.one_fate import OneFate
-from flaxlm.runs.begin import initial_state
+from flaxlm.runs.begin import describe_checkpoint, initial_state
 from flaxlm.runs.directory import RunFiles, RunLock, is_logged
 from flaxlm.runs.held_out import make_scorer
 from flaxlm.runs.program import Program, build_program, open_feed, use_config_mesh
@@ -68,14 +66,15 @@ def train(
     watchdog = enter(Watchdog(config.guards.hang_seconds))
     checkpoints = enter(Checkpointer(files.checkpoints, **config.checkpoint))
     stack.push(fate.end_if_failed)  # before the checkpoints wait for other processes
-    state, base = initial_state(config, mesh, program, feed, checkpoints)
-    first_step = int(state.step)
-    store_run(files, asked, config, mesh, feed)
-    print_run_card(config, workdir, program.target, feed, mesh, first_step, allocator)
+    start = initial_state(config, mesh, program, feed, checkpoints)
+    state, base, first_step = start.state, start.base, start.step
     # A run that was killed between a checkpoint and its evaluation makes up for it.
     owed = evaluation_is_due(config, feed, first_step)
     owed = owed and not is_logged(files.metrics, first_step, "eval")
-    if first_step >= config.num_steps and not owed:
+    done = first_step >= config.num_steps and not owed
+    store_run(files, asked, config, mesh, feed, done)
+    print_run_card(config, workdir, program.target, feed, mesh, first_step, allocator)
+    if done:
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
     expected = predict and predict(config, mesh)
@@ -86,7 +85,8 @@ def train(
       raise stopped(files, config, first_step)
 
     say("compiling the training step ...")
-    batches = progress.waiting_for(feed.read_train(first_step, config.num_steps))
+    batches = feed.read_train(first_step, config.num_steps, start.rows)
+    batches = progress.waiting_for(batches)
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
       state, metrics = program.train_step(state, batch, base)
@@ -96,11 +96,11 @@ def train(
       last, stopping = step == config.num_steps, stop.should_stop(step)
       if last or stopping or checkpoints.is_due(step):
         progress.flush()
-        checkpoints.save(step, state, describe_checkpoint(config, feed, step))
+        checkpoints.save(step, state, describe_checkpoint(config, feed, start, step))
       if not stopping and evaluation_is_due(config, feed, step):
         stopping = not evaluate_after(step, state, base)
         if stopping:  # a signal came during the evaluation
-          checkpoints.save(step, state, describe_checkpoint(config, feed, step))
+          checkpoints.save(step, state, describe_checkpoint(config, feed, start, step))
       if stopping:
         raise stopped(files, config, step)
   say(f"done: {files.checkpoints / str(config.num_steps)}, {files.metrics}")
@@ -153,14 +153,3 @@ def evaluation_is_due(config, feed: Feed, step: int) -> bool:
     return False
   every = config.eval.every
   return step == config.num_steps or (every > 0 and step % every == 0)
-
-
-def describe_checkpoint(config, feed: Feed, step: int) -> dict:
-  """Returns the `meta` of a checkpoint."""
-  return {
-    "step": step,
-    "tokens": step * config.data.batch_size * config.data.seq_len,
-    "data_fingerprint": feed.fingerprint,
-    "tokenizer_sha256": feed.tokenizer_sha256,
-    "config": json.loads(config_to_json(config)),
-  }

@@ -12,12 +12,13 @@ import pathlib
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from flaxlm.config.load import config_to_json
+from flaxlm.config.load import seal_config
 from flaxlm.config.rules import attention_case
 from flaxlm.data.feed import Feed
+from flaxlm.errors import OutputError
 from flaxlm.files import write_atomically
 from flaxlm.kernels.attention import choice
-from flaxlm.runs.directory import RunFiles
+from flaxlm.runs.directory import RunFiles, load_run_config
 from flaxlm.tokenizer.files import file_name
 
 
@@ -73,16 +74,36 @@ def store_run(
   config: FrozenConfigDict,
   mesh: jax.sharding.Mesh,
   feed: Feed,
+  done: bool = False,
 ) -> None:
-  """Writes the config, tokenizer and template: later commands need no other files."""
+  """Writes the config, tokenizer and template: later commands need no other files.
+
+  A run that is `done` keeps the config that it was trained with.
+
+  Raises:
+    OutputError: a file cannot be written.
+    DataError: the config of a run that is done was damaged, or edited.
+  """
   if jax.process_index() != 0:
     return
+  try:
+    _write_files(files, asked, config, mesh, feed, done)
+  except OSError as error:
+    given = f"{error.filename or files.workdir}: {error.strerror}"
+    needed = "a directory whose files this run may write"
+    raise OutputError(f"{files.workdir} cannot be written", given, needed) from error
+  if done:
+    load_run_config(files.workdir)
+
+
+def _write_files(files, asked, config, mesh, feed: Feed, done: bool) -> None:
   if config.model.attention != asked.model.attention:
     kernel = describe_kernel(config.model.attention, mesh)
     write_atomically(files.kernel, kernel + "\n")
   stored = asked.copy_and_resolve_references()
   stored.task.update(config.task)
-  write_atomically(files.config, config_to_json(stored))
+  if not (done and files.config.is_file()):
+    write_atomically(files.config, seal_config(stored))
   if feed.chat_template:
     write_atomically(files.chat_template, feed.chat_template.source)
   if feed.tokenizer:

@@ -15,6 +15,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves
+from flaxlm.runs.binding import check_base
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training import lora
@@ -44,7 +45,8 @@ def restore_model(
   restored, meta = restore_for_inference(RunFiles(workdir).checkpoints, target, step)
   if not config.lora.rank:
     return restored[name], meta
-  base, _ = initial_model(config, mesh, rules)
+  base, found = initial_model(config, mesh, rules)
+  check_base(config.init_from, meta.get("base"), found)
   return lora.merge(base, restored[name], config.lora.alpha), meta
 
 

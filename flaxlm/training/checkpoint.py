@@ -38,6 +38,7 @@ from flaxlm.training.manifest import (
   CHECKPOINT_FORMAT,
   find_damage,
   hash_files,
+  list_steps,
   read_manifest,
   write_manifest,
 )
@@ -336,15 +337,6 @@ def _move_aside(path: pathlib.Path) -> None:
   while path.with_name(f"{path.name}.bad-{number}").exists():
     number += 1
   os.rename(path, path.with_name(f"{path.name}.bad-{number}"))
-
-
-def list_steps(directory: str | os.PathLike) -> list[int]:
-  """Returns the steps that seem to have a finished checkpoint, ascending."""
-  directory = pathlib.Path(directory)
-  if not directory.is_dir():
-    return []
-  names = (entry.name for entry in directory.iterdir())
-  return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
 
 
 def _remove_leftovers(directory: pathlib.Path) -> None:

@@ -6,10 +6,12 @@ lines before it, so that a flipped bit in the manifest itself is found too.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
 
 from flaxlm.files import sync_directory, write_atomically
 
@@ -42,6 +44,26 @@ def find_damage(path: pathlib.Path) -> str | None:
         return f"state/{name} does not match its sha256"
   except (OSError, ValueError) as error:
     return str(error)
+  return None
+
+
+def list_steps(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps that seem to have a finished checkpoint, ascending."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return []
+  names = (entry.name for entry in directory.iterdir())
+  return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
+
+
+def newest_meta(directory: str | os.PathLike) -> dict | None:
+  """Returns the `meta` of the newest manifest that is whole; None if there is none.
+
+  The arrays beside it are not looked at.
+  """
+  for step in list_steps(directory)[::-1]:
+    with contextlib.suppress(OSError, ValueError):
+      return read_manifest(pathlib.Path(directory) / str(step))["meta"]
   return None
 
 

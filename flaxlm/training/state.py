@@ -1,8 +1,8 @@
 """The training state and the step that advances it.
 
 The state is one pytree. Weights and optimizer moments share their structure, so one
-walk shards, saves or compares them. `step` is the whole position in the data: batches
-are a pure function of (seed, step).
+walk shards, saves or compares them. Batches are a pure function of (seed, rows before),
+and a checkpoint counts these rows beside the state (runs/begin.py).
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """A run gets the rows of its data, on its devices, from any step on."""
 
+import dataclasses
 import json
 
 import jax
@@ -173,3 +174,53 @@ def test_what_does_not_fit_is_refused(config, labelled):
   config.model.num_labels = 3
   with pytest.raises(ConfigError, match="2, the classes of"):
     open_feed(config, tokenizer_path=labelled[1])
+
+
+def read_rows(config, *, first_step, num_steps, rows_read=None, **options):
+  """Returns the rows of these batches, one after the other, by name."""
+  feed = open_feed(config, **options)
+  batches = [*feed.read_train(first_step, num_steps, rows_read)]
+  names = batches[0] if batches else ()
+  return {n: np.concatenate([np.asarray(b[n]) for b in batches]) for n in names}
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_another_batch_size_goes_on_with_the_next_row(config, objective):
+  if objective == "masked":
+    config.objective.kind, config.model.head, config.model.causal = (
+      "masked",
+      "mlm",
+      False,
+    )
+  whole = read_rows(config, first_step=0, num_steps=9)
+  config.data.batch_size = 24  # 3 steps of 8 rows were read, then 2 of 24
+  later = read_rows(config, first_step=3, num_steps=5, rows_read=24)
+  config.data.batch_size = 16  # as many rows as in steps of 16, or more
+  for first, rows in ((3, 24), (1, 24), (9, 32)):
+    part = read_rows(config, first_step=first, num_steps=first + 1, rows_read=rows)
+    assert_equal(part, {n: x[rows : rows + 16] for n, x in whole.items()})
+  assert_equal(later, {n: x[24:] for n, x in whole.items()})
+
+
+def test_labelled_rows_go_on_too_and_an_epoch_has_each_once(labelled):
+  config, tokenizer = labelled
+  size = len(open_feed(config, tokenizer_path=tokenizer).examples)
+  parts, rows, step = [], 0, 0
+  for batch_size in (8, 24, 16, 8, 16):
+    config.data.batch_size = batch_size
+    options = {"tokenizer_path": tokenizer, "rows_read": rows}
+    parts.append(read_rows(config, first_step=step, num_steps=step + 1, **options))
+    rows, step = rows + batch_size, step + 1
+  texts = [tuple(x) for part in parts for x in part["tokens"].tolist()]
+  assert size < rows == len(texts) and len({*texts[:size]}) == size
+
+
+def test_positions_beyond_32_bits_are_exact(config):
+  """10^13 rows: counters of 32 bits, or float64 at a later step, would repeat rows."""
+  feed, rows = open_feed(config), 10**13 + 1
+  size = sum(feed.train.rows_per_source)
+  numbers = dataclasses.replace(feed.train, first_row=rows, num_rows=size)._numbers(0)
+  assert numbers[0] == rows and numbers[-1] == rows + size - 1
+  start = -(-rows // size) * size  # an epoch begins here
+  epoch = dataclasses.replace(feed.train, first_row=start, num_rows=size).rows(0)
+  assert len({*epoch}) == size

@@ -11,7 +11,7 @@ import pytest
 
 from flaxlm.config.load import config_from_json, config_to_json
 from flaxlm.config.tree import flatten
-from flaxlm.errors import DataError, Preempted
+from flaxlm.errors import ConfigError, DataError, Preempted
 from flaxlm.runs import loop, program
 from flaxlm.runs.directory import load_run_config
 from flaxlm.training.checkpoint import list_steps, read_meta
@@ -84,13 +84,14 @@ def logged(workdir) -> dict[str, dict[int, float]]:
 
 def test_a_run_evaluates_and_saves_on_time_and_leaves_its_config_alone(finished):
   config, asked, workdir = finished
-  assert config_to_json(config) == asked == (workdir / "config.json").read_text()
+  assert config_to_json(config) == asked
+  assert config_to_json(load_run_config(workdir)) == asked
   losses = logged(workdir)
   assert [*losses["train"]] == [1, 2, 3, 4] and [*losses["eval"]] == [2, 4]
   checkpoints = workdir / "checkpoints"
   assert list_steps(checkpoints) == [3, 4]
   meta = read_meta(checkpoints)
-  assert (meta["step"], meta["tokens"]) == (4, 4 * 8 * 32)
+  assert (meta["step"], meta["rows"], meta["tokens"]) == (4, 4 * 8, 4 * 8 * 32)
   stored = config_from_json(json.dumps(meta["config"]))
   assert flatten(stored) == flatten(config)
 
@@ -111,6 +112,23 @@ def test_a_run_that_is_done_does_only_what_it_owes(finished, tmp_path, capsys):
     run(load_run_config(workdir), workdir, Stop(after=0, in_evaluation=True))
   assert [*logged(workdir)["eval"]] == [2]
   assert run(load_run_config(workdir), workdir) == losses
+
+
+def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[2], workdir)
+  stored = (workdir / "config.json").read_bytes()
+  run(load_run_config(workdir, ["log.every=3", "eval.every=1"]), workdir)
+  assert (workdir / "config.json").read_bytes() == stored
+  with pytest.raises(ConfigError, match=r"config.model.norm_epsilon=0.1 \(trained"):
+    run(load_run_config(workdir, ["model.norm_epsilon=0.1"]), workdir)
+  assert (workdir / "config.json").read_bytes() == stored
+  (workdir / "config.json").write_bytes(stored.replace(b"1e-05", b"2e-05"))
+  with pytest.raises(DataError, match="not the config that its checkpoints"):
+    run(finished[0], workdir)  # with --config: the stored one is not read before
+  (workdir / "config.json").unlink()
+  run(finished[0], workdir)
+  assert (workdir / "config.json").read_bytes() == stored
 
 
 def test_other_data_is_refused(finished, tmp_path, monkeypatch):

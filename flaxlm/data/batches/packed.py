@@ -1,9 +1,9 @@
-"""Makes batches from a token store. Batch t is a function of (seed, t) alone.
+"""Makes batches from a token store: a function of (seed, rows before) alone.
 
-That holds for any number of hosts. The position of a run in its data is therefore one
-integer, and resuming is exact and instant. A row holds consecutive tokens of the store:
-`seq_len` of them, or fewer to leave room for what the objective adds. A permutation
-that needs no memory orders the rows of each epoch.
+That holds for any number of hosts and any batch size. The position of a run in its data
+is therefore one integer, and resuming is exact and instant. A row holds consecutive
+tokens of the store: `seq_len` of them, or fewer to leave room for what the objective
+adds. A permutation that needs no memory orders the rows of each epoch.
 
 A batch holds int32 arrays BL: tokens; targets (the token to predict, or -1);
 segment_ids (the documents of a row, numbered from 1; 0 is padding); positions (from 0
@@ -36,6 +36,9 @@ TRIES = 8  # rows that are tried to find text of another document
 @dataclasses.dataclass
 class Batches:
   """`batches[t]` is batch t: its rows [first_row, first_row + num_rows), for one host.
+
+  Batches before t had t * batch_size rows. Where they had another size, first_row is
+  larger or smaller by the difference (`Feed.read_train`).
 
   With `in_order`, for evaluation, the batches hold each row of the sources once, one
   source after another, and the last batch ends with padding. The masks of a row are

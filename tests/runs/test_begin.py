@@ -1,0 +1,44 @@
+"""The position of a run in its data: rows, counted exactly."""
+
+import types
+
+from flaxlm.runs.begin import Start, describe_checkpoint, rows_read
+
+
+def feed():
+  return types.SimpleNamespace(fingerprint="x", tokenizer_sha256="", chat_template=None)
+
+
+def start(**changes) -> Start:
+  return Start(None, None, None, 0, 0)._replace(**changes)
+
+
+def test_rows_are_counted_over_changes_of_the_batch_size(tiny):
+  meta = describe_checkpoint(tiny, feed(), start(), 3)
+  assert (meta["rows"], meta["tokens"]) == (24, 24 * 32)
+  tiny.data.batch_size = 20
+  resumed = start(step=3, rows=rows_read(meta))
+  meta = describe_checkpoint(tiny, feed(), resumed, 5)
+  assert (meta["rows"], meta["tokens"]) == (64, 64 * 32)
+
+
+def test_an_older_version_counted_steps_and_read_the_rows_after_them(tiny):
+  meta = describe_checkpoint(tiny, feed(), start(), 5)
+  del meta["rows"]
+  assert rows_read(meta) == 5 * 8
+
+
+def test_counters_are_exact_beyond_32_and_53_bits(tiny):
+  tiny.data.seq_len = tiny.data.batch_size = 2**20 + 1
+  step = 2**31 - 1
+  meta = describe_checkpoint(tiny, feed(), start(), step)
+  assert meta["tokens"] == (2**20 + 1) ** 2 * step > 2**63
+
+
+def test_a_checkpoint_names_the_template_and_the_weights_under_adapters(tiny):
+  one = feed()
+  one.chat_template = types.SimpleNamespace(source="{{ x }}")
+  meta = describe_checkpoint(tiny, one, start(base_name="step 4, abc"), 5)
+  assert list(meta["files"]) == ["chat_template.jinja"]
+  assert meta["base"] == "step 4, abc"
+  assert "base" not in describe_checkpoint(tiny, feed(), start(), 5)
