@@ -15,8 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from flaxlm.config.load import seal_config
 from flaxlm.config.rules import attention_case
 from flaxlm.data.feed import Feed
-from flaxlm.errors import OutputError
-from flaxlm.files import write_atomically
+from flaxlm.files import write_atomically, writing
 from flaxlm.kernels.attention import choice
 from flaxlm.runs.directory import RunFiles, load_run_config
 from flaxlm.tokenizer.files import file_name
@@ -81,17 +80,13 @@ def store_run(
   A run that is `done` keeps the config that it was trained with.
 
   Raises:
-    OutputError: a file cannot be written.
+    OutputError, StorageError: a file cannot be written.
     DataError: the config of a run that is done was damaged, or edited.
   """
   if jax.process_index() != 0:
     return
-  try:
+  with writing(f"--workdir={files.workdir}"):
     _write_files(files, asked, config, mesh, feed, done)
-  except OSError as error:
-    given = f"{error.filename or files.workdir}: {error.strerror}"
-    needed = "a directory whose files this run may write"
-    raise OutputError(f"{files.workdir} cannot be written", given, needed) from error
   if done:
     load_run_config(files.workdir)
 
