@@ -6,6 +6,7 @@ adds ranges, relations between knobs, and messages that name the fix.
 """
 
 import difflib
+import sys
 
 from ml_collections import ConfigDict
 
@@ -37,18 +38,29 @@ def check_keys(config: ConfigDict) -> None:
     expected = known.get(_with_source_named(key, "main"))
     if expected is None:
       raise unknown_key(key, known)
-    if isinstance(expected, float) and type(value) is int:
-      continue
-    if type(value) is not type(expected):
-      kind = type(expected).__name__
-      raise ConfigError(
-        f"config.{key}", f"{value!r}", f"a value of type {kind}", f"{expected}"
-      )
+    check_type(key, value, expected)
   for key in known:
     if key not in given:
       raise ConfigError(
         f"config.{key}", "nothing", "every knob of flaxlm/config/base.py"
       )
+
+
+def check_type(key: str, value: object, expected: object) -> None:
+  """Raises ConfigError unless a leaf has the type of `expected`.
+
+  A whole number may stand for a float. All tuples of the config are of texts.
+  """
+  kind = type(expected)
+  if type(value) is not kind and not (kind is float and type(value) is int):
+    needed = f"a value of type {kind.__name__}"
+  elif kind is tuple and not all(isinstance(item, str) for item in value):
+    needed = "texts alone"
+  elif kind is float and type(value) is int and abs(value) > sys.float_info.max:
+    needed = "a number that a float can hold"
+  else:
+    return
+  raise ConfigError(f"config.{key}", f"{value!r}", needed, f"{expected}")
 
 
 def unknown_key(key: str, known: dict) -> ConfigError:

@@ -117,6 +117,17 @@ AT_MOST_ONE = (
   "optim.end_factor",
   "optim.decay_fraction",
 )
+# The largest whole numbers; those in no table have 31 bits, as shapes and steps in JAX.
+AT_MOST = {
+  "seed": 2**32 - 1,  # JAX keeps 32 bits of it: 2**32 would be 0
+  "model.num_layers": 10_000,
+  "model.moe.num_experts": 100_000,
+  "data.num_threads": 1_000,
+  "data.prefetch": 10_000,
+  "data.shard_tokens": 2**63 - 1,
+  "data.sources.*.max_documents": 2**63 - 1,
+  "tokenizer.train_bytes": 2**63 - 1,
+}
 ANY_NUMBER = ("mesh.data",)  # flaxlm/config/rules.py says which
 
 
@@ -130,15 +141,28 @@ def check_value(name: str, key: str, value: object) -> None:
   if key in CHOICES and value not in CHOICES[key]:
     near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
     raise ConfigError(name, value, "one of " + " ".join(CHOICES[key]), "".join(near))
+  needed = number_needed(key, value)
+  if needed:
+    raise ConfigError(name, value, needed)
+  if isinstance(value, str) and "\0" in value:
+    raise ConfigError(name, value, "a text without NUL characters")
+
+
+def number_needed(key: str, value: object) -> str:
+  """Returns what is needed in place of a number outside its range; "" if it is fine."""
   if isinstance(value, bool) or not isinstance(value, int | float):
-    return
+    return ""
+  most = AT_MOST.get(key, 2**31 - 1)
+  if isinstance(value, int) and value > most:
+    return f"a whole number of at most {most:,}"
   if key in ANY_NUMBER:
-    return
+    return ""
   low = 1 if key in AT_LEAST_ONE else 0
   if not math.isfinite(value) or value < low or (key in POSITIVE and value == 0):
     above = "above 0" if key in POSITIVE else f"of at least {low}"
-    raise ConfigError(name, value, f"a finite number {above}")
+    return f"a finite number {above}"
   if key in BELOW_ONE and value >= 1:
-    raise ConfigError(name, value, "a fraction below 1")
+    return "a fraction below 1"
   if key in AT_MOST_ONE and value > 1:
-    raise ConfigError(name, value, "at most 1")
+    return "at most 1"
+  return ""

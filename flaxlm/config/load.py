@@ -19,9 +19,10 @@ import types
 from ml_collections import ConfigDict
 
 from flaxlm.config import base
-from flaxlm.config.check import check_config, check_keys, unknown_key
+from flaxlm.config.check import check_config, check_keys, check_type, unknown_key
 from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError, DataError, MissingInputError
+from flaxlm.json_files import check_fields, parse_json
 
 # Keys that older versions stored and that no longer choose anything.
 _RETIRED = ("step.chunk_size",)
@@ -40,7 +41,7 @@ def load_config(name: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDi
   """
   file = find_config(name)
   if file.suffix == ".json":
-    return config_from_json(file.read_text(), overrides)
+    return config_from_json(file.read_bytes(), overrides, file)
   try:
     config = _run_config_file(file)
   except Exception as error:
@@ -192,24 +193,42 @@ def _check_seal(stored: dict) -> None:
     )
 
 
-def config_from_json(text: str, overrides: list[str] = ()) -> ConfigDict:
-  """Rebuilds a stored config; nothing in it is executed."""
+def config_from_json(
+  text: str | bytes, overrides: list[str] = (), where: object = "the stored config"
+) -> ConfigDict:
+  """Rebuilds a stored config; nothing in it is executed.
+
+  Knobs that it lacks, because an older version wrote it, have their defaults.
+
+  Args:
+    where: names the config in messages.
+  Raises:
+    DataError: it is no JSON, or a value stands where a group does.
+    ConfigError: a key or value of it cannot be used.
+  """
   config = base.get_config()
-  try:
-    stored = json.loads(text)
-    _check_seal(stored)
-    names = stored["data"]["sources"]
-  except DataError:
-    raise
-  except (ValueError, KeyError, TypeError) as error:
-    given = f"{type(error).__name__}: {error}"
-    raise DataError("the stored config is damaged", given) from error
+  stored = parse_json(text, where, {"data.sources": dict})
+  _check_seal(stored)
+  names = stored["data"]["sources"]
   config.data.sources = base.sources(**{name: base.source() for name in names})
   known = flatten(config)
+  _check_groups(stored, config, where)
   for key, value in flatten(stored).items():
     if key in _RETIRED:
       continue
     if key not in known:
       raise unknown_key(key, known)
-    set_value(config, key, tuple(value) if isinstance(known[key], tuple) else value)
+    value = tuple(value) if isinstance(value, list) else value
+    check_type(key, value, known[key])
+    set_value(config, key, value)
   return apply_overrides(config, overrides)
+
+
+def _check_groups(stored: dict, config: ConfigDict, where: object) -> None:
+  """Raises DataError or ConfigError where a group stands for a value, or vice versa."""
+  for key, value in stored.items():
+    if key in config and hasattr(config[key], "items"):
+      check_fields(stored, where, {key: dict})
+      _check_groups(value, config[key], f"{where}: {key}")
+    elif key in config and isinstance(value, dict):
+      raise ConfigError(f"{where}: {key}", f"{value}", "a value, not a group")

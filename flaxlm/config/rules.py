@@ -37,6 +37,9 @@ def _all_rules(config: ConfigDict):
     f"a divisor of config.model.num_layers={layers}",
     _nearest_divisors(layers, model.unroll),
   )
+  rows = (2**31 - 1) // data.seq_len
+  limit = f"at most {rows:,} rows of config.data.seq_len={data.seq_len}: 2^31 tokens"
+  yield data.batch_size <= rows, "data.batch_size", limit, f"{rows}"
   limit = f"at most config.model.max_len={model.max_len}"
   yield data.seq_len <= model.max_len, "data.seq_len", limit, f"{model.max_len}"
   limit = f"at most config.num_steps={config.num_steps}"
@@ -261,7 +264,8 @@ def _objective_rules(config: ConfigDict, asked: str, pairs: bool):
 
 def _nearest_divisors(number: int, near: int) -> str:
   """Returns the three divisors of `number` nearest to `near`, as text."""
-  found = [d for d in range(1, number + 1) if number % d == 0]
+  small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+  found = {*small, *(number // d for d in small)}
   found = sorted(sorted(found, key=lambda d: abs(d - near))[:3])
   return " or ".join(map(str, found))
 

@@ -5,13 +5,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
 from flaxlm.config import base
 from flaxlm.config.load import config_from_json, config_to_json, load_config
 from flaxlm.config.tree import flatten
-from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.errors import ConfigError, DataError, MissingInputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("[a-z]*.py"))
@@ -204,3 +205,57 @@ def test_a_mixture_survives_json():
   again = config_from_json(config_to_json(config), ["data.sources.code.weight=3"])
   assert again.data.sources.english.path == "a.txt"
   assert again.data.sources.code.weight == 3.0
+
+
+WRONG = {
+  "num_steps": ["many", 1.5, 1e26, 10**26, 2**31, True, None, [], {}, [5], {"a": 1}],
+  "seed": [-1, 2**32, "0"],
+  "data.batch_size": [1e26, 10**26, 2**31 - 1, 0, -1],
+  "data.store": [5, None, "a\0b", ["a"]],
+  "model.num_layers": [10**9, "6"],
+  "model.moe.num_experts": [10**9],
+  "model.causal": [1, "true", None],
+  "model.layer_pattern": ["local", [5], [["local"]], [None], {}],
+  "optim.b1": ["x", 10**4000, None, True, -1],
+  "task.labels": [[0, 1], {"0": "a"}],
+  "model": [5, [], "x", None],
+  "data.sources": [5, [], None, {"main": 5}, {}],
+  "data.sources.main.weight": ["x", -1],
+  "model.nonsense": [1, {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_stored_value_of_another_kind_or_range_is_refused_by_its_key(key):
+  for value in WRONG[key]:
+    stored = json.loads(config_to_json(base.get_config()))
+    *groups, last = key.split(".")
+    tree = stored
+    for group in groups:
+      tree = tree[group]
+    tree[last] = value
+    with pytest.raises((ConfigError, DataError)) as caught:
+      flat = flatten(config_from_json(json.dumps(stored), (), "runs/a/config.json"))
+      raise AssertionError(f"{key}={value!r} became {flat.get(key)!r}")
+    assert last in str(caught.value) or " digits" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["", "5", "[]", "{", "null", '"x"', "{}", '{"data": 5}', '{"data": {"sources": []}}',
+   "[" * 10**5, b"\xff\xfe", '{"a": 1, "a": 2}', '{"seed": NaN}'],
+)  # fmt: skip
+def test_a_damaged_config_file_is_named(text, tmp_path):
+  file = tmp_path / "config.json"
+  file.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(DataError, match=r"config\.json"):
+    load_config(file)
+
+
+def test_wrong_numbers_are_refused_at_once():
+  """The divisors that a message offers are not searched for one by one."""
+  started = time.process_time()
+  for override in ("num_heads=2147483646", "num_layers=9999", "head_dim=2147483647"):
+    with pytest.raises(ConfigError):
+      load_config("quickstart", [f"model.{override}", "model.unroll=7"])
+  assert time.process_time() - started < 5
