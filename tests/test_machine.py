@@ -107,6 +107,7 @@ def test_damaged_entries_are_compiled_again(runs, cold):
   assert "Error reading persistent compilation cache entry" in err
 
 
+@pytest.mark.slow
 def test_jax_s_own_variable_turns_it_off(runs, tmp_path):
   before = runs.entries()
   off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path)}

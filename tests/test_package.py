@@ -1,6 +1,7 @@
 """An installed wheel works like the clone, without it.
 
-It runs beside a user's own `configs` package that fails when it is imported.
+It runs beside a user's own `configs` package that fails when it is imported, and where
+TensorFlow cannot be imported either.
 """
 
 import json
@@ -61,18 +62,22 @@ def test_the_wheel_holds_the_package_alone(wheel):
   assert not [x for x in needed if "pytest" in x and "extra" not in x]
 
 
-def test_it_trains_where_there_is_no_clone(wheel, tmp_path):
+def test_it_trains_where_there_is_neither_a_clone_nor_tensorflow(wheel, tmp_path):
   site, home = tmp_path / "site", tmp_path / "home"
   pip("install", "--target", str(site), str(wheel), cwd=tmp_path)
   (home / "configs").mkdir(parents=True)
   (home / "configs/__init__.py").write_text("raise RuntimeError('the user's own')")
   (home / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 999)
+  for name in ("tensorflow", "tensorflow_datasets"):
+    (home / "absent" / name).mkdir(parents=True)
+    text = f"raise ImportError('{name} is not here')"
+    (home / "absent" / name / "__init__.py").write_text(text)
   # A user's config that builds on one of ours.
   (home / "mine.py").write_text(
     "from flaxlm.configs import quickstart\n\ndef get_config():\n"
     "  config = quickstart.get_config()\n  config.seed = 7\n  return config\n"
   )
-  env = quick.environment(PYTHONPATH=str(site))
+  env = quick.environment(PYTHONPATH=f"{home}/absent:{site}")
 
   def run(*command) -> str:
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)

@@ -139,10 +139,8 @@ def learner(tiny):
 
 # Rows have only 32 numbers with 3 fraction bits each, so rounding averages out less
 # than in wide models.
-@pytest.mark.parametrize(
-  ("kind", "distance"),
-  [("fp8", 0.03), pytest.param("int8", 0.02, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "distance"), [("fp8", 0.03), ("int8", 0.02)])
 def test_training_in_8_bits_ends_where_bfloat16_does(learner, kind, distance):
   final = {}
   for name in ("none", kind):
@@ -154,7 +152,8 @@ def test_training_in_8_bits_ends_where_bfloat16_does(learner, kind, distance):
   assert abs(final[kind] - final["none"]) < distance * (first - final["none"])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("fp8", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 def test_eight_devices_compute_what_one_does(learner, kind):
   learner.model.quantize, learner.model.dtype = kind, "float32"
   learner.model.remat = "full"

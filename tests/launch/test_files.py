@@ -104,10 +104,18 @@ step.trace(x, x).lower(lowering_platforms=("tpu",)).compile()
 
 
 @pytest.mark.parametrize(
-  "hardware, topology",
-  [("v4", "v4:2x2x1"), ("v5e", "v5e:2x2"), ("v5p", "v5p:2x2x1"), ("v6e", "v6e:2x2")],
+  "hardware, topology, slices",
+  [
+    ("v5e", "v5e:2x2", 1),
+    ("v5p", "v5p:2x2x1", 2),
+    pytest.param("v4", "v4:2x2x1", 1, marks=pytest.mark.slow),
+    pytest.param("v4", "v4:2x2x1", 2, marks=pytest.mark.slow),
+    pytest.param("v5e", "v5e:2x2", 2, marks=pytest.mark.slow),
+    pytest.param("v5p", "v5p:2x2x1", 1, marks=pytest.mark.slow),
+    pytest.param("v6e", "v6e:2x2", 1, marks=pytest.mark.slow),
+    pytest.param("v6e", "v6e:2x2", 2, marks=pytest.mark.slow),
+  ],
 )
-@pytest.mark.parametrize("slices", [1, 2])
 def test_libtpu_knows_the_flags_for_tpus_and_compiles(hardware, topology, slices):
   pytest.importorskip("libtpu")
   env = os.environ | {

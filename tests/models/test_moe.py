@@ -236,9 +236,8 @@ def test_several_devices_equal_one(config, one_device, capacity_factor, split):
   assert metrics["expert_load"].shape == (E,)
 
 
-@pytest.mark.parametrize(
-  "balance", ["bias", pytest.param("loss", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", ["bias", "loss"])
 def test_a_toy_learns_with_balanced_experts(config, one_device, balance):
   config.model.moe.bias_rate = 0.02
   config.optim.peak_learning_rate = 1e-2

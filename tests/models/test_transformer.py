@@ -91,8 +91,17 @@ def test_no_position_sees_a_later_one(config):
     assert seen[first : position + 1].all() and not seen[:first].any()
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize(
+  ("remat", "unroll"),
+  [
+    ("none", 1),
+    ("full", 1),
+    ("dots", 2),
+    pytest.param("none", 2, marks=pytest.mark.slow),
+    pytest.param("full", 2, marks=pytest.mark.slow),
+    pytest.param("dots", 1, marks=pytest.mark.slow),
+  ],
+)
 def test_scan_remat_and_a_plain_loop_agree(config, remat, unroll):
   model = make(config)
 

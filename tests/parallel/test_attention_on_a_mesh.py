@@ -24,6 +24,7 @@ def config(tiny):
   return tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("backend", "split"),
   [

@@ -24,6 +24,7 @@ print(statistics.median(after - before for before, after in zip(faults, faults[1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is what is asked")
 def test_steps_touch_no_new_pages():
   def faults(how):

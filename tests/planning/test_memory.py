@@ -33,6 +33,7 @@ def test_memory_is_what_xla_allocates(tiny, remat):
   assert found.total == pytest.approx(peak, rel=0.25)
 
 
+@pytest.mark.slow
 def test_experts_of_other_devices_send_all_they_might(tiny):
   tiny.model.moe.num_experts = 4
   tiny.data.seq_len, tiny.data.batch_size = 128, 32

@@ -504,6 +504,7 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path):
   assert np.array_equal(state["w"], np.arange(64).reshape(8, 8) + 4)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_saves(tmp_path):
   state, process = make_state(1, shape=(1,)), psutil.Process()
   with opened(tmp_path / "c", keep_last=1) as saver:

@@ -1,6 +1,7 @@
 """Batches: every token once per epoch, separate documents, any number of hosts."""
 
 import math
+import sys
 import threading
 
 import numpy as np
@@ -12,7 +13,7 @@ from flaxlm.data.batches.order import MIXTURE_BLOCK, permute, shares
 from flaxlm.data.batches.packed import Batches
 from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
 from flaxlm.data.batches.synthetic import SyntheticBatches
-from flaxlm.errors import DataError
+from flaxlm.errors import ConfigError, DataError
 
 BOS, EOS, MASK, CLS, SEP, PRE, MID, SUF = range(1, 9)
 OBJECTIVES = {
@@ -421,6 +422,14 @@ def test_tensorflow_sees_no_accelerator():
   assert tf.config.get_visible_devices("GPU") == []
   # The devices were fixed before the first operation; requesting a GPU now fails.
   assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}
+
+
+def test_without_tensorflow_the_other_loader_is_named(monkeypatch):
+  monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+  monkeypatch.setattr(sys, "path", [])
+  batches = SyntheticBatches(16, 8, 3, 50)
+  with pytest.raises(ConfigError, match=r"(?s)tensorflow.*numpy"):
+    next(read_ahead(batches, range(3), "tfdata", 1, 1))
 
 
 def test_one_ahead_makes_the_next_while_one_is_used_and_passes_errors_on():

@@ -70,6 +70,7 @@ def test_directory_prepared_as_array_record(c4, tmp_path):
   assert [p.text for p in pieces] == [p.text for p in read(path=c4)[10:20]]
 
 
+@pytest.mark.slow
 def test_own_builder_by_module(tmp_path, monkeypatch):
   (tmp_path / "corpus_of_mine.py").write_text(
     '''

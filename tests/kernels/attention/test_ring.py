@@ -111,7 +111,10 @@ def assert_equal(given, expected, atol=2e-5):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("C", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+  "C",
+  [2, 8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))],
+)
 def test_a_ring_equals_the_whole(C, causal):
   for name, mask in MASKS.items():
     if causal or "prefix" not in name:
