@@ -61,9 +61,11 @@ def data_knobs() -> ConfigDict:
   data.num_threads = 2  # parallel batch reads
   data.prefetch = 4  # batches kept ready
   data.sources = sources(main=source())
-  data.split = "hash"  # hash of each document | tail of each text file
+  # hash of each document | tail of each text file | auto: tail of few documents
+  data.split = "auto"
   data.validation_fraction = 0.01  # of the documents (hash) or characters (tail)
   data.shard_tokens = 16_777_216  # tokens per shard of the store, about
+  data.on_corrupt = "stop"  # at a damaged record or file: stop | skip (1% at most)
   return data
 
 

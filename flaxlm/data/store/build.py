@@ -8,25 +8,51 @@ store is the same to the byte.
 import collections
 import contextlib
 import errno
-import json
+import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors, files
 from flaxlm.data.store import copies
-from flaxlm.data.store.manifest import WORDS_FILE, dump, make_manifest
+from flaxlm.data.store.manifest import (
+  SOURCES_FILE,
+  SPLITS,
+  WORDS_FILE,
+  dtype_of,
+  dump,
+  make_manifest,
+)
+from flaxlm.data.store.overlap import count_overlap
 from flaxlm.data.store.progress import BuildProgress
-from flaxlm.data.store.recipe import check_recipe, make_recipe
+from flaxlm.data.store.recipe import (
+  SEEN_FILE,
+  check_recipe,
+  list_sources,
+  make_recipe,
+  read_recipe,
+  read_seen,
+  upgrade,
+  write_seen,
+)
 from flaxlm.data.store.shards import Store
+from flaxlm.data.store.splits import (
+  check_documents,
+  choose_splits,
+  count_shared_files,
+  describe_split,
+  no_tokens,
+)
 from flaxlm.data.store.tokenizer import make_tokenizer
 from flaxlm.data.store.units import write_source
 from flaxlm.data.text import remote
-from flaxlm.data.text.documents import Corpus, open_source
+from flaxlm.data.text.contents import unreadable_source
+from flaxlm.data.text.documents import Corpus, open_source, with_tail
 from flaxlm.data.text.tfds import open_tfds_corpus
 from flaxlm.tokenizer.files import (
   JSON,
@@ -65,22 +91,51 @@ def build_store(
   """
   address = data.store
   check_sources(data)
+  is_remote = remote.is_remote(address)
+  if is_remote:
+    root = copies.building_directory(address)
+  else:
+    root = pathlib.Path(address).expanduser()
   try:
-    corpora = open_corpora(data)
-    recipe = make_recipe(data, tokenizer, corpora)
-    if not remote.is_remote(address):
-      root = pathlib.Path(address).expanduser()
+    stored = stored_recipe(address, root)
+    corpora = open_corpora(data, root, log)
+    splits = choose_splits(data, corpora, stored)
+    corpora = split_corpora(data, corpora, splits)
+    recipe = make_recipe(data, tokenizer, corpora, splits)
+    if not is_remote:
       return build_locally(root, data, tokenizer, corpora, recipe, log)
     if remote.exists(f"{address}/manifest.json"):
-      return reuse(address, recipe, log)
-    root = copies.building_directory(address)
+      return reuse(address, recipe, corpora, log)
     report = build_locally(root, data, tokenizer, corpora, recipe, log)
     log(f"copying {root} to {address}")
     copies.upload(root, address)
     copies.keep_copy(root, report.store.fingerprint)
     return report._replace(store=Store(address))
   except OSError as error:
-    raise cannot_write(address, error) from error
+    raise cannot_write(address, root, error) from error
+
+
+def split_corpora(
+  data: ConfigDict, corpora: dict[str, Corpus], splits: dict[str, str]
+) -> dict[str, Corpus]:
+  """Returns the corpora, those of which the tail is for validation with their tails."""
+  split = dict(corpora)
+  for name, corpus in corpora.items():
+    if splits[name] == "tail":
+      fraction, source = data.validation_fraction, data.sources[name]
+      split[name] = with_tail(corpus, source, fraction, data.on_corrupt)
+  return split
+
+
+def stored_recipe(address: str, root: pathlib.Path) -> dict | None:
+  """Returns the recipe of the store that is there, or that was begun; else None."""
+  if remote.is_remote(address) and remote.exists(f"{address}/manifest.json"):
+    return upgrade(Store(address).manifest["recipe"])
+  if (root / "manifest.json").exists():
+    return upgrade(Store(root).manifest["recipe"])
+  if (root / "recipe.json").exists() and find_tokenizer(root):
+    return read_recipe(root / "recipe.json")
+  return None
 
 
 def build_locally(
@@ -97,11 +152,14 @@ def build_locally(
     knobs: config.tokenizer.
   """
   if (root / "manifest.json").exists():
-    return reuse(root, recipe, log)
+    return reuse(root, recipe, corpora, log)
   with locked(root):
     if (root / "manifest.json").exists():
-      return reuse(root, recipe, log)
-    begin(root, recipe, log)
+      return reuse(root, recipe, corpora, log)
+    begin(root, recipe, corpora, log)
+    if not find_tokenizer(root):
+      check_documents(data, corpora, recipe)
+      describe_sources(data, corpora, recipe, log)
     tokenizer = make_tokenizer(root, knobs, data.sources, corpora, log)
     checks = collections.Counter()
     units = {}
@@ -109,13 +167,33 @@ def build_locally(
     with BuildProgress(sizes, log) as bar:
       for name, corpus in corpora.items():
         units[name] = write_source(root, name, corpus, tokenizer, data, bar, checks)
+    overlap = {}
+    if any(splits_are_given(source) for source in recipe["sources"].values()):
+      overlap = count_overlap(root, units, np.dtype(dtype_of(tokenizer)))
     words = continues_word(tokenizer).tobytes()
-    manifest = make_manifest(recipe, tokenizer, words, units)
+    manifest = make_manifest(recipe, tokenizer, words, units, overlap)
     check_sizes(manifest, data, root)
     files.write_atomically(root / WORDS_FILE, words)
     files.write_atomically(root / "manifest.json", dump(manifest))
   counts = checks["checked"], checks["changed"]
   return Report(Store(root), tokenizer, False, *counts, bar.rate)
+
+
+def splits_are_given(source: dict) -> bool:
+  """Returns whether equal documents of a source may be in both splits."""
+  return source["validation"] == "tail" or bool(source["validation_split"])
+
+
+def describe_sources(
+  data: ConfigDict, corpora: dict[str, Corpus], recipe: dict, log: Callable[[str], None]
+) -> None:
+  """Says what each source is validated on, and which files sources share."""
+  for name, corpus in corpora.items():
+    if data.validation_fraction and not data.sources[name].validation_split:
+      kind = recipe["sources"][name]["validation"]
+      log(describe_split(name, kind, corpus, data.validation_fraction))
+  for (one, other), count in count_shared_files(corpora).items():
+    log(f"warning: {count:,} files of source {one} are files of source {other} too")
 
 
 def check_sources(data: ConfigDict) -> None:
@@ -137,27 +215,32 @@ def check_sources(data: ConfigDict) -> None:
       )  # fmt: skip
 
 
-def open_corpora(data: ConfigDict) -> dict[str, Corpus]:
-  """Opens all sources, sorted by name."""
-  if data.split == "tail":
-    tail = data.validation_fraction
-  elif data.split == "hash":
-    tail = 0.0
-  else:
-    raise errors.ConfigError("config.data.split", data.split, "hash or tail")
-  opened = {}
+def open_corpora(
+  data: ConfigDict, root: pathlib.Path, log: Callable[[str], None]
+) -> dict[str, Corpus]:
+  """Opens all sources, sorted by name.
+
+  Args:
+    root: where the store is, with what was seen of the sources when it was built.
+  """
+  opened, known = {}, read_seen(root)
   for name, source in sorted(data.sources.items()):
     if source.kind == "tfds":
-      opened[name] = open_tfds_corpus(name, source)
+      opened[name] = open_tfds_corpus(name, source, data.on_corrupt, known, log)
     else:
-      opened[name] = open_source(name, source, tail)
+      opened[name] = open_source(name, source, 0.0, data.on_corrupt, known, log)
   return opened
 
 
-def reuse(root: pathlib.Path | str, recipe: dict, log: Callable[[str], None]) -> Report:
+def reuse(
+  root: pathlib.Path | str,
+  recipe: dict,
+  corpora: dict[str, Corpus],
+  log: Callable[[str], None],
+) -> Report:
   """Opens the finished store at `root`; ConfigError if its recipe is another."""
   found = Store(root)
-  check_recipe(root, found.manifest["recipe"], recipe)
+  check_recipe(root, upgrade(found.manifest["recipe"]), recipe, corpora, log)
   log(f"reusing {root}: prepared by the same recipe")
   return Report(found, open_tokenizer(found.tokenizer), True, 0, 0, 0.0)
 
@@ -179,15 +262,21 @@ def locked(root: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def begin(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> None:
+def begin(
+  root: pathlib.Path,
+  recipe: dict,
+  corpora: dict[str, Corpus],
+  log: Callable[[str], None],
+) -> None:
   """Claims an empty directory for this recipe, or continues what the recipe began."""
   path = root / "recipe.json"
   if path.exists() and find_tokenizer(root):
-    check_recipe(root, json.loads(path.read_text()), recipe)
+    check_recipe(root, read_recipe(path), recipe, corpora, log)
     log(f"continuing {root}")
     return
   # Without a tokenizer there is nothing to keep: a corrected recipe replaces the old.
-  ours = (".lock", "recipe.json", "recipe.json.tmp", f"{MODEL}.tmp", f"{JSON}.tmp")
+  kept = ("recipe.json", SOURCES_FILE, SEEN_FILE, MODEL, JSON)
+  ours = {".lock", *kept, *(f"{name}.tmp" for name in kept)} - {MODEL, JSON}
   strange = [file.name for file in root.iterdir() if file.name not in ours]
   if strange:
     raise errors.OutputError(
@@ -195,6 +284,8 @@ def begin(root: pathlib.Path, recipe: dict, log: Callable[[str], None]) -> None:
       f"{strange[0]} in it",
       "an empty or a new directory",
     )
+  write_seen(root, corpora)
+  files.write_atomically(root / SOURCES_FILE, list_sources(corpora))
   files.write_atomically(path, dump(recipe))
 
 
@@ -214,24 +305,23 @@ def check_sizes(manifest: dict, data: ConfigDict, root: pathlib.Path) -> None:
       shutil.rmtree(root / source)
     find_tokenizer(root).unlink()
     (root / "recipe.json").unlink()
-    found = ", ".join(f"{count} {what}" for what, count in entry["problems"].items())
-    raise errors.DataError(
-      f"the {empty} split of source {name} has no tokens",
-      f"{train['documents']} train and {validation['documents']} validation "
-      f"documents{' (' + found + ')' if found else ''}",
-      "text in both",
-      "a larger config.data.validation_fraction, smaller documents "
-      f"(config.data.sources.{name}.document), or config.data.split=tail",
-    )
+    counts = {split: entry[split]["documents"] for split in SPLITS}
+    raise no_tokens(name, empty, counts, entry["problems"])
 
 
-def cannot_write(root: str, error: OSError) -> errors.UserError:
-  """Returns a StorageError if the device is full or bad, otherwise an OutputError."""
+def cannot_write(address: str, root: pathlib.Path, error: OSError) -> errors.UserError:
+  """Returns the error for a file of the store, or of a source, that failed.
+
+  It is a StorageError if the device is full or bad.
+  """
+  file = pathlib.Path(os.fsdecode(error.filename or root))
+  if not file.is_relative_to(root) and file not in root.parents:
+    return unreadable_source(str(file), error)
   full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
   kind = errors.StorageError if full else errors.OutputError
   more = "; then run the same command, it continues" if full else ""
   return kind(
-    f"config.data.store={root} cannot be written",
+    f"config.data.store={address} cannot be written",
     error,
     f"a directory of yours with enough free space{more}",
   )

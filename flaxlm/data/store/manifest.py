@@ -9,10 +9,14 @@ import hashlib
 import json
 
 from flaxlm import errors
+from flaxlm.json_files import parse_json
 from flaxlm.tokenizer.files import AnyTokenizer, file_name
 
 STORE_FORMAT = 1
+MANIFEST_LIMIT = 1 << 30  # bytes; a shard takes 300
 SPLITS = ("train", "validation")
+OVERLAP = "validation document that is a training document too"  # a problem
+SOURCES_FILE = "sources.json"  # name, size and sha256 of each file that was read
 WORDS_FILE = "words.u1"  # one byte per id of the vocabulary: 1 if it continues a word
 
 
@@ -21,18 +25,22 @@ def make_manifest(
   tokenizer: AnyTokenizer,
   words: bytes,
   units: dict[str, list],
+  overlap: dict[str, int],
 ) -> dict:
   """Returns the manifest of a store.
 
   Args:
     words: the contents of WORDS_FILE.
     units: what `write_source` returns, by source.
+    overlap: what `count_overlap` returns, by source.
   """
   entries = {}
   for name, unit_list in units.items():
     problems = collections.Counter()
     for unit in unit_list:
       problems.update(unit["problems"])
+    if overlap.get(name):
+      problems[OVERLAP] = overlap[name]
     entries[name] = {"problems": dict(problems)}
     for split in SPLITS:
       shards = [unit["shards"][split] for unit in unit_list if split in unit["shards"]]
@@ -81,11 +89,12 @@ def dump(tree: dict) -> bytes:
 
 def read_store_manifest(path) -> dict:
   """Returns the manifest at `path`; DataError if it is damaged or of another format."""
+  fields = {"format": int, "fingerprint": str}
   try:
-    manifest = json.loads(path.read_text())
-    version, fingerprint = manifest["format"], manifest["fingerprint"]
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    raise broken(path, f"not a manifest ({type(error).__name__}: {error})") from error
+    manifest = parse_json(path.read_bytes(), path, fields, MANIFEST_LIMIT)
+  except OSError as error:
+    raise broken(path, error.strerror or str(error)) from error
+  version, fingerprint = manifest["format"], manifest["fingerprint"]
   if version != STORE_FORMAT:
     raise errors.DataError(
       "the token store has another format",

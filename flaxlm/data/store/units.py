@@ -6,7 +6,7 @@ and the next call continues after the last of these.
 """
 
 import collections
-import json
+import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -15,15 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors, files
-from flaxlm.data.store.manifest import SPLITS, dtype_of, dump
+from flaxlm.data.store.manifest import SPLITS, broken, dtype_of, dump
 from flaxlm.data.store.progress import BuildProgress
 from flaxlm.data.store.shards import ShardWriter
+from flaxlm.data.store.splits import first_documents
 from flaxlm.data.text.documents import Corpus, TextPiece, split_of
-from flaxlm.data.text.formats import BAD_JSON, EMPTY
+from flaxlm.data.text.formats import BAD_JSON, CORRUPT, EMPTY
+from flaxlm.json_files import read_json
 from flaxlm.tokenizer.files import AnyTokenizer
 
 ENCODED_TOGETHER = 1 << 21  # characters that are tokenised together
 CHECKS = 32  # texts per batch that are decoded again and compared
+# Of a source, with config.data.on_corrupt=skip: documents, or this part of all.
+MOST_LOST, MOST_LOST_FRACTION = 100, 0.01
 UNKNOWN_LOST = "unknown character, lost"
 
 
@@ -45,15 +49,15 @@ def write_source(
   """
   folder = root / name
   folder.mkdir(exist_ok=True)
-  units, position, count = [], (0, 0), 0
+  units, position = [], (0, 0)
   while (path := folder / f"{len(units):06}.json").exists():
-    units.append(json.loads(path.read_text()))
+    units.append(read_unit(path, root, tokenizer))
     position = tuple(units[-1]["next"])
-    count += units[-1]["documents"]
   most = data.sources[name].max_documents
-  pieces = corpus.read(position)
-  if most:
-    pieces = first_documents(pieces, most - count)
+  count = sum(unit["documents"] for unit in units)
+  if most and most <= count:
+    return units
+  pieces = first_documents(corpus.read(position), most and most - count)
   progress.begin(name, position[0])
   stream = encode_stream(pieces, tokenizer, progress, checks)
   fraction = data.validation_fraction
@@ -64,18 +68,51 @@ def write_source(
     )
     if unit is None:
       return units
+    unit["tokenizer"] = tokenizer.sha256
+    unit["check"] = check_of(unit)
     files.write_atomically(folder / f"{number:06}.json", dump(unit))
     units.append(unit)
+    check_lost(name, units)
 
 
-def first_documents(pieces: Iterable[TextPiece], count: int) -> Iterator[TextPiece]:
-  """Yields the pieces of the first `count` documents."""
-  if count > 0:
-    for piece in pieces:
-      yield piece
-      count -= piece.end
-      if not count:
-        return
+def read_unit(path: pathlib.Path, root: pathlib.Path, tokenizer: AnyTokenizer) -> dict:
+  """Returns the unit that a JSON file describes.
+
+  Raises:
+    DataError: the file or a shard of the unit is damaged, or another tokenizer made it.
+  """
+  fields = {"next": list, "documents": int, "problems": dict, "shards": dict}
+  unit = read_json(path, fields)
+  # Units of older versions have no check, and do not name their tokenizer.
+  if unit.get("check", check_of(unit)) != check_of(unit):
+    raise broken(path, "its contents do not match their check")
+  if unit.get("tokenizer", tokenizer.sha256) != tokenizer.sha256:
+    raise broken(path, f"another tokenizer made it, not that of {root}")
+  for shard in unit["shards"].values():
+    file = root / f"{shard['name']}.ids"
+    size = shard["tokens"] * np.dtype(dtype_of(tokenizer)).itemsize
+    found = file.stat().st_size if file.exists() else "missing"
+    if found != size or not file.with_suffix(".index").exists():
+      raise broken(file, f"{found} bytes with its index, not {size}")
+  return unit
+
+
+def check_of(unit: dict) -> str:
+  """Returns the sha256 of the contents of a unit's JSON file."""
+  content = {key: value for key, value in unit.items() if key != "check"}
+  return hashlib.sha256(dump(content)).hexdigest()
+
+
+def check_lost(source: str, units: list[dict]) -> None:
+  """Raises DataError if too many documents of a source are damaged."""
+  lost = sum(unit["problems"].get(CORRUPT, 0) for unit in units)
+  documents = sum(unit["documents"] for unit in units)
+  if lost > max(MOST_LOST, documents * MOST_LOST_FRACTION):
+    raise errors.DataError(
+      f"source {source} is damaged", f"{lost:,} of {documents:,} documents lost",
+      f"at most {MOST_LOST}, or {MOST_LOST_FRACTION:.0%} of its documents",
+      "copy or prepare its files again",
+    )  # fmt: skip
 
 
 def encode_stream(
@@ -173,7 +210,7 @@ def fill_shards(
       shard.begin(tokenizer.bos_id)
     if shard is not None:
       shard.add(ids, len(text))
-    elif piece.end and BAD_JSON not in found:
+    elif piece.end and not found & {BAD_JSON, CORRUPT}:
       found.add(EMPTY)
     if not piece.end:
       continue

@@ -5,7 +5,6 @@ text/). Unlike text for pretraining, records are never repaired: a bad one is an
 """
 
 import glob
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from flaxlm.data.text.tables import (
   numbered_lines,
   table_records,
   unusable,
+  without_newline,
 )
 from flaxlm.data.text.tfds import (
   check_tfds_split,
@@ -27,6 +27,7 @@ from flaxlm.data.text.tfds import (
   open_builder,
   tfds_examples,
 )
+from flaxlm.json_files import parse_json
 
 FORMATS = {  # by the ending of the path; everything else is a TFDS name
   "csv": "csv",
@@ -128,30 +129,20 @@ def find_format(task: ConfigDict, knob: str) -> str:
 
 
 def json_records(file: str) -> Iterator[Record]:
-  """Yields one record per line, skipping empty lines."""
+  """Yields one record per line, skipping blank lines."""
   for number, line in numbered_lines(file):
-    if not line.strip():
-      continue
-    try:
-      fields = json.loads(line)
-    except ValueError as error:
-      given = " ".join(str(error).split())
-      raise unusable(
-        f"{file} line {number}", given, "one JSON object per line"
-      ) from None
-    if not isinstance(fields, dict):
-      given = f"a JSON {type(fields).__name__}"
-      raise unusable(f"{file} line {number}", given, "one JSON object per line")
-    yield Record(fields, file, "line", number)
+    if line.strip():
+      fields = parse_json(line, f"{file} line {number}", finite=False)
+      yield Record(fields, file, "line", number)
 
 
 def squad_records(file: str) -> Iterator[Record]:
   """Yields one record per question, with the fields of TFDS's squad."""
   needed = "SQuAD's form: data[].paragraphs[].{context, qas[].{question, answers}}"
   number = 0
+  text = "".join(line for _, line in numbered_lines(file))
   try:
-    text = "".join(line for _, line in numbered_lines(file))
-    for article in json.loads(text)["data"]:
+    for article in parse_json(text, file, limit=1 << 30)["data"]:
       for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
           number += 1
@@ -160,8 +151,6 @@ def squad_records(file: str) -> Iterator[Record]:
   except (KeyError, TypeError) as error:
     given = f"{type(error).__name__}: {error}"
     raise unusable(f"{file} after question {number}", given, needed) from None
-  except json.JSONDecodeError as error:
-    raise unusable(file, f"no JSON: {error}", needed) from None
 
 
 def conll_records(
@@ -174,11 +163,11 @@ def conll_records(
   """
   rows, first = [], 0
   for number, line in numbered_lines(file):
-    line = line.rstrip("\r\n")
+    line = without_newline(line)
     # Other white space separates nothing: a no-break space is part of a word.
     spaced = [value for value in line.split(" ") if value]
     values = line.split("\t") if "\t" in line else spaced
-    if not values or values[0] == "-DOCSTART-":
+    if not line.strip(" \t") or values[0] == "-DOCSTART-":
       if rows:
         yield Record(_sentence(rows, names, usual), file, "line", first)
       rows = []

@@ -7,6 +7,7 @@ the cuts between pieces. tfds.py opens TFDS data sets as a Corpus too.
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -17,16 +18,24 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from flaxlm import errors
+from flaxlm.data.text.contents import (
+  Seen,
+  check_unchanged,
+  fingerprint_of_contents,
+  hash_listing,
+  see_files,
+)
 from flaxlm.data.text.formats import (
   BAD_JSON,
   BAD_SURROGATE,
   BAD_UTF8,
   BOM,
+  CORRUPT,
   READ_ERRORS,
+  DamagedFile,
   DocumentParts,
   clean,
   damaged_file,
-  file_size,
   find_files,
   lines,
   open_binary,
@@ -56,22 +65,39 @@ class TextPiece(NamedTuple):
 class Corpus(NamedTuple):
   """An opened source. `read` yields its pieces from a position on."""
 
-  files: list[str]
+  files: list[str]  # that a position counts: files, or splits of TFDS
   sizes: list[int]  # bytes on disk, to estimate the remaining time
-  fingerprint: str  # sha256 of the names and sizes of the files
+  seen: dict[str, Seen]  # path -> contents, of all files that are read
+  names: list[str]  # of these files, wherever their directory is
+  # What older versions kept instead of contents: a hash of names and sizes.
+  old_fingerprint: str
   read: Callable[[tuple[int, int]], Iterator[TextPiece]]
 
+  @property
+  def fingerprint(self) -> str:
+    """The sha256 of the names, sizes and contents of the files."""
+    return fingerprint_of_contents(self.names, list(self.seen.values()))
 
-def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
+
+def open_source(
+  name: str,
+  source: ConfigDict,
+  tail: float = 0.0,
+  on_corrupt: str = "stop",
+  known: dict[str, Seen] | None = None,
+  log: Callable[[str], None] = lambda line: None,
+) -> Corpus:
   """Opens the source `name` of config.data.sources, of any kind but tfds.
 
   Args:
     tail: the fraction of each text file, at its end, that is its validation split, as
       in nanoGPT; 0 leaves the split to `split_of`.
+    on_corrupt: stop at a damaged file, or skip the rest of it, which is counted.
+    known: files that need not be read to know their contents, unless they changed.
 
   Raises:
     ConfigError, MissingInputError: the source cannot be opened.
-    DataError: while reading, if a file is damaged.
+    DataError: while reading, if a file is damaged or changes.
   """
   key = f"config.data.sources.{name}"
   if source.validation_split:
@@ -83,16 +109,41 @@ def open_source(name: str, source: ConfigDict, tail: float = 0.0) -> Corpus:
     files, base = stdlib_files()
   else:
     files, base = find_files(f"{key}.path", source.path), ""
-  sizes = [file_size(file) for file in files]
-
-  def read(position=(0, 0)) -> Iterator[TextPiece]:
-    for number in range(position[0], len(files)):
-      skip = position[1] if number == position[0] else 0
-      yield from to_pieces(read_splits(files[number], source, tail), number, skip)
-
   names = [os.path.relpath(f, base) if base else os.path.basename(f) for f in files]
-  listing = json.dumps(list(zip(names, sizes, strict=True))).encode()
-  return Corpus(files, sizes, hashlib.sha256(listing).hexdigest(), read)
+  seen = dict(zip(files, see_files(files, known or {}, log), strict=True))
+  sizes = [file.size for file in seen.values()]
+  old = hash_listing(zip(names, sizes, strict=True))
+  corpus = Corpus(files, sizes, seen, names, old, iter)
+  return with_tail(corpus, source, tail, on_corrupt)
+
+
+def with_tail(
+  corpus: Corpus, source: ConfigDict, tail: float, on_corrupt: str = "stop"
+) -> Corpus:
+  """Returns a corpus of `open_source` that is split as `tail` says there."""
+  read = functools.partial(_read_files, corpus, source, tail, on_corrupt)
+  return corpus._replace(read=read)
+
+
+def _read_files(
+  corpus: Corpus,
+  source: ConfigDict,
+  tail: float,
+  on_corrupt: str,
+  position: tuple[int, int] = (0, 0),
+) -> Iterator[TextPiece]:
+  """Yields the pieces of a corpus; DataError if a file is not what it was when seen."""
+  for number in range(position[0], len(corpus.files)):
+    path = corpus.files[number]
+    skip = position[1] if number == position[0] else 0
+    check_unchanged(path, corpus.seen[path])
+    splits = read_splits(path, source, tail)
+    if on_corrupt == "skip":
+      splits = lose_rest(splits)
+    elif on_corrupt != "stop":
+      raise ValueError(f"damaged files cannot be treated by {on_corrupt}")
+    yield from to_pieces(splits, number, skip)
+    check_unchanged(path, corpus.seen[path])
 
 
 def stdlib_files() -> tuple[list[str], str]:
@@ -122,6 +173,7 @@ def read_splits(
   elif source.kind in ("text", "stdlib") and not tail:
     yield "", text_documents(text_chunks(file), source.document)
   elif source.kind in ("text", "stdlib"):
+    # A damaged file ends here: nobody knows where its tail begins.
     total = sum(len(text) for text, _ in text_chunks(file))
     middle = int(total * (1 - tail))
     for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
@@ -129,6 +181,24 @@ def read_splits(
       yield split, text_documents(chunks, source.document)
   else:
     raise ValueError(f"no reader for a source of kind {source.kind}")
+
+
+def lose_rest(
+  splits: Iterable[tuple[str, DocumentParts]],
+) -> Iterator[tuple[str, DocumentParts]]:
+  """Yields the splits of a file up to its damage, which ends a document."""
+
+  def until_damage(parts: DocumentParts) -> DocumentParts:
+    try:
+      yield from parts
+    except DamagedFile:
+      yield "", True, (CORRUPT,)
+
+  try:
+    for split, parts in splits:
+      yield split, until_damage(parts)
+  except DamagedFile:
+    yield "", [("", True, (CORRUPT,))]
 
 
 def to_pieces(
@@ -257,7 +327,14 @@ def parquet_documents(path: str, field: str) -> DocumentParts:
       if field not in table.schema_arrow.names:
         raise no_field(path, field, table.schema_arrow.names)
       for batch in table.iter_batches(batch_size=256, columns=[field]):
-        for value in batch.column(0).to_pylist():
+        column = batch.column(0)
+        if pyarrow.types.is_dictionary(column.type):
+          column = column.dictionary_decode()
+        if pyarrow.types.is_string(column.type):
+          column = column.cast(pyarrow.binary())  # bytes that are no UTF-8 are repaired
+        elif pyarrow.types.is_large_string(column.type):
+          column = column.cast(pyarrow.large_binary())
+        for value in column.to_pylist():
           yield record_text(value)
   except (pyarrow.ArrowException, OSError) as error:
     raise damaged_file(path, error, "a parquet file") from error

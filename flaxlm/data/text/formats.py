@@ -13,6 +13,7 @@ import io
 import lzma
 import os
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO
@@ -32,20 +33,35 @@ UNICODE_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
   codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 # No text begins like these. Other formats show by how few of their bytes are text.
+ARRAY_RECORD = b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"
 NO_TEXT = {
-  b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive",
+  b"PK\x03\x04": "a zip archive", b"PK\x05\x06": "a zip archive",
+  b"7z\xbc\xaf": "a 7z archive", b"Rar!\x1a\x07": "a rar archive",
   b"\x04\x22\x4d\x18": "compressed by lz4", b"\x1f\x9d": "compressed by compress",
-  b"Obj\x01": "Avro", b"\x7fELF": "a program", b"\x89HDF": "HDF5",
-  b"\x89PNG": "an image", b"\xff\xd8\xff": "an image",
+  b"\xff\x06\0\0sNaPpY": "compressed by snappy", b"LZIP\x01": "compressed by lzip",
+  ARRAY_RECORD: "an array_record file", b"Obj\x01": "Avro", b"PAR1\x15": "parquet",
+  b"ARROW1\0": "Arrow", b"SQLite format 3\0": "SQLite", b"\x89HDF": "HDF5",
+  b"\x93NUMPY": "a numpy array", b"\xd0\xcf\x11\xe0": "an old Office document",
+  b"\x7fELF": "a program", b"\x89PNG": "an image", b"\xff\xd8\xff": "an image",
 }  # fmt: skip
+TFRECORD_HEADER = struct.Struct("<QI")  # length of the data, checksum of these 8 bytes
+TAR_MARK = 257, b"ustar"  # where a tar archive says what it is
 # Problems.
 BAD_UTF8 = "invalid UTF-8, replaced"
 BAD_SURROGATE = "lone surrogate, replaced"
 BAD_JSON = "no text in the record, skipped"
 NUL, BOM, EMPTY = "NUL character, kept", "byte order mark, dropped", "empty, skipped"
+CORRUPT = "damaged, lost"
 # What a reader yields: (text, whether it ends its document, problems). A document may
 # come in any number of parts.
 DocumentParts = Iterable[tuple[str, bool, tuple[str, ...]]]
+
+
+class DamagedFile(errors.DataError):
+  """A file, or the rest of it, is lost; config.data.on_corrupt says whether it may be.
+
+  Its fields, encodings and settings are right, as far as anyone can tell.
+  """
 
 
 def find_files(key: str, pattern: str) -> list[str]:
@@ -117,14 +133,6 @@ def _expand(pattern: str) -> Iterator[str]:
       yield from _expand(os.path.join(glob.escape(inside), after))
 
 
-def file_size(path: str) -> int:
-  """Returns the size of a file in bytes."""
-  if remote.is_remote(path):
-    with remote.reaching(path):
-      return remote.path(path).stat().length
-  return os.path.getsize(path)
-
-
 def open_binary(path: str) -> IO[bytes]:
   """Opens a local or remote file for reading, without decompressing it."""
   if remote.is_remote(path):
@@ -134,10 +142,15 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 class _Recoded(io.RawIOBase):
-  """A stream of text in UTF-16 or UTF-32, read as UTF-8."""
+  """A stream of text in UTF-16 or UTF-32, read as UTF-8.
+
+  What the encoding does not allow becomes a byte that is no UTF-8, so that it is noted
+  or refused as in any other file.
+  """
 
   def __init__(self, stream: IO[bytes], encoding: str):
-    self._text = io.TextIOWrapper(stream, encoding, errors="replace", newline="")
+    codecs.register_error("flaxlm.bad_byte", lambda error: ("\udcff", error.end))
+    self._text = io.TextIOWrapper(stream, encoding, "flaxlm.bad_byte", newline="")
     self._rest = b""
 
   def readable(self) -> bool:
@@ -145,7 +158,7 @@ class _Recoded(io.RawIOBase):
 
   def readinto(self, buffer) -> int:
     if not self._rest:
-      self._rest = self._text.read(READ_BYTES).encode()
+      self._rest = self._text.read(READ_BYTES).encode(errors="surrogateescape")
     size = min(len(buffer), len(self._rest))
     buffer[:size], self._rest = self._rest[:size], self._rest[size:]
     return size
@@ -153,15 +166,19 @@ class _Recoded(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
-  """Opens a file, decompressed and in UTF-8, as its first bytes, not its name, say."""
+  """Opens a file, decompressed and in UTF-8, as its first bytes, not its name, say.
+
+  Raises:
+    DamagedFile: the file holds no text.
+  """
   with _open_decompressed(path) as stream:
-    if not hasattr(stream, "peek"):
-      stream = io.BufferedReader(stream, READ_BYTES)
+    stream = io.BufferedReader(stream, max(READ_BYTES, 512))
     start = stream.peek(4)
     for mark, encoding in UNICODE_MARKS.items():
       if start.startswith(mark):
         stream = io.BufferedReader(_Recoded(stream, encoding), READ_BYTES)
         break
+    _check_text(path, stream.peek(4))
     yield stream
 
 
@@ -174,8 +191,7 @@ def _open_decompressed(path: str) -> Iterator[IO[bytes]]:
     if kind == "zstd":
       import pyarrow
 
-      stream = pyarrow.CompressedInputStream(file, "zstd")
-      yield io.BufferedReader(stream, READ_BYTES)
+      yield pyarrow.CompressedInputStream(file, "zstd")
     elif kind:
       with {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind](file) as stream:
         yield stream
@@ -183,10 +199,10 @@ def _open_decompressed(path: str) -> Iterator[IO[bytes]]:
       yield file
 
 
-def damaged_file(path: str, error: Exception, needed: str) -> errors.DataError:
+def damaged_file(path: str, error: Exception, needed: str) -> DamagedFile:
   """Returns the error for a file whose reading failed with `error`."""
   given = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-  return errors.DataError(f"{path} cannot be read to its end", given, needed)
+  return DamagedFile(f"{path} cannot be read to its end", given, needed)
 
 
 def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -201,7 +217,6 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         problems = ()
         if first and text:
           first = False
-          _check_text(path, chunk, text)
           if text[0] == "\ufeff":
             text, problems = text[1:], (BOM,)
         if text:
@@ -214,22 +229,52 @@ def text_chunks(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     raise damaged_file(path, error, needed) from error
 
 
-def _check_text(path: str, chunk: bytes, text: str) -> None:
-  """Refuses a file that is no text, by its first bytes or because few are text.
+def describe_bytes(start: bytes) -> str:
+  """Returns what the first bytes of a file of another format look like."""
+  marks = NO_TEXT | {mark: f"compressed by {kind}" for mark, kind in MAGIC.items()}
+  kind = next((kind for mark, kind in marks.items() if start.startswith(mark)), "")
+  if start[TAR_MARK[0] :].startswith(TAR_MARK[1]):
+    kind = "a tar archive"
+  if not kind and start.lstrip().startswith(b"<"):
+    kind = "HTML or XML"
+  return f"it looks like {kind}" if kind else f"it begins with {start[:8]!r}"
 
-  Args:
-    text: `chunk` decoded, with a surrogate per byte that is no UTF-8.
-  """
-  kind = next((kind for mark, kind in NO_TEXT.items() if chunk.startswith(mark)), "")
+
+def _check_text(path: str, start: bytes) -> None:
+  """Refuses a file that is no text, by its first bytes or because few are text."""
+  text = start.decode(errors="surrogateescape")
   bad = len(SURROGATES.findall(text)) + text.count("\0")
-  if not kind and 32 <= bad > len(text) / 10:
-    kind = f"bytes of which {bad / len(text):.0%} are no text"
-  if kind:
-    raise errors.DataError(
-      f"{path} holds no text",
-      kind,
-      "UTF-8, UTF-16 or UTF-32, plain, gz, bz2, xz or zst",
-    )
+  is_tar = start[TAR_MARK[0] :].startswith(TAR_MARK[1])
+  if is_tar or start.startswith(tuple(NO_TEXT)):
+    given = describe_bytes(start)
+  elif tfrecord_length(start[: TFRECORD_HEADER.size]) >= 0:
+    given = "it looks like a TFRecord file"
+  elif 32 <= bad > len(text) / 10:
+    given = f"bytes of which {bad / len(text):.0%} are no text"
+  else:
+    return
+  raise DamagedFile(
+    f"{path} holds no text", given, "UTF-8, UTF-16 or UTF-32, plain, gz, bz2, xz or zst"
+  )
+
+
+def tfrecord_length(header: bytes) -> int:
+  """Returns the bytes of data that the header of a TFRecord announces.
+
+  -1 if these are not the 12 bytes of a header, whose last 4 are the masked CRC-32C of
+  the others (RFC 3720, section B.4).
+  """
+  if len(header) < TFRECORD_HEADER.size:
+    return -1
+  crc = 0xFFFFFFFF
+  for byte in header[:8]:
+    crc ^= byte
+    for _ in range(8):
+      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+  crc ^= 0xFFFFFFFF
+  masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+  length, checksum = TFRECORD_HEADER.unpack(header)
+  return length if checksum == masked else -1
 
 
 def clean(text: str, problem: str) -> tuple[str, tuple[str, ...]]:

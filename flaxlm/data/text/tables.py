@@ -87,8 +87,13 @@ def numbered_lines(file: str) -> Iterator[tuple[int, str]]:
     raise damaged_file(file, error, "a whole file of records") from error
 
 
+def without_newline(line: str) -> str:
+  """Returns a line without the LF or CR LF that ends it."""
+  return line.removesuffix("\n").removesuffix("\r")
+
+
 def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
-  """Yields (first line, values) of each record (RFC 4180), without empty lines."""
+  """Yields (first line, values) of each record (RFC 4180), without blank lines."""
   csv.field_size_limit(1 << 30)  # the default, 128 KB, is less than some contexts
   reader = csv.reader((line for _, line in numbered_lines(file)), strict=True)
   while True:
@@ -97,20 +102,21 @@ def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
       row = next(reader, None)
     except csv.Error as error:
       raise unusable(
-        f"{file} line {line}", str(error), "csv: values that hold quotes, in quotes",
+        f"{file} line {line}", str(error),
+        "csv: lines that end in LF or CR LF; values that hold quotes, in quotes",
         "--config.task.format=tsv for tabs without quoting",
       ) from None  # fmt: skip
     if row is None:
       return
-    if row:
+    if row and not (len(row) == 1 and row[0].isspace()):
       yield line, row
 
 
 def tsv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
   """Yields (line, values); quotes have no special meaning, as in GLUE."""
   for number, line in numbered_lines(file):
-    line = line.rstrip("\r\n")
-    if line:
+    line = without_newline(line)
+    if line.strip(" "):
       yield number, line.split("\t")
 
 

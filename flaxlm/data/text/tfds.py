@@ -4,19 +4,18 @@ TensorFlow is needed for TFRecord files only. Each split is one "file" of the co
 its examples come in the stored order, so a position is the number of an example.
 """
 
-import hashlib
 import importlib
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from flaxlm import errors
 from flaxlm.data.lazy_tensorflow import import_tensorflow
 from flaxlm.data.text import remote
+from flaxlm.data.text.contents import Seen, check_unchanged, hash_listing, see_files
 from flaxlm.data.text.documents import (
   Corpus,
   TextPiece,
@@ -24,12 +23,22 @@ from flaxlm.data.text.documents import (
   record_text,
   to_pieces,
 )
-from flaxlm.data.text.formats import DocumentParts, damaged_file, file_size, find_files
-from flaxlm.machine import quiet_stderr
+from flaxlm.data.text.formats import CORRUPT, DocumentParts, find_files
+from flaxlm.data.text.record_files import Part, count_records, read_records
 
 
-def open_tfds_corpus(name: str, source: ConfigDict) -> Corpus:
+def open_tfds_corpus(
+  name: str,
+  source: ConfigDict,
+  on_corrupt: str = "stop",
+  known: dict[str, Seen] | None = None,
+  log: Callable[[str], None] = lambda line: None,
+) -> Corpus:
   """Opens the source `name` of config.data.sources, of kind tfds.
+
+  Args:
+    on_corrupt: stop at a damaged record, or skip it; it is counted.
+    known: files that need not be read to know their contents, unless they changed.
 
   Raises:
     ConfigError, MissingInputError, DataError: there is no such data set, split or
@@ -38,29 +47,40 @@ def open_tfds_corpus(name: str, source: ConfigDict) -> Corpus:
   key = f"config.data.sources.{name}"
   splits = [split for split in (source.split, source.validation_split) if split]
   if "array_record" in os.path.basename(source.path):
-    return open_array_records(key, source, splits)
-  builder = open_builder(key, source.path)
-  for knob, split in zip(("split", "validation_split"), splits, strict=False):
-    check_tfds_split(builder, f"{key}.{knob}", split, source.path)
-  if source.field not in builder.info.features:
-    raise no_field(source.path, source.field, builder.info.features)
-  infos = [builder.info.splits[split] for split in splits]
-  listing = [builder.info.full_name, splits, [info.num_examples for info in infos]]
+    features, parts = open_array_records(key, source, splits)
+    kind, old = "array_record", None
+  else:
+    builder = open_builder(key, source.path)
+    for knob, split in zip(("split", "validation_split"), splits, strict=False):
+      check_tfds_split(builder, f"{key}.{knob}", split, source.path)
+    features, kind = builder.info.features, builder.info.file_format.value
+    parts = [split_parts(builder, split) for split in splits]
+    counts = [builder.info.splits[split].num_examples for split in splits]
+    old = hash_listing([builder.info.full_name, splits, counts])
+  if source.field not in features:
+    raise no_field(source.path, source.field, features)
 
-  def read(split: str, skip: int) -> DocumentParts:
-    for value in field_values(builder, split, source.field, skip):
-      yield record_text(value)
+  def read(split: int, skip: int) -> DocumentParts:
+    names = [source.field]
+    for example in read_examples(features, names, parts[split], kind, skip, on_corrupt):
+      if example is None:
+        yield "", True, (CORRUPT,)
+      else:
+        yield record_text(example[source.field])
 
-  sizes = [info.num_bytes or 0 for info in infos]
-  return make_corpus(source.path, splits, sizes, listing, read)
+  return make_corpus(source.path, splits, parts, old, read, known or {}, log)
 
 
-def open_array_records(key: str, source: ConfigDict, splits: list[str]) -> Corpus:
+def open_array_records(
+  key: str, source: ConfigDict, splits: list[str]
+) -> tuple[object, list[list[Part]]]:
   """Opens array_record files by glob, in which `{split}` stands for the split.
 
   This reads directories without a dataset_info.json, or whose file names other files.
+
+  Returns:
+    the features of the records, and the files of each split.
   """
-  from array_record.python import array_record_data_source
   from tensorflow_datasets.core.features import FeaturesDict
 
   if len(splits) > 1 and "{split}" not in source.path:
@@ -68,55 +88,65 @@ def open_array_records(key: str, source: ConfigDict, splits: list[str]) -> Corpu
       f"{key}.path", source.path, "'{split}' where the name of the split is",
       "DIRECTORY/NAME-{split}.array_record*",
     )  # fmt: skip
-  paths = {
-    split: find_files(f"{key}.path", source.path.replace("{split}", split))
-    for split in splits
-  }
-  features = FeaturesDict.from_config(os.path.dirname(paths[splits[0]][0]))
-  if source.field not in features:
-    raise no_field(source.path, source.field, features)
+  parts = []
+  for split in splits:
+    files = find_files(f"{key}.path", source.path.replace("{split}", split))
+    counts = map(count_records, files)
+    parts.append([Part(f, 0, n, n) for f, n in zip(files, counts, strict=True)])
+  folder = os.path.dirname(parts[0][0].path)
+  try:
+    return FeaturesDict.from_config(folder), parts
+  except (OSError, ValueError, KeyError) as error:
+    raise errors.MissingInputError(
+      f"{key}.path: nothing says what the records hold",
+      f"{folder}/features.json: {type(error).__name__}", "the features.json of TFDS",
+    ) from error  # fmt: skip
 
-  def read(split: str, skip: int) -> DocumentParts:
-    try:
-      records = array_record_data_source.ArrayRecordDataSource(paths[split])
-      for number in range(skip, len(records)):
-        example = features.deserialize_example_np(records[number])
-        yield record_text(example[source.field])
-    except (RuntimeError, ValueError, IndexError) as error:
-      raise damaged_file(source.path, error, "whole array_record files") from error
 
-  sizes = [sum(map(file_size, paths[split])) for split in splits]
-  files = [
-    (os.path.basename(file), file_size(file))
-    for split in splits
-    for file in paths[split]
+def split_parts(builder, split: str) -> list[Part]:
+  """Returns the files of a TFDS split, or of a slice of one, in the stored order."""
+  found = builder.info.splits[split].file_instructions
+  return [
+    Part(os.fspath(i.filename), i.skip, i.take, i.examples_in_shard) for i in found
   ]
-  return make_corpus(source.path, splits, sizes, [splits, files], read)
 
 
 def make_corpus(
   path: str,
   splits: list[str],
-  sizes: list[int],
-  listing: list,
-  read: Callable[[str, int], DocumentParts],
+  parts: list[list[Part]],
+  old: str | None,
+  read: Callable[[int, int], DocumentParts],
+  known: dict[str, Seen],
+  log: Callable[[str], None],
 ) -> Corpus:
   """Returns a corpus with one "file" per split; of two, the second is for validation.
 
   Args:
-    listing: the contents of the fingerprint.
-    read: returns the examples of (split, number of the first one).
+    old: the fingerprint that older versions kept; None is that of array_record files.
+    read: returns the examples of (number of a split, number of the first one).
   """
-  names = ("train", "validation") if len(splits) > 1 else ("",)
+  split_names = ("train", "validation") if len(splits) > 1 else ("",)
+  paths = list(dict.fromkeys(part.path for own in parts for part in own))
+  seen = dict(zip(paths, see_files(paths, known, log), strict=True))
 
   def read_from(position=(0, 0)) -> Iterator[TextPiece]:
     for number in range(position[0], len(splits)):
       skip = position[1] if number == position[0] else 0
-      split = (names[number], read(splits[number], skip))
+      split = (split_names[number], read(number, skip))
       yield from to_pieces([split], number, skip, skip)
+      for part in parts[number]:
+        check_unchanged(part.path, seen[part.path])
 
-  fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-  return Corpus([f"{path} {split}" for split in splits], sizes, fingerprint, read_from)
+  files = [(os.path.basename(p), seen[p].size) for own in parts for p, *_ in own]
+  return Corpus(
+    files=[f"{path} {split}" for split in splits],
+    sizes=[sum(seen[part.path].size for part in own) for own in parts],
+    seen=seen,
+    names=[os.path.basename(path) for path in paths],
+    old_fingerprint=old or hash_listing([splits, files]),
+    read=read_from,
+  )
 
 
 def import_tfds(key: str):
@@ -166,52 +196,38 @@ def check_tfds_split(builder, key: str, split: str, path: str) -> None:
     raise errors.ConfigError(key, repr(split), f"a split of {path}", known)
 
 
-def field_values(builder, split: str, field: str, skip: int) -> Iterator:
-  """Yields a field of each example from number `skip` on, in the stored order."""
-  if is_random_access(builder):
-    source = builder.as_data_source(split=split)
-    for number in range(skip, len(source)):
-      yield source[number][field]
-  else:
-    for batch in read_tfrecords(
-      builder, split, [field], lambda d: d.skip(skip).batch(64)
-    ):
-      yield from batch[field]
-
-
 def tfds_examples(builder, split: str, names: list[str]) -> Iterator[dict]:
   """Yields the named features of the examples, in the stored order."""
-  if is_random_access(builder):
-    source = builder.as_data_source(split=split)
-    for number in range(len(source)):
-      yield source[number]
-  else:
-    yield from read_tfrecords(builder, split, names)
+  kind, parts = builder.info.file_format.value, split_parts(builder, split)
+  return read_examples(builder.info.features, names, parts, kind, 0, "stop")
 
 
-def is_random_access(builder) -> bool:
-  """Returns whether the files are array_records, which need no TensorFlow."""
-  return builder.info.file_format.value == "array_record"
-
-
-def read_tfrecords(
-  builder, split: str, names: list[str], change: Callable = lambda dataset: dataset
-) -> Iterable[dict]:
-  """Yields the examples of a split, one file after another.
+def read_examples(
+  features, names: list[str], parts: list[Part], kind: str, start: int, on_corrupt: str
+) -> Iterator[dict | None]:
+  """Yields the named features of each example from number `start` on; None if lost.
 
   Args:
-    change: is applied to the tf.data.Dataset first.
+    kind: the format of the files, as TFDS names it.
   """
-  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.features import FeaturesDict
 
-  tf = import_tensorflow()
-  config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-  decoders = tfds.decode.PartialDecoding(dict.fromkeys(names, True))
-  try:
-    with quiet_stderr():
-      dataset = builder.as_dataset(split=split, read_config=config, decoders=decoders)
-      examples = change(dataset).as_numpy_iterator()
-    yield from examples
-  except tf.errors.OpError as error:
-    path = f"{builder.data_path} {split}"
-    raise damaged_file(path, error, "the TFRecord files that TFDS wrote") from error
+  if kind not in ("tfrecord", "array_record"):
+    raise errors.DataError(
+      f"{parts[0].path} cannot be read", f"files of format {kind}",
+      "TFDS data sets of format tfrecord or array_record",
+    )  # fmt: skip
+  features = FeaturesDict({name: features[name] for name in names})
+  for part, number, record in read_records(parts, kind, start, on_corrupt):
+    if record is None:
+      yield None
+      continue
+    try:
+      example = features.deserialize_example_np(record)
+    except Exception as error:  # whatever a decoder raises for bytes that it cannot use
+      reason = " ".join(str(error).split())[:200]
+      raise errors.DataError(
+        f"{part.path} record {number + 1} does not hold what features.json says",
+        f"{type(error).__name__}: {reason}", f"the features {' '.join(names)}",
+      ) from error  # fmt: skip
+    yield example
