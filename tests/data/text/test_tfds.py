@@ -1,5 +1,6 @@
 """TFDS sources. The C4 slice is the same text as TFRecord and as array_record files."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 
 from flaxlm import errors
 from flaxlm.config.base import source
+from flaxlm.data.text import formats
 from flaxlm.data.text.documents import TextPiece
 from flaxlm.data.text.tfds import open_tfds_corpus
 
@@ -128,14 +130,88 @@ def test_mistakes_are_named(c4, tmp_path):
     read(path=str(tmp_path / "x.array_record*"))
 
 
-@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
-def test_damaged_records(kind, c4, tmp_path):
+@pytest.fixture(scope="module")
+def shards(c4, tmp_path_factory):
+  """Returns a function that opens a copy of the data set with one changed shard."""
+  root = tmp_path_factory.mktemp("c4")
   for file in pathlib.Path(c4).iterdir():
-    (tmp_path / file.name).write_bytes(file.read_bytes())
-  victim = sorted(tmp_path.glob(f"*train.{kind}-00003*"))[0]
-  content = bytearray(victim.read_bytes())
-  content[len(content) // 2] ^= 1
-  victim.write_bytes(content)
-  path = tmp_path if kind == "tfrecord" else tmp_path / "c4-{split}.array_record*"
-  with pytest.raises(errors.DataError, match="cannot be read"):
-    read(path=str(path))
+    (root / file.name).symlink_to(file)
+  count = 0
+
+  def change(kind: str, edit) -> tuple[str, pathlib.Path]:
+    nonlocal count
+    count += 1
+    copy = root.with_name(f"{root.name}-{count}")
+    copy.mkdir()
+    for file in root.iterdir():
+      (copy / file.name).symlink_to(file)
+    victim = sorted(copy.glob(f"*train.{kind}-00003*"))[0]
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.write_bytes(edit(content))
+    path = copy if kind == "tfrecord" else copy / "c4-{split}.array_record*"
+    return str(path), victim
+
+  return change
+
+
+def flip(content: bytes, at: int) -> bytes:
+  changed = bytearray(content)
+  changed[at] ^= 1
+  return bytes(changed)
+
+
+def without_last_record(content: bytes) -> bytes:
+  """Cuts a TFRecord file at a record boundary."""
+  start = end = 0
+  while end < len(content):
+    start, end = end, end + 16 + int.from_bytes(content[end : end + 8], "little")
+  return content[:start]
+
+
+DAMAGES = {
+  "flipped": ("tfrecord", lambda c: flip(c, len(c) // 2), "record 65.*checksum", 1),
+  "length": ("tfrecord", lambda c: flip(c, 3), "record 1 .*no TFRecord file", 125),
+  "inside": ("tfrecord", lambda c: c[:-9], "record 125.*ends inside it", 1),
+  "boundary": ("tfrecord", without_last_record, "ends after 124 of 125 records", 1),
+  "empty": ("tfrecord", lambda c: b"", "an empty file", 125),
+  "gzip": ("tfrecord", gzip.compress, "looks like compressed by gzip", 125),
+  "page": ("tfrecord", lambda c: b"<html>no access</html>" * 9, "HTML", 125),
+  "flipped ": ("array_record", lambda c: flip(c, len(c) // 2), "record 111.*check", 1),
+  "cut": ("array_record", lambda c: c[:-1000], "record 1 .*too early", 1),
+  "gzip ": ("array_record", gzip.compress, "looks like compressed by gzip", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_names_the_shard_or_is_counted(damage, shards):
+  kind, edit, needle, lost = DAMAGES[damage]
+  path, victim = shards(kind, edit)
+  with pytest.raises(errors.DataError, match=f"(?s)00003-of-.*{needle}") as caught:
+    read(path=path)
+  assert str(victim) in str(caught.value) and "on_corrupt=skip" in str(caught.value)
+  corpus = open_tfds_corpus("main", source("tfds", path), "skip")
+  pieces = list(corpus.read((0, 0)))
+  whole = 125 if kind == "array_record" and lost == 1 and damage != "flipped " else 0
+  assert len(pieces) == 1000 - whole + bool(whole)
+  assert sum(formats.CORRUPT in piece.problems for piece in pieces) == lost
+  later = pieces[500]  # the shard before it ends a little earlier or later
+  assert list(corpus.read(later.position)) == pieces[501:]
+
+
+def test_a_shard_with_other_records_is_refused(shards):
+  path, _ = shards("tfrecord", lambda content: content + content)
+  with pytest.raises(
+    errors.DataError, match=r"00003.*another file(?s:.*)more than 125"
+  ):
+    read(path=path)
+
+
+def test_missing_shards_and_edits_of_equal_size_are_noticed(shards, c4):
+  path, victim = shards("tfrecord", lambda content: flip(content, 5000))
+  one, other = (open_tfds_corpus("main", source("tfds", p)) for p in (path, c4))
+  assert one.sizes == other.sizes and one.old_fingerprint == other.old_fingerprint
+  assert one.fingerprint != other.fingerprint
+  victim.unlink()
+  with pytest.raises(errors.MissingInputError, match="00003-of-00008 cannot be read"):
+    open_tfds_corpus("main", source("tfds", path))
