@@ -43,6 +43,50 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
   return args, [text.removeprefix(prefix) for text in rest]
 
 
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None = 200) -> None:
+  """Adds the flags of commands that write text; None: as far as the context goes."""
+  known = f" ({max_tokens})" if max_tokens else " (the whole context)"
+  parser.add_argument(
+    "--max_tokens", type=int, default=max_tokens, help="new tokens per text" + known
+  )
+  parser.add_argument(
+    "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
+  )
+  parser.add_argument(
+    "--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is all (0)"
+  )
+  parser.add_argument(
+    "--top_p", type=float, default=0.95,
+    help="only the likeliest tokens that together have this probability (0.95)",
+  )  # fmt: skip
+  parser.add_argument("--seed", type=int, default=0, help="of the random choices (0)")
+  parser.add_argument(
+    "--stop", action="append", default=[], metavar="TEXT",
+    help="text at which writing ends; may be repeated",
+  )  # fmt: skip
+  parser.add_argument(
+    "--when_full", default="stop",
+    help="when the context is full: stop, or continue from its last half (stop)",
+  )  # fmt: skip
+
+
+def sampling(args: argparse.Namespace) -> dict:
+  """Returns the values of the flags of `add_sampling` that were given."""
+  names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "when_full")
+  return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+@contextlib.contextmanager
+def naming_flags(args: argparse.Namespace):
+  """Names an argument of a function as the user wrote it: max_tokens, --max_tokens."""
+  try:
+    yield
+  except errors.ConfigError as error:
+    if not hasattr(args, error.key):
+      raise
+    raise errors.ConfigError(f"--{error.key}", *error.rest) from None
+
+
 def run_command(main: Callable[[], None], cache: bool = True) -> None:
   """Runs a command and ends the process with the exit code for what happened.
 

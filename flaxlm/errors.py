@@ -62,7 +62,7 @@ class ConfigError(UserError):
   exit_code = 2
 
   def __init__(self, key: str, given: object, needed: str, hint: str = ""):
-    self.key = key
+    self.key, self.rest = key, (given, needed, hint)
     super().__init__(f"{key} cannot be used", given, needed, hint)
 
 

@@ -4,14 +4,15 @@
 
 A single text is printed as it is written; with several --prompt or --num_samples, all
 are computed together and printed at the end. Without --prompt the model begins a
-document of its own.
+document of its own. --workdir may also be one checkpoint, or a Hugging Face model.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable
 
 from flaxlm import cli, machine
 from flaxlm.errors import ConfigError
-from flaxlm.runs.directory import load_run_config
+from flaxlm.library import find_model, load_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,39 +24,31 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--num_samples", type=int, default=1, help="texts per prompt (1)")
   parser.add_argument(
-    "--max_tokens", type=int, default=200, help="new tokens per text (200)"
-  )
-  parser.add_argument(
-    "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
-  )
-  parser.add_argument(
-    "--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is all (0)"
-  )
-  parser.add_argument(
-    "--top_p", type=float, default=0.95,
-    help="only the likeliest tokens that together have this probability (0.95)",
+    "--special", action="store_true",
+    help="names of special tokens in a prompt are those tokens, not text",
   )  # fmt: skip
-  parser.add_argument("--seed", type=int, default=0, help="of the random choices (0)")
+  cli.add_sampling(parser)
   args, overrides = cli.parse_arguments(parser, argv)
-  for name in ("num_samples", "max_tokens"):
-    if getattr(args, name) < 1:
-      raise ConfigError(f"--{name}", getattr(args, name), "a whole number from 1 up")
-  config = load_run_config(args.workdir, overrides)
-  machine.keep_freed_memory()
+  if args.num_samples < 1:
+    needed = "a whole number from 1 up"
+    raise ConfigError("--num_samples", args.num_samples, needed)
+  find_model(args.workdir, args.step, overrides)
   # JAX is imported only now: --help and a wrong key have been answered.
-  from flaxlm.inference.sampling import Sampling
-  from flaxlm.inference.text import load_for_decoding, tokenize_prompt, write_texts
-  from flaxlm.tokenizer.files import load_tokenizer
-
-  sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-  tokenizer = load_tokenizer(args.workdir)
+  machine.keep_freed_memory()
+  model = load_model(args.workdir, args.step, overrides=overrides)
   prompts = [text for text in args.prompt or [""] for _ in range(args.num_samples)]
-  ids = [tokenize_prompt(tokenizer, text) for text in prompts]
-  model = load_for_decoding(args.workdir, config, args.step)
-  _print_texts(prompts, write_texts(model, tokenizer, ids, args.max_tokens, sampling))
+  with cli.naming_flags(args):
+    writing = model.stream(prompts, specials=args.special, **cli.sampling(args))
+    _print_texts(prompts, writing)
+  if "context" in writing.finish:
+    print(
+      f"flaxlm: the context of {model.config.max_len} tokens is full; "
+      "--when_full=continue goes on from its last half",
+      file=sys.stderr,
+    )
 
 
-def _print_texts(prompts: list[str], pieces: Iterator[list[str]]) -> None:
+def _print_texts(prompts: list[str], pieces: Iterable[list[str]]) -> None:
   """Prints one text as it comes, several when all are complete."""
   if len(prompts) == 1:
     print(prompts[0], end="", flush=True)

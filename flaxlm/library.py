@@ -9,10 +9,45 @@ import json
 import os
 import pathlib
 import sys
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
+
+
+class Found(NamedTuple):
+  """A model that has been found, before anything slow is imported."""
+
+  directory: pathlib.Path
+  step: int | None
+  config: ConfigDict | None  # of a run; None is a Hugging Face model
+
+
+def find_model(
+  path: str | os.PathLike, step: int | None = None, overrides: list[str] = ()
+) -> Found:
+  """Returns which model is at `path`; see `flaxlm.load` for the arguments.
+
+  Args:
+    overrides: `key=value` texts for the config of a run.
+  Raises:
+    MissingInputError: there is no model.
+    ConfigError: `step` or `overrides` do not suit it.
+  """
+  directory, own_step = split_address(os.fspath(path))
+  if step is not None and own_step is not None and step != own_step:
+    raise ConfigError("step", step, f"{own_step}, or the directory of the run")
+  if not _is_hugging_face(directory):
+    config = load_run_config(directory, overrides)
+    return Found(directory, own_step if step is None else step, config)
+  if step is not None or overrides:
+    given = f"step={step}" if step is not None else " ".join(overrides)
+    needed = f"nothing: {directory} is a Hugging Face model, without steps or knobs"
+    raise ConfigError("an argument", given, needed, "flaxlm convert import makes a run")
+  return Found(directory, None, None)
 
 
 def load_model(
@@ -21,31 +56,17 @@ def load_model(
   mesh=None,
   overrides: list[str] = (),
 ):
-  """Returns the `LanguageModel` at `path`; see `flaxlm.load` for the arguments.
-
-  Args:
-    overrides: `key=value` texts for the config of a run.
-  Raises:
-    MissingInputError: there is no model.
-    ConfigError: `step` or `overrides` where there are no checkpoints.
-  """
-  workdir, at_step = split_address(os.fspath(path))
-  if step is not None and at_step is not None and step != at_step:
-    raise ConfigError("step", step, f"{at_step}, or the directory of the run")
-  kind = _kind_of(workdir)
+  """Returns the `LanguageModel` at `path`; see `find_model` and `flaxlm.load`."""
+  found = find_model(path, step, overrides)
   if "jax" not in sys.modules:
     machine.choose_platform()
-  if kind == "run":
-    return _load_run(workdir, at_step if step is None else step, mesh, overrides)
-  if step is not None or overrides:
-    given = f"step={step}" if step is not None else " ".join(overrides)
-    needed = f"nothing: {workdir} is a Hugging Face model, without steps or knobs"
-    raise ConfigError("an argument", given, needed, "flaxlm convert import makes a run")
-  return _load_hugging_face(workdir, mesh)
+  if found.config is None:
+    return _load_hugging_face(found.directory, mesh)
+  return _load_run(*found, mesh)
 
 
-def _kind_of(directory: pathlib.Path) -> str:
-  """Returns "run" or "hugging face", from the config.json of a directory."""
+def _is_hugging_face(directory: pathlib.Path) -> bool:
+  """Returns whether the config.json of a directory is not that of a run."""
   config = RunFiles(directory).config
   try:
     tree = json.loads(config.read_bytes())
@@ -56,12 +77,10 @@ def _kind_of(directory: pathlib.Path) -> str:
       "a run (runs/a), one of its checkpoints (runs/a/checkpoints/500), or a "
       "directory with a Hugging Face model",
     ) from error
-  is_theirs = isinstance(tree, dict) and "model_type" in tree
-  return "hugging face" if is_theirs else "run"
+  return isinstance(tree, dict) and "model_type" in tree
 
 
-def _load_run(workdir: pathlib.Path, step: int | None, mesh, overrides: list[str]):
-  config = load_run_config(workdir, overrides)
+def _load_run(workdir: pathlib.Path, step: int | None, config: ConfigDict, mesh):
   from flaxlm.inference.language_model import LanguageModel
   from flaxlm.parallel.mesh import one_device
   from flaxlm.runs.weights import restore_model

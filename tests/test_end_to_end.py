@@ -333,7 +333,7 @@ def test_what_does_not_fit_the_run_is_refused(project, tmp_path):
                 "--config.data.store=nowhere", code=66)  # fmt: skip
   assert "flaxlm.prepare" in message
   message = run("generate", f"--workdir={tmp_path}", code=66)
-  assert "holds no run" in message
+  assert "holds no model" in message
 
 
 @pytest.mark.slow

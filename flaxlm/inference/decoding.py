@@ -90,24 +90,31 @@ def generate(
   max_tokens: int,
   sampling: Sampling | Sequence[Sampling],
   allowed_V: np.ndarray,
+  when_full: str = "stop",
 ) -> Iterator[np.ndarray]:
-  """Yields arrays of new tokens, one row per prompt, `max_tokens` per row in all.
+  """Yields arrays of new tokens, one row per prompt, `max_tokens` per row at most.
 
-  Each token is drawn from the whole text, until that is longer than the model's
-  context. A text that outgrows it continues from its last half. Rows are independent;
-  the caller cuts each at its end-of-text token.
+  Each token is drawn from the whole text, as far as the model's context goes. Rows are
+  independent; the caller cuts each at the token that ends its text.
 
   Args:
     prompts: token ids, at least one each (a beginning-of-text token will do).
     sampling: one per prompt; or one for all, whose rows then differ in `index`.
     allowed_V: which ids may be drawn.
+    when_full: what happens to a text that fills the context. "stop": it ends; where
+      others go on, its row holds -1. "continue": it goes on from its last half.
   Raises:
-    ConfigError: the model's context is too short to decode in.
+    ConfigError: the model's context is too short to decode in, or is full already.
   """
   assert prompts and all(prompts), "a prompt needs at least one token"
   model, context = for_decoding(model), model.config.max_len
   if context < 2:
     raise ConfigError("config.model.max_len", context, "at least 2 to decode")
+  left_B = np.array([context - len(prompt) for prompt in prompts])
+  slides = _slides(when_full)
+  if not slides:
+    _check_room(left_B, context)
+    max_tokens = min(max_tokens, int(left_B.max()))
   if isinstance(sampling, Sampling):
     sampling = [dataclasses.replace(sampling, index=i) for i in range(len(prompts))]
   assert len(sampling) == len(prompts)
@@ -119,18 +126,40 @@ def generate(
       half = -(context // 2)
       texts = [text[half:] if len(text) > context else text for text in texts]
       # The last token to draw needs no place in the context itself.
-      room = context + 1 - max(map(len, texts))
+      room = context + 1 - max(map(len, texts)) if slides else max_tokens
       logits_BV, cache = _start(model, texts, min(room, max_tokens - made))
     position_B = np.array([len(text) for text in texts], np.int32)
     count_B = np.full(len(texts), made, np.int32)
     tokens_BP, logits_BV, cache = decode(
       model, logits_BV, cache, position_B, count_B, allowed_V, rows
     )
-    new = np.asarray(tokens_BP)[:, : min(room, max_tokens - made)]
-    made, room = made + new.shape[1], room - new.shape[1]
+    new = np.array(tokens_BP)[:, : min(room, max_tokens - made)]
     for text, row in zip(texts, new, strict=True):
       text.extend(row.tolist())
+    if not slides:
+      new[np.arange(made, made + new.shape[1])[None] >= left_B[:, None]] = -1
+    made, room = made + new.shape[1], room - new.shape[1]
     yield new
+
+
+def _slides(when_full: str) -> bool:
+  """Returns whether a text that fills the context goes on from its last half."""
+  if when_full == "stop":
+    return False
+  elif when_full == "continue":
+    return True
+  else:
+    raise ConfigError("when_full", when_full, "stop or continue")
+
+
+def _check_room(left_B: np.ndarray, context: int) -> None:
+  if left_B.min() < 1:
+    raise ConfigError(
+      "the prompt",
+      f"{context - left_B.min()} tokens",
+      f"at most {context - 1}, so that one more fits the context of {context}",
+      "a shorter one, or when_full=continue, which keeps its end",
+    )
 
 
 def _start(model: Transformer, texts: list[list[int]], max_tokens: int):

@@ -6,22 +6,34 @@ is refused by name.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.data.tasks.encode import lay_out_texts, text_frame
 from flaxlm.errors import ConfigError, DataError
-from flaxlm.inference.decoding import round_up
+from flaxlm.inference.decoding import for_decoding, round_up
+from flaxlm.inference.sampling import Sampling
+from flaxlm.inference.text import (
+  Writing,
+  beginning,
+  end_of_turn,
+  text_ids,
+  tokenize_prompt,
+)
 from flaxlm.models.config import TransformerConfig
+from flaxlm.models.heads import label_scores, pool
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import use_mesh
-from flaxlm.tokenizer.chat_template import ChatTemplate
+from flaxlm.tokenizer.chat_template import ChatTemplate, encode_prompt
 from flaxlm.tokenizer.files import AnyTokenizer
 
+_BATCH_TEXTS = 16  # that are written at once
 _BATCH_TOKENS = 2048  # in a compiled call over several texts, padding included
 
 
@@ -41,6 +53,9 @@ class LanguageModel:
     mesh, rules: where the weights are, for programs that use them.
     labels: the names of the classes, by number; () if the model has none.
     step: of the checkpoint; None for Hugging Face files.
+    end_ids: that end a text, besides the tokenizer's.
+
+  The first text that is written turns `model` into the form of `for_decoding`.
   """
 
   model: Transformer
@@ -50,6 +65,7 @@ class LanguageModel:
   template: ChatTemplate | None = None
   labels: tuple[str, ...] = ()
   step: int | None = None
+  end_ids: tuple[int, ...] = ()
 
   @property
   def config(self) -> TransformerConfig:
@@ -83,7 +99,7 @@ class LanguageModel:
     ids = self._check_ids(ids)
     with self._on_mesh():
       batch = _pad([ids], self._padded(len(ids)))
-      logits_LV = _logits(self.model, *batch)[0]
+      logits_LV = _logits(self.model, *batch, None)[0]
     return np.asarray(logits_LV)[: len(ids)]
 
   def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
@@ -116,8 +132,8 @@ class LanguageModel:
       first, after = before, tokenizer.encode(text[len(context) :])
     if not after:
       raise DataError("a continuation has no tokens", f"{continuation!r:.60}", "a text")
-    begin = tokenizer.bos_id if tokenizer.bos_id >= 0 or first else tokenizer.eos_id
-    return [begin] * (begin >= 0) + first, after
+    first = beginning(tokenizer) + first
+    return first or [tokenizer.eos_id] * (tokenizer.eos_id >= 0), after
 
   def score(
     self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -138,18 +154,17 @@ class LanguageModel:
       ids = np.array([*context, *continuation], np.int32)[-longest - 1 :]
       rows.append((self._check_ids(ids, longest + 1), len(continuation)))
     found: list[Likelihood | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     with self._on_mesh():
-      for group in _groups(order, [self._padded(len(ids) - 1) for ids, _ in rows]):
-        for i, likelihood in zip(
-          group, self._score_batch([rows[i] for i in group]), strict=True
-        ):
+      for group, length in self._groups([len(ids) - 1 for ids, _ in rows]):
+        scores = self._score_batch([rows[i] for i in group], length)
+        for i, likelihood in zip(group, scores, strict=True):
           found[i] = likelihood
     return found
 
-  def _score_batch(self, rows: list[tuple[np.ndarray, int]]) -> list[Likelihood]:
+  def _score_batch(
+    self, rows: list[tuple[np.ndarray, int]], length: int
+  ) -> list[Likelihood]:
     """Scores the last tokens of each row in one call; rows are (ids, how many)."""
-    length = self._padded(max(len(ids) for ids, _ in rows) - 1)
     counts = [count for _, count in rows]
     places = np.zeros(round_up(sum(counts)), np.int32)  # in the flattened batch
     targets = np.zeros(len(places), np.int32)
@@ -167,6 +182,160 @@ class LanguageModel:
       for p, best in zip(log_p, is_best, strict=True)
     ]
 
+  def generate(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]:
+    """Returns what the model writes after each prompt, which is not repeated.
+
+    Args:
+      options: those of `stream`.
+    """
+    texts: list[str] = []
+    for first in range(0, len(prompts), _BATCH_TEXTS):
+      group = prompts[first : first + _BATCH_TEXTS]
+      pieces = self.stream(group, first_index=first, **options)
+      texts += map("".join, zip(*pieces, strict=True))
+    return texts
+
+  def stream(
+    self,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    end_ids: Sequence[int] = (),
+    when_full: str = "stop",
+    specials: bool = False,
+    first_index: int = 0,
+  ) -> Writing:
+    """Returns an iterator over what is new of each text; see `Writing`.
+
+    Args:
+      prompts: texts, which the model continues; or ids, which are taken as they are.
+      max_tokens: new tokens per text.
+      temperature: 0 takes the likeliest token.
+      top_k: only among the k likeliest; 0 is all.
+      top_p: only among the likeliest that together have this probability.
+      seed: of the random choices.
+      stop: texts at which writing ends; they are not part of the result.
+      end_ids: tokens at which it ends, besides those of the model.
+      when_full: when prompt and text fill the context: "stop", or "continue" from the
+        last half.
+      specials: the name of a special token in a prompt is that token, not text.
+      first_index: of the texts: equal prompts differ in it.
+    Raises:
+      ConfigError: the model is not causal, or an argument cannot be used.
+    """
+    self._require_causal("generate", self._instead_of_generate())
+    tokenizer = self._tokenizer()
+    if isinstance(prompts, str):
+      raise ConfigError("prompts", f"{prompts!r:.60}", "a list of texts", "[prompt]")
+    rows = [
+      tokenize_prompt(tokenizer, prompt, specials)
+      if isinstance(prompt, str)
+      else self._check_ids(prompt, len(prompt)).tolist()
+      for prompt in prompts
+    ]
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    self.model = for_decoding(self.model)
+    return Writing(
+      self.model,
+      tokenizer,
+      rows,
+      max_tokens,
+      [dataclasses.replace(sampling, index=first_index + i) for i in range(len(rows))],
+      (*self.end_ids, *end_ids),
+      _as_texts(stop),
+      when_full,
+    )
+
+  def chat(self, messages: list[dict[str, str]], **options) -> str:
+    """Returns the assistant's answer to a conversation.
+
+    Args:
+      messages: dicts with the texts role and content.
+      options: those of `chat_stream`.
+    """
+    return "".join(new for (new,) in self.chat_stream(messages, **options))
+
+  def chat_stream(self, messages: list[dict[str, str]], **options) -> Writing:
+    """Returns an iterator over what is new of the answer, in lists of one text.
+
+    Args:
+      options: those of `stream`; max_tokens is the length of the context by default.
+    Raises:
+      ConfigError: the model has no chat template, or as `stream`.
+      DataError: the messages are malformed, or the template refuses them.
+    """
+    if self.template is None:
+      needed = "a model with a chat template"
+      raise ConfigError("chat", "a model without one", needed, "generate(prompts)")
+    tokenizer = self._tokenizer()
+    ids = encode_prompt(messages, tokenizer, self.template)
+    end_ids, stop = end_of_turn(tokenizer, self.template)
+    options = {"max_tokens": self.config.max_len, "stop": ()} | options
+    options["stop"] = (*_as_texts(options["stop"]), *stop)
+    return self.stream([ids], end_ids=end_ids, **options)
+
+  def embed(self, texts: Sequence[str], pooling: str = "mean") -> np.ndarray:
+    """Returns a vector per text, float32 ND, from the features after the last norm.
+
+    The special tokens around a text are part of it, as in sentence-transformers.
+
+    Args:
+      pooling: mean | first | last, of the tokens.
+    Raises:
+      ConfigError: a text is longer than the model's context.
+    """
+    rows = [self._framed(text) for text in texts]
+    found = self._run_batches(rows, lambda *batch: _embed(*batch, pooling))
+    return (
+      np.stack(found) if found else np.zeros((0, self.config.embed_dim), np.float32)
+    )
+
+  def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
+    """Returns the likeliest tokens, with probabilities, for each mask in a text.
+
+    Names of special tokens in the text are those tokens; at least one is the mask.
+
+    Raises:
+      ConfigError: the model fills no masks, there is no mask in the text, or the text
+        is longer than the model's context.
+    """
+    self._require("fill_mask", self.config.head == "mlm", "one with model.head=mlm")
+    tokenizer = self._tokenizer()
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    if tokenizer.mask_id < 0 or names[tokenizer.mask_id] not in text:
+      needed = f"{names.get(tokenizer.mask_id, 'a mask token')} in the text"
+      raise ConfigError("fill_mask", f"{text!r:.60}", needed)
+    ids, types = self._framed(text, specials=True)
+    (logits_LV,) = self._run_batches([(ids, types)], _logits)
+    is_text_V = text_ids(tokenizer, self.config.vocab_size)
+    found = []
+    for row_V in logits_LV[: len(ids)][ids == tokenizer.mask_id]:
+      p_V = np.exp(row_V - row_V.max(), dtype=np.float64)
+      p_V = np.where(is_text_V, p_V / p_V.sum(), 0)
+      best = np.argsort(-p_V, kind="stable")[:top_k].tolist()
+      found.append([(tokenizer.decode([i]).strip(), float(p_V[i])) for i in best])
+    return found
+
+  def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, float]]:
+    """Returns the probability of each class, by name, for each text or pair of texts.
+
+    Raises:
+      ConfigError: the model has no classes of texts, or a text is longer than its
+        context.
+    """
+    self._require(
+      "classify", self.config.head == "sequence", "one of model.head=sequence"
+    )
+    pairs = [(text,) if isinstance(text, str) else text for text in texts]
+    found = self._run_batches([self._framed(*pair) for pair in pairs], _classify)
+    names = self.labels or tuple(map(str, range(self.config.num_labels)))
+    return [dict(zip(names, p_C.tolist(), strict=True)) for p_C in found]
+
   # What the methods share --------------------------------------------------------
 
   def _on_mesh(self):
@@ -175,6 +344,51 @@ class LanguageModel:
   def _padded(self, length: int) -> int:
     """Returns the length of the rows that hold so many tokens: few are compiled."""
     return max(length, min(max(round_up(length), 16), self.config.max_len))
+
+  def _framed(self, text: str, second: str | None = None, specials: bool = False):
+    """Returns (ids, token types) of one text or two, inside special tokens."""
+    tokenizer = self._tokenizer()
+    texts = (text,) if second is None else (text, second)
+    given = [tokenizer.encode(text, specials) for text in texts]
+    ids, types = lay_out_texts(text_frame(tokenizer, self.config.causal), *given)
+    if len(ids) > self.config.max_len:
+      needed = f"at most {self.config.max_len}, special tokens included"
+      raise ConfigError("a text", f"{len(ids)} tokens: {text!r:.60}", needed)
+    return self._check_ids(ids), types
+
+  def _run_batches(self, rows: list[tuple], function: Callable) -> list[np.ndarray]:
+    """Returns `function(model, tokens, segment ids, types)` of each row, an array.
+
+    Args:
+      rows: (ids, token types) of each text.
+    """
+    found: list[np.ndarray | None] = [None] * len(rows)
+    with self._on_mesh():
+      for group, length in self._groups([len(ids) for ids, _ in rows]):
+        ids, types = zip(*(rows[i] for i in group), strict=True)
+        size = round_up(len(group))
+        types_BL, _ = _pad(types, length, size)
+        types_BL = types_BL if self.config.num_segment_types else None
+        out = np.asarray(function(self.model, *_pad(ids, length, size), types_BL))
+        for i, row in zip(group, out, strict=False):  # the rest is padding
+          found[i] = row
+    return found
+
+  def _groups(self, lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+    """Yields (numbers of the rows, padded length) of batches for one call each."""
+    padded = [self._padded(length) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: padded[i])
+    for length, same in itertools.groupby(order, lambda i: padded[i]):
+      rows, size = list(same), max(_BATCH_TOKENS // length, 1)
+      yield from ((rows[i : i + size], length) for i in range(0, len(rows), size))
+
+  def _instead_of_generate(self) -> str:
+    if self.config.head == "mlm":
+      return "fill_mask(text) or embed(texts)"
+    elif self.config.head == "sequence":
+      return "classify(texts) or embed(texts)"
+    else:
+      return "embed(texts)"
 
   def _tokenizer(self) -> AnyTokenizer:
     if self.tokenizer is None:
@@ -204,11 +418,8 @@ class LanguageModel:
       raise ConfigError(method, given, needed, hint)
 
 
-def _groups(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-  """Yields the rows, which are in order of length, as batches for one call each."""
-  for length, same in itertools.groupby(order, lambda i: lengths[i]):
-    rows, size = list(same), max(_BATCH_TOKENS // length, 1)
-    yield from (rows[i : i + size] for i in range(0, len(rows), size))
+def _as_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+  return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _pad(rows: Sequence[Sequence[int]], length: int, size: int = 0):
@@ -226,14 +437,27 @@ def _pad(rows: Sequence[Sequence[int]], length: int, size: int = 0):
 
 
 def _features(model: Transformer, tokens_BL, segment_ids_BL, token_types_BL=None):
-  positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+  positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
   out = model(tokens_BL, positions_BL, segment_ids_BL, token_types_BL=token_types_BL)
   return out.features
 
 
 @jax.jit
-def _logits(model: Transformer, tokens_BL, segment_ids_BL):
-  return model.logits(_features(model, tokens_BL, segment_ids_BL))
+def _logits(model: Transformer, tokens_BL, segment_ids_BL, token_types_BL):
+  return model.logits(_features(model, tokens_BL, segment_ids_BL, token_types_BL))
+
+
+@functools.partial(jax.jit, static_argnames="pooling")
+def _embed(model: Transformer, tokens_BL, segment_ids_BL, token_types_BL, pooling):
+  x_BLD = _features(model, tokens_BL, segment_ids_BL, token_types_BL)
+  return pool(x_BLD, segment_ids_BL, pooling).astype(jnp.float32)
+
+
+@jax.jit
+def _classify(model: Transformer, tokens_BL, segment_ids_BL, token_types_BL):
+  x_BLD = _features(model, tokens_BL, segment_ids_BL, token_types_BL)
+  scores_BRC = label_scores(model, x_BLD, {"segment_ids": segment_ids_BL})
+  return jax.nn.softmax(scores_BRC[:, 0])
 
 
 @jax.jit

@@ -33,13 +33,11 @@ class Sampling:
 
   def __post_init__(self):
     if not 0 <= self.temperature < float("inf"):
-      raise ConfigError("--temperature", self.temperature, "a number from 0 up", "0.8")
+      raise ConfigError("temperature", self.temperature, "a number from 0 up", "0.8")
     if self.top_k < 0:
-      raise ConfigError("--top_k", self.top_k, "0 (all) or a number of tokens", "50")
+      raise ConfigError("top_k", self.top_k, "0 (all) or a number of tokens", "50")
     if not 0 < self.top_p <= 1:
-      raise ConfigError(
-        "--top_p", self.top_p, "a probability above 0, at most 1", "0.95"
-      )
+      raise ConfigError("top_p", self.top_p, "a probability above 0, at most 1", "0.95")
 
 
 @jax.tree_util.register_dataclass

@@ -219,7 +219,7 @@ class Transformer(nnx.Module):
 
   def _run(self, blocks, layers: range, x_TD, view: View, cache, dropout_key):
     """Runs one stack of layers; returns (x_TD, cache, Routing with a leading S)."""
-    if cache is not None:
+    if cache is not None or isinstance(blocks, tuple):
       return self._append(blocks, layers, x_TD, view, cache)
     windows_S = np.array([self.config.windows[i] for i in layers], np.int32)
     stack = blocks, jnp.arange(layers.start, layers.stop), windows_S
@@ -231,7 +231,7 @@ class Transformer(nnx.Module):
     return x_TD, None, routing
 
   def _append(self, blocks, layers: range, x_TD, view: View, cache):
-    """`_run` with a cache, unrolled: a scan would copy weights and cache each time."""
+    """`_run`, unrolled: with a cache, a scan would copy that and weights each time."""
     for i, number in enumerate(layers):
       if isinstance(blocks, tuple):
         block = blocks[i]

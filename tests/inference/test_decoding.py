@@ -108,29 +108,51 @@ def test_other_settings_do_not_compile_again(model):
   assert decode._cache_size() == programs and not compiled
 
 
-def test_the_whole_context_is_used_and_a_text_may_outgrow_it(model):
-  """Also where the prompts are padded, and where other rows outgrow it earlier."""
+@pytest.fixture
+def long_prompts():
   rng = np.random.default_rng(0)
-  prompts = [rng.integers(0, 64, size).tolist() for size in (17, 9, 32)]
-  rows = written(model, prompts, 28, Sampling(temperature=0), ALL)
-  alone = written(model, prompts[:1], 28, Sampling(temperature=0), ALL)
-  np.testing.assert_array_equal(alone, rows[:1])
+  return [rng.integers(0, 64, size).tolist() for size in (17, 9, 31)]
+
+
+def test_the_whole_context_is_used_and_a_text_may_outgrow_it(model, long_prompts):
+  """Also where the prompts are padded, and where other rows outgrow it earlier."""
+  prompts = [*long_prompts[:2], [*long_prompts[2], 7]]
+  args = 28, Sampling(temperature=0), ALL, "continue"
+  rows = written(model, prompts, *args)
+  np.testing.assert_array_equal(written(model, prompts[:1], *args), rows[:1])
   for prompt, row in zip(prompts, rows, strict=True):
     assert row.tolist() == uncached(model, prompt, 28)
-  portions = [p.shape[1] for p in generate(model, [[5]], 70, Sampling(seed=1), ALL)]
+  many = generate(model, [[5]], 70, Sampling(seed=1), ALL, "continue")
   # 32 tokens from a text of 1 to one of 33, then 17 from each of 16.
-  assert portions == [PORTION] * 4 + [8, 8, 1] * 2 + [4]
+  assert [p.shape[1] for p in many] == [PORTION] * 4 + [8, 8, 1] * 2 + [4]
+
+
+@pytest.mark.parametrize("model", ["learned"], indirect=True)
+def test_a_full_context_ends_a_text_and_no_other(model, long_prompts):
+  rows = written(model, long_prompts, 28, Sampling(temperature=0), ALL)
+  assert rows.shape == (3, 32 - 9)
+  for prompt, row in zip(long_prompts, rows, strict=True):
+    size = 32 - len(prompt)
+    assert row[:size].tolist() == uncached(model, prompt, size)
+    assert (row[size:] == -1).all()
+  with pytest.raises(ConfigError, match=r"32 tokens\n.*at most 31"):
+    written(model, [[5], [5] * 32], 4, Sampling(temperature=0), ALL)
+  with pytest.raises(ConfigError, match="stop or continue"):
+    written(model, [[5]], 4, Sampling(temperature=0), ALL, "maybe")
 
 
 def test_the_shortest_contexts(tiny):
+  greedy = Sampling(temperature=0)
   for tiny.model.max_len in (2, 3):
     model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
-    row = written(model, [[5]], 7, Sampling(temperature=0), ALL)[0]
+    row = written(model, [[5]], 7, greedy, ALL, "continue")[0]
     assert row.tolist() == uncached(model, [5], 7)
+    row = written(model, [[5]], 7, greedy, ALL)[0]
+    assert row.tolist() == uncached(model, [5], tiny.model.max_len - 1)
   tiny.model.max_len = 1
   model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
   with pytest.raises(ConfigError, match="at least 2"):
-    written(model, [[5]], 7, Sampling(temperature=0), ALL)
+    written(model, [[5]], 7, greedy, ALL)
 
 
 def test_only_allowed_ids_are_drawn(model):

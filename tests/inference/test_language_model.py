@@ -1,19 +1,23 @@
 """What a model is asked gives what the definitions give, one text at a time."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from flaxlm.errors import ConfigError, DataError
+from flaxlm.inference import language_model, text
 from flaxlm.inference.language_model import LanguageModel
 from flaxlm.models.config import TransformerConfig
+from flaxlm.models.heads import label_scores
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.mesh import one_device
+from flaxlm.tokenizer.chat_template import ChatTemplate
 
 
-def language_model(config, tokenizer, **fields) -> LanguageModel:
+def language_model_of(config, tokenizer, **fields) -> LanguageModel:
   """A model with random weights, large enough that greedy choices are unambiguous."""
   model = Transformer(TransformerConfig(**config.model), nnx.Rngs(3))
   model = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model)
@@ -21,19 +25,26 @@ def language_model(config, tokenizer, **fields) -> LanguageModel:
   return LanguageModel(model, tokenizer, one_device(), rules, **fields)
 
 
-@pytest.fixture
-def writer(tiny, bpe):
-  tiny.model.vocab_size = bpe.vocab_size + 24  # rows to spare
-  return language_model(tiny, bpe)
+@pytest.fixture(scope="module")
+def writer(make_tiny, bpe):
+  config = make_tiny()
+  config.model.vocab_size = bpe.vocab_size + 24  # rows to spare
+  return language_model_of(config, bpe)
+
+
+@jax.jit
+def run(model, tokens_BL, positions_BL, segment_ids_BL):
+  return model.logits(model(tokens_BL, positions_BL, segment_ids_BL).features)
 
 
 def by_hand(model, context, continuation):
   """The definition: one text, in float64, from the logits of the model."""
   ids = [*context, *continuation][-model.config.max_len - 1 :]
-  tokens = jnp.array([ids[:-1]])
-  positions = jnp.arange(len(ids) - 1)[None]
-  x = model(tokens, positions, jnp.ones_like(tokens)).features
-  logits = np.asarray(model.logits(x)[0], np.float64)[-len(continuation) :]
+  size = len(ids) - 1
+  padded = np.zeros((3, 1, model.config.max_len), np.int32)
+  padded[:, 0, :size] = ids[:-1], np.arange(size), np.ones(size)
+  logits = np.asarray(run(model, *padded)[0], np.float64)
+  logits = logits[size - len(continuation) : size]
   log_p = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
   total = sum(row[i] for row, i in zip(log_p, continuation, strict=True))
   return total, logits.argmax(axis=1).tolist() == list(continuation)
@@ -58,6 +69,9 @@ def test_scores_are_those_of_the_definition_in_any_order(writer):
 def test_logits_are_those_of_the_model_whatever_the_padding(writer):
   ids = list(range(5, 24))
   logits = writer.logits(ids)
+  one = np.ones((1, 19), np.int32)
+  expected = run(writer.model, np.array([ids]), np.arange(19)[None], one)[0]
+  np.testing.assert_allclose(logits, expected, atol=1e-4)
   assert logits.shape == (19, writer.config.vocab_size) and logits.dtype == np.float32
   np.testing.assert_allclose(writer.logits(ids[:7]), logits[:7], atol=1e-4)
   for wrong in ([], [5] * 33, [-1], [writer.config.vocab_size], [0.5]):
@@ -94,3 +108,130 @@ def test_what_cannot_be_scored_is_refused(writer):
     writer.score([([5], [5] * 33)])
   assert writer.score([([5], [5] * 32)])[0].tokens == 32
   assert writer.loglikelihood([]) == []
+
+
+def test_texts_are_written_after_prompts_of_texts_or_ids(writer, bpe, monkeypatch):
+  monkeypatch.setattr(language_model, "_BATCH_TEXTS", 2)
+  before = writer.score([([5], [6, 7])])[0].log_p
+  ids = [bpe.bos_id, *bpe.encode("import ")]
+  texts = writer.generate(["import ", ids, "import "], max_tokens=9, temperature=0)
+  assert len(texts) == 3 and len(set(texts)) == 1 and texts[0]
+  drawn = writer.generate(["import "] * 3, max_tokens=9, seed=3)
+  assert drawn == writer.generate(["import "] * 3, max_tokens=9, seed=3)
+  assert len(set(drawn)) == 3  # also of texts in different batches
+  assert writer.generate([]) == []
+  # The form for decoding computes the same.
+  assert writer.score([([5], [6, 7])])[0].log_p == pytest.approx(before, abs=1e-3)
+
+
+def test_arguments_of_writing_are_refused_by_name(writer):
+  for wrong, named in (
+    ({"temperature": -1}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"stop": ["x", ""]}, "stop"),
+    ({"when_full": "maybe"}, "when_full"),
+  ):
+    with pytest.raises(ConfigError, match=f"^{named} cannot"):
+      list(writer.stream(["a"], **wrong))
+  with pytest.raises(ConfigError, match="a list of texts"):
+    writer.generate("a")
+  with pytest.raises(ConfigError, match="chat template"):
+    writer.chat([{"role": "user", "content": "Hello"}])
+
+
+class Scripted:
+  """Stands for `decoding.generate`: writes given ids, and keeps its arguments."""
+
+  def __init__(self, *rows):
+    self.rows = np.array(rows)
+
+  def __call__(self, model, prompts, max_tokens, sampling, allowed_V, when_full):
+    self.prompts, self.max_tokens, self.allowed_V = prompts, max_tokens, allowed_V
+    yield from np.split(self.rows, self.rows.shape[1], axis=1)
+
+
+def test_an_answer_ends_with_the_turn(writer, bpe, monkeypatch):
+  plain = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+  )
+  model = dataclasses.replace(writer, template=ChatTemplate(plain))
+  messages = [{"role": "user", "content": "Is it?"}]
+  script = Scripted(bpe.encode("Yes: it is\nuser: Really?"))
+  monkeypatch.setattr(text, "generate", script)
+  assert model.chat(messages) == "Yes: it is"
+  assert script.prompts == [bpe.encode("user: Is it?\nassistant: ")]
+  assert script.max_tokens == writer.config.max_len
+  assert (
+    model.chat(messages, stop=":", max_tokens=5) == "Yes" and script.max_tokens == 5
+  )
+  ended = ChatTemplate(plain.replace("m.content", "m.content + '<cls>'"))
+  model = dataclasses.replace(writer, template=ended)
+  monkeypatch.setattr(
+    text, "generate", script := Scripted([*script.rows[0], bpe.cls_id])
+  )
+  assert model.chat(messages) == "Yes: it is\nuser: Really?"
+  assert script.allowed_V[bpe.cls_id] and not script.allowed_V[bpe.sep_id]
+
+
+def test_an_encoder_fills_masks_and_embeds_and_writes_nothing(tiny, bpe):
+  tiny.model.causal, tiny.model.head, tiny.model.num_segment_types = False, "mlm", 2
+  tiny.model.vocab_size = bpe.vocab_size + 24
+  model = language_model_of(tiny, bpe)
+  (best,) = model.fill_mask("import <mask> as x", top_k=3)
+  ids = [
+    bpe.cls_id,
+    *bpe.encode("import "),
+    bpe.mask_id,
+    *bpe.encode(" as x"),
+    bpe.sep_id,
+  ]
+  logits = model.logits(ids)[ids.index(bpe.mask_id)]
+  is_text = text.text_ids(bpe, model.config.vocab_size)
+  p = np.exp(logits) / np.exp(logits).sum()
+  order = np.argsort(np.where(is_text, -p, 0))[:3]
+  assert best == [
+    (bpe.decode([i]).strip(), pytest.approx(p[i], rel=1e-3)) for i in order
+  ]
+  found = model.embed(["import sys", "", "def main"])
+  assert found.shape == (3, 32) and found.dtype == np.float32
+  np.testing.assert_allclose(model.embed(["def main"])[0], found[2], atol=1e-5)
+  assert not np.allclose(model.embed(["def main"], pooling="first")[0], found[2])
+  with pytest.raises(ConfigError, match="<mask> in the text"):
+    model.fill_mask("import sys")
+  with pytest.raises(ConfigError, match=r"a text.*\n.*152 tokens"):
+    model.embed(["import sys\n" * 30])
+  for ask in (model.generate, model.loglikelihood, model.classify):
+    with pytest.raises(ConfigError, match=r"an encoder with model\.head=mlm"):
+      ask([("a", "b")])
+
+
+def test_classes_of_texts_and_pairs(tiny, bpe):
+  model = tiny.model
+  model.causal, model.head, model.num_segment_types = False, "sequence", 2
+  model.vocab_size, model.num_labels = bpe.vocab_size, 3
+  asked = language_model_of(tiny, bpe, labels=("bad", "fair", "good"))
+  alone, pair = asked.classify(["import", ("import", "sys")])
+  for found in (alone, pair):
+    assert list(found) == ["bad", "fair", "good"]
+    assert sum(found.values()) == pytest.approx(1)
+  ids = [bpe.cls_id, *bpe.encode("import"), bpe.sep_id, *bpe.encode("sys"), bpe.sep_id]
+  types = np.array([[0] * (2 + len(bpe.encode("import"))) + [1] * 9])[:, : len(ids)]
+  one = np.ones_like(types)
+  out = asked.model(
+    np.array([ids]), np.arange(len(ids))[None], one, token_types_BL=types
+  )
+  scores = label_scores(asked.model, out.features, {"segment_ids": one})[0, 0]
+  np.testing.assert_allclose(list(pair.values()), jax.nn.softmax(scores), rtol=1e-3)
+  with pytest.raises(ConfigError, match=r"logits cannot.*\n.*head=sequence"):
+    asked.logits([5])
+  with pytest.raises(ConfigError, match=r"classify\(texts\) or embed"):
+    asked.generate(["a"])
+
+
+def test_without_a_tokenizer_ids_are_scored(writer):
+  model = dataclasses.replace(writer, tokenizer=None)
+  assert model.logits([5]).shape == (1, writer.config.vocab_size)
+  for ask in (lambda: model.encode("a"), lambda: model.generate(["a"])):
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+      ask()

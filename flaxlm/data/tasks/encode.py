@@ -122,11 +122,7 @@ class Encoder:
 
   def __post_init__(self):
     tok, self.kind, self.columns = self.tokenizer, self.task.kind, columns(self.task)
-    starts, stops = [tok.cls_id, tok.bos_id], [tok.sep_id, tok.eos_id]
-    if self.causal:
-      starts, stops = starts[::-1], stops[::-1]
-    self.start = [i for i in starts if i >= 0][:1]
-    self.stop = [i for i in stops if i >= 0][:1]
+    self.start, self.stop = text_frame(tok, self.causal)
     if not self.stop and self.kind != "chat":
       raise errors.ConfigError(
         "config.tokenizer.path", "a model with neither sep nor eos",
@@ -163,19 +159,34 @@ class Encoder:
 
   def lay_out(self, first, second=None) -> tuple[np.ndarray, np.ndarray]:
     """Returns (ids, token types) of one text, or of two, with the special tokens."""
-    pieces = [self.start, first, self.stop]
-    if second is not None:
-      pieces += [second, self.stop]
-    ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-    types = np.zeros(len(ids), np.uint8)
-    if second is not None:
-      types[len(ids) - len(second) - 1 :] = 1
-    return ids, types
+    return lay_out_texts((self.start, self.stop), first, second)
 
   def lay_out_pair(self, first, second, limit: int):
     """Lays out two texts in at most `limit` tokens; the longer one is cut first."""
     a, b = fit_pair(len(first), len(second), limit - len(self.start) - 2)
     return self.lay_out(first[:a], second[:b])
+
+
+def text_frame(tokenizer: AnyTokenizer, causal: bool) -> tuple[list[int], list[int]]:
+  """Returns the special tokens (before, after) a text of a task, if there are any."""
+  starts = [tokenizer.cls_id, tokenizer.bos_id]
+  stops = [tokenizer.sep_id, tokenizer.eos_id]
+  if causal:
+    starts, stops = starts[::-1], stops[::-1]
+  return [i for i in starts if i >= 0][:1], [i for i in stops if i >= 0][:1]
+
+
+def lay_out_texts(
+  frame: tuple[list[int], list[int]], first, second=None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (ids, token types) of one text, or of two, inside a `text_frame`."""
+  start, stop = frame
+  pieces = [start, first, stop] + ([second, stop] if second is not None else [])
+  ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+  types = np.zeros(len(ids), np.uint8)
+  if second is not None:
+    types[len(ids) - len(second) - len(stop) :] = 1
+  return ids, types
 
 
 def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
