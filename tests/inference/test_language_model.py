@@ -94,9 +94,9 @@ def test_a_pair_is_cut_where_its_tokens_are(writer, bpe):
     begin + bpe.encode("retu"),
     bpe.encode("rn"),
   )
-  for text in ("a", ""):
+  for context in ("a", ""):
     with pytest.raises(DataError, match="no tokens"):
-      writer.encode_pair(text, "")
+      writer.encode_pair(context, "")
   alone = writer.loglikelihood([("def", " main")])[0]
   assert alone == writer.score([writer.encode_pair("def", " main")])[0]
 
