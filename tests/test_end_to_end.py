@@ -130,10 +130,8 @@ def assert_same_run(one, other, step=24):
   assert logged(one) == logged(other)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-  """A prepared store, its config file, and one uninterrupted run of it."""
-  home = tmp_path_factory.mktemp("project")
+def make_project(home) -> None:
+  """Writes texts, a config and a store to `home`, and trains there once."""
   texts = home / "texts"
   texts.mkdir()
   for path in sorted((pathlib.Path(os.__file__).parent / "json").glob("*.py")):
@@ -145,11 +143,18 @@ def project(tmp_path_factory):
   (home / "config.py").write_text(
     CONFIG.format(store=str(home / "store"), texts=str(texts))
   )
+  prepared = run("prepare", f"--config={home}/config.py")
+  assert "lossless" in prepared and "code train" in prepared
+  run("train", f"--config={home}/config.py", f"--workdir={home}/straight")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+  """A prepared store, its config file, and one uninterrupted run of it."""
+  home = tmp_path_factory.mktemp("project")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    prepared = run("prepare", f"--config={home}/config.py")
-    assert "lossless" in prepared and "code train" in prepared
-    run("train", f"--config={home}/config.py", f"--workdir={home}/straight")
+    make_project(home)
     yield home
 
 
