@@ -34,6 +34,8 @@ def _log(line: str) -> None:
 
 def store_summary(report, seconds: float) -> str:
   """Returns the table of sources and the lines under it."""
+  from flaxlm.data.store.manifest import OVERLAP
+
   store, tokenizer = report.store, report.tokenizer
   row = "{:<18}{:>12}{:>10}{:>16}{:>14}".format
   lines = [row("source", "documents", "MB", "tokens", "bytes/token")]
@@ -44,7 +46,14 @@ def store_summary(report, seconds: float) -> str:
       lines.append(row(f"{name} {split}", f"{part['documents']:,}",
                        f"{part['bytes'] / 1e6:.2f}", f"{part['tokens']:,}",
                        f"{ratio:.2f}"))  # fmt: skip
-    lines += [f"  {count:,} x {what}" for what, count in entry["problems"].items()]
+    problems = dict(entry["problems"])
+    if overlap := problems.pop(OVERLAP, 0):
+      of = entry["validation"]["documents"]
+      lines.append(
+        f"  warning: {overlap:,} of {of:,} validation documents are training "
+        "documents too"
+      )
+    lines += [f"  {count:,} x {what}" for what, count in problems.items()]
   loss = tokenizer.loss or "unknown characters"
   lines.append(f"tokenizer: {tokenizer.vocab_size:,} pieces, {tokenizer.sha256[:12]}")
   if report.checked and report.changed:

@@ -5,7 +5,11 @@ a knob that is missing here does not exist. The config is locked: a misspelt key
 where it is written. `flaxlm/config/load.py` holds the rules that values must satisfy.
 """
 
+import re
+
 from ml_collections import ConfigDict
+
+from flaxlm.errors import ConfigError
 
 
 def source(kind="stdlib", path="", **changes) -> ConfigDict:
@@ -24,7 +28,17 @@ def source(kind="stdlib", path="", **changes) -> ConfigDict:
 
 
 def sources(**by_name: ConfigDict) -> ConfigDict:
+  for name in by_name:
+    check_source_name(name)
   return ConfigDict(by_name)
+
+
+def check_source_name(name: str) -> None:
+  """Raises ConfigError if `name` cannot be a directory and part of a key."""
+  if not re.fullmatch(r"[\w-]+", name):
+    raise ConfigError(
+      "config.data.sources", f"a source called {name!r}", "letters, digits, _ and -"
+    )
 
 
 def get_config() -> ConfigDict:

@@ -21,6 +21,8 @@ def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first value, or pair of values, that cannot work."""
   check_keys(config)
   flat = flatten(config)
+  for name in config.data.sources:
+    base.check_source_name(name)
   for key, value in flat.items():
     check_value(f"config.{key}", _with_source_named(key, "*"), value)
   for key, needed, hint in broken_rules(config):

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -197,12 +196,8 @@ def describe_sources(
 
 
 def check_sources(data: ConfigDict) -> None:
-  """Raises ConfigError if a source has a bad name, no path or an impossible split."""
+  """Raises ConfigError if a source has no path or an impossible split."""
   for name, source in data.sources.items():
-    if not re.fullmatch(r"[\w-]+", name):
-      raise errors.ConfigError(
-        "config.data.sources", name, "a name of letters and digits"
-      )
     if source.kind != "stdlib" and not source.path:
       raise errors.ConfigError(
         f"config.data.sources.{name}.path", "''",

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from flaxlm import errors
 from flaxlm.data.text.documents import Corpus, TextPiece, split_of
+from flaxlm.data.text.formats import EMPTY
 
 ENOUGH = 4  # documents that each split has to get by hash
 SPLIT_KINDS = ("hash", "tail")
@@ -95,6 +96,8 @@ def count_documents(
       validated = counts["validation"] >= enough or not fraction
       if validated and counts["train"] >= enough:
         break
+    if piece.end and not inside and not piece.problems:
+      problems[EMPTY] += 1
     inside = inside and not piece.end
   return counts, problems
 
