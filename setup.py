@@ -35,6 +35,7 @@ setup(
   python_requires=">=3.11",
   packages=[*find_packages(include=["flaxlm", "flaxlm.*"]), "flaxlm.configs"],
   package_dir={"flaxlm.configs": "configs"},
+  package_data={"flaxlm.evals": ["task_files/*.json"]},
   entry_points={"console_scripts": ["flaxlm = flaxlm.__main__:main"]},
   install_requires=[
     "jax>=0.10",
@@ -63,6 +64,8 @@ setup(
     # tokenizer.json, vocab.txt and chat templates, as Hugging Face models bring them.
     "hf": ["tokenizers>=0.22", "jinja2>=3.1"],
     "tensorboard": ["tensorboard"],
+    # The tasks and models of the evaluation harness: flaxlm lm-eval.
+    "lm-eval": ["lm-eval==0.4.13"],
     "completion": ["argcomplete>=3.5"],
     # launch/test.sh installs these. test_package.py builds a wheel, offline.
     "test": ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", "argcomplete>=3.5"],

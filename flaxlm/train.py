@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     return
   with StopSignal() as stop:  # from here on a signal is never lost
     # JAX takes seconds to import.
+    from flaxlm.evals.in_loop import open_tasks
     from flaxlm.planning.calibrate import expected_seconds
     from flaxlm.runs.loop import train
 
-    train(config, pathlib.Path(args.workdir), stop, expected_seconds)
+    train(config, pathlib.Path(args.workdir), stop, expected_seconds, open_tasks)
 
 
 if __name__ == "__main__":

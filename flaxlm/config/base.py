@@ -291,6 +291,10 @@ def evaluation_knobs() -> ConfigDict:
   evaluation = ConfigDict()
   evaluation.every = 500  # steps; 0 = only at the end
   evaluation.batches = 0  # of batch_size rows; 0 = the whole validation split
+  # Names in flaxlm/evals/README.md, or task files; scored with the held-out loss.
+  evaluation.tasks = ()
+  evaluation.task_data = ""  # directory of their data; "" = the current one
+  evaluation.task_seconds = 60.0  # per evaluation, over all tasks; 0 = all items
   return evaluation
 
 

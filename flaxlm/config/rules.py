@@ -49,6 +49,8 @@ def _all_rules(config: ConfigDict):
   fits = config.tokenizer.path or config.tokenizer.vocab_size <= model.vocab_size
   yield fits, "tokenizer.vocab_size", limit, f"{model.vocab_size}"
   yield len(data.sources) > 0, "data.sources", "at least one source", "main"
+  whole = not config.eval.tasks or config.mesh.context == 1
+  yield whole, "mesh.context", "1 for config.eval.tasks, which score whole rows", "1"
   yield from _mesh_rules(config)
 
 

@@ -37,6 +37,7 @@ class RunFiles:
     self.metrics = workdir / "metrics.jsonl"
     self.tensorboard = workdir / "tensorboard"
     self.profile = workdir / "profile"
+    self.evals = workdir / "evals"  # results of tasks: see evals/saved.py
     self.originals = workdir / "huggingface"  # small files of an imported model
     self.lock = workdir / ".lock"
     self.owner = workdir / "owner.json"  # of the process that holds the lock

@@ -33,13 +33,19 @@ from flaxlm.training.guards import StopSignal, Watchdog
 
 
 def train(
-  config, workdir: pathlib.Path, stop: StopSignal, predict: Callable | None = None
+  config,
+  workdir: pathlib.Path,
+  stop: StopSignal,
+  predict: Callable | None = None,
+  open_tasks: Callable | None = None,
 ) -> None:
   """Trains to config.num_steps, from the newest checkpoint in `workdir` if any.
 
   Args:
     predict: returns the seconds that a step should take, from (config, mesh); they are
       logged beside the measured ones.
+    open_tasks: returns what scores the model on config.eval.tasks, from (config, the
+      bytes of the tokenizer); needed only if there are such tasks.
   Raises:
     Preempted: a signal asked for a stop; the state is saved.
     UserError: any other kind, for what the user can mend.
@@ -59,6 +65,8 @@ def train(
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
     kernel = {"the attention kernel": describe_kernel(config.model.attention, mesh)}
     agree("the data", data | kernel, seconds)
+    assert open_tasks or not config.eval.tasks, "tasks need `open_tasks`"
+    tasks = open_tasks(config, feed.tokenizer) if config.eval.tasks else None
     program = build_program(config, mesh)
     enter(use_config_mesh(config, mesh))
     if jax.process_index() == 0:
@@ -80,7 +88,7 @@ def train(
     expected = predict and predict(config, mesh)
     progress = enter(TrainingProgress(config, workdir, first_step, compiled, expected))
     profiler = enter(Profiler(config.log, files.profile))
-    evaluate_after = make_evaluation(program, feed, progress, stop, watchdog)
+    evaluate_after = make_evaluation(program, feed, progress, stop, watchdog, tasks)
     if owed and not evaluate_after(first_step, state, base):
       raise stopped(files, config, first_step)
 
@@ -121,25 +129,30 @@ def make_evaluation(
   progress: TrainingProgress,
   stop: StopSignal,
   watchdog: Watchdog,
+  tasks: Callable | None = None,
 ) -> Callable[..., bool]:
-  """Returns `evaluate_after(step, state, base)`, which logs the held-out loss.
+  """Returns `evaluate_after(step, state, base)`, which logs the held-out numbers.
 
   It returns False, and logs nothing, if a signal came before it was done.
   """
   assemble, eval_step = jax.jit(program.assemble), jax.jit(make_eval_step())
 
   def evaluate_after(step: int, state, base) -> bool:
-    model = assemble(state.eval_model, base)
+    model, result = assemble(state.eval_model, base), {}
     with progress.paused(step):
-      result = evaluate(
-        model,
-        feed.read_validation(),
-        eval_step,
-        feed.bytes_per_token(),
-        stop.should_stop,
-        watchdog.beat,
-        make_scorer(feed),
-      )
+      if feed.validation is not None:
+        result = evaluate(
+          model,
+          feed.read_validation(),
+          eval_step,
+          feed.bytes_per_token(),
+          stop.should_stop,
+          watchdog.beat,
+          make_scorer(feed),
+        )
+      if tasks is not None and result is not None:
+        scores = tasks(model, stop.should_stop, watchdog.beat)
+        result = None if scores is None else result | scores
     if result is not None:
       progress.writer.log(step, result, kind="eval")
     return result is not None
@@ -148,8 +161,8 @@ def make_evaluation(
 
 
 def evaluation_is_due(config, feed: Feed, step: int) -> bool:
-  """Says whether the held-out loss is measured after `step`: on time, or at the end."""
-  if feed.validation is None or step == 0:
+  """Says whether the model is evaluated after `step`: on time, or at the end."""
+  if (feed.validation is None and not config.eval.tasks) or step == 0:
     return False
   every = config.eval.every
   return step == config.num_steps or (every > 0 and step % every == 0)

@@ -159,7 +159,7 @@ class MetricsWriter:
     return speed
 
   def _line(self, step: int, values: dict, kind: str) -> str:
-    rest = dict(values)
+    rest = {name: value for name, value in values.items() if "/" not in name}
     parts = [f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}"]
     if kind != "train":
       parts.append(kind)
@@ -171,7 +171,12 @@ class MetricsWriter:
       at = next(i for i, part in enumerate(parts) if part.endswith("tok/s"))
       parts[at] += f" ({short_number(per_device)}/device)"
     parts += [f"{name} {_show(value)}" for name, value in rest.items()]
-    return "  ".join(parts)
+    lines, tasks = ["  ".join(parts)], {}
+    for name, value in values.items():
+      task, slash, metric = name.rpartition("/")
+      if slash:  # one line per task
+        tasks.setdefault(task, [f"  {task}"]).append(f"{metric} {_show(value)}")
+    return "\n".join(lines + ["  ".join(parts) for parts in tasks.values()])
 
   def _print(self, line: str) -> None:
     if self._bar:
