@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import pathlib
 import re
 import subprocess
@@ -61,6 +62,11 @@ WITHOUT_A_MIRROR = {
 }  # fmt: skip
 
 
+@functools.cache
+def parse(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text())
+
+
 def room_of(path: pathlib.Path) -> str:
   return path.relative_to(ROOT / "flaxlm").with_suffix("").parts[0]
 
@@ -81,7 +87,7 @@ def imports(tree):
 def package_files():
   for path in FILES:
     if path.is_relative_to(ROOT / "flaxlm"):
-      yield path, room_of(path), ast.parse(path.read_text())
+      yield path, room_of(path), parse(path)
 
 
 def test_rooms_import_only_to_their_right():
@@ -145,7 +151,7 @@ def test_flax_is_used_as_plain_pytrees():
 
 def test_no_pickle_no_eval_no_hidden_defaults():
   for path in FILES:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         assert node.func.id not in ("eval", "exec", "__import__"), path
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -248,7 +254,7 @@ def test_files_and_functions_stay_short():
   for path in FILES:
     text = path.read_text()
     assert text.count("\n") <= 500, path
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(path)):
       if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         limit = 90 if node.name == "train" else 60
         length = node.end_lineno - node.lineno + 1
@@ -259,7 +265,7 @@ def test_every_module_is_used_and_says_what_it_is():
   imported = {
     name
     for path in [*FILES, *(ROOT / "tests").rglob("*.py")]
-    for name, _ in imports(ast.parse(path.read_text()))
+    for name, _ in imports(parse(path))
   }
   for path, room, tree in package_files():
     assert ast.get_docstring(tree), f"{path} has no docstring"

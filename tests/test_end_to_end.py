@@ -316,6 +316,7 @@ def test_a_directory_in_use_is_refused(project, tmp_path):
   first.communicate()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_run_is_refused(project, tmp_path):
   workdir = f"--workdir={project}/straight"
   wider = run(
