@@ -18,6 +18,7 @@ COMMANDS = (
   "train",
   "evaluate",
   "generate",
+  "chat",
   "convert",
   "plan",
   "doctor",

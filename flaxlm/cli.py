@@ -65,7 +65,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None = 200) 
     help="text at which writing ends; may be repeated",
   )  # fmt: skip
   parser.add_argument(
-    "--when_full", default="stop",
+    "--when_full", default="stop", choices=("stop", "continue"),
     help="when the context is full: stop, or continue from its last half (stop)",
   )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""Numbers, progress bars and tables for a terminal."""
+"""Numbers, progress bars, tables and the text of models, for a terminal."""
+
+import re
+
+from flaxlm.errors import printable
 
 
 def short_number(number: float) -> str:
@@ -7,6 +11,14 @@ def short_number(number: float) -> str:
     if abs(number) >= 0.9995 * unit:
       return f"{number / unit:.3g}{name}"
   return f"{number:.3g}"
+
+
+def without_controls(text: str) -> str:
+  """Returns a text whose control characters are spelled out, but for \\n and \\t.
+
+  A model may have learnt sequences that a terminal obeys.
+  """
+  return re.sub(r"[^\n\t]+", lambda part: printable(part[0], len(part[0])), text)
 
 
 def duration(seconds: float) -> str:

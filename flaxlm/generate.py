@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 
 from flaxlm import cli, machine
+from flaxlm.console import without_controls
 from flaxlm.errors import ConfigError
 from flaxlm.library import find_model, load_model
 
@@ -50,17 +51,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def _print_texts(prompts: list[str], pieces: Iterable[list[str]]) -> None:
   """Prints one text as it comes, several when all are complete."""
+  safe = without_controls if sys.stdout.isatty() else str
   if len(prompts) == 1:
     print(prompts[0], end="", flush=True)
     for (new,) in pieces:
-      print(new, end="", flush=True)
+      print(safe(new), end="", flush=True)
     print()
     return
   texts = list(prompts)
   for new in pieces:
     texts = [text + more for text, more in zip(texts, new, strict=True)]
   for i, text in enumerate(texts, 1):
-    print(f"--- {i} of {len(texts)} ---\n{text}")
+    print(f"--- {i} of {len(texts)} ---\n{safe(text)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ asked is below it, in inference/language_model.py: evaluations and audits are ha
 `LanguageModel` and never open one.
 """
 
-import json
+import contextlib
 import os
 import pathlib
 import sys
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.json_files import read_json
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 
 
@@ -69,15 +70,14 @@ def _is_hugging_face(directory: pathlib.Path) -> bool:
   """Returns whether the config.json of a directory is not that of a run."""
   config = RunFiles(directory).config
   try:
-    tree = json.loads(config.read_bytes())
-  except (OSError, ValueError) as error:
+    return "model_type" in read_json(config)
+  except OSError as error:
     raise MissingInputError(
       f"{directory} holds no model",
-      f"{config.absolute()}: {getattr(error, 'strerror', None) or error}",
+      f"{config.absolute()}: {error.strerror}",
       "a run (runs/a), one of its checkpoints (runs/a/checkpoints/500), or a "
       "directory with a Hugging Face model",
     ) from error
-  return isinstance(tree, dict) and "model_type" in tree
 
 
 def _load_run(workdir: pathlib.Path, step: int | None, config: ConfigDict, mesh):
@@ -102,7 +102,29 @@ def _load_run(workdir: pathlib.Path, step: int | None, config: ConfigDict, mesh)
     template=ChatTemplate(source) if source else None,
     labels=tuple(config.task.labels),
     step=meta["step"],
+    end_ids=_end_ids(_kept_files(config, workdir)),
   )
+
+
+def _kept_files(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the Hugging Face files of the model that a run began with, if it has any.
+
+  A fine-tuned run has those of the run that it started from, which may be gone.
+  """
+  from flaxlm.interop.export_run import find_originals
+
+  with contextlib.suppress(MissingInputError):
+    return find_originals(config, workdir)
+
+
+def _end_ids(directory: pathlib.Path | None) -> tuple[int, ...]:
+  """Returns all tokens that end a text, as the files of a model list them."""
+  found = []
+  for name in ("generation_config.json", "config.json"):
+    if directory is not None and (directory / name).is_file():
+      ids = read_json(directory / name).get("eos_token_id")
+      found += ids if isinstance(ids, list) else [ids]
+  return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
 def _load_hugging_face(directory: pathlib.Path, mesh):
@@ -135,4 +157,5 @@ def _load_hugging_face(directory: pathlib.Path, mesh):
     rules,
     template=ChatTemplate(source) if source else None,
     labels=label_names(found),
+    end_ids=_end_ids(directory),
   )

@@ -1,5 +1,6 @@
 """A model is opened where it lies, and a run and its export are the same model."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from flax import nnx
 
 import flaxlm
 from flaxlm.config.load import config_to_json
-from flaxlm.errors import ConfigError, MissingInputError
+from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop.export_run import export_model
+from flaxlm.interop.import_run import import_model
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves, nest
-from flaxlm.runs.directory import RunFiles
+from flaxlm.runs.directory import RunFiles, load_run_config
 from flaxlm.training.checkpoint import Checkpointer
 
 
@@ -80,11 +82,26 @@ def test_what_is_no_model_is_refused(saved, tmp_path):
   with pytest.raises(MissingInputError, match="holds no model"):
     flaxlm.load(tmp_path / "nothing")
   (tmp_path / "config.json").write_text("[1, 2")
-  with pytest.raises(MissingInputError, match="a run"):
+  with pytest.raises(DataError, match=r"config\.json"):
     flaxlm.load(tmp_path)
   shutil.copyfile(saved / "exported/config.json", tmp_path / "config.json")
   with pytest.raises(MissingInputError, match="weights"):
     flaxlm.load(tmp_path)
+
+
+def test_all_end_tokens_of_a_model_end_its_texts(saved, tmp_path):
+  shutil.copytree(saved / "exported", tmp_path / "model")
+  file = tmp_path / "model/generation_config.json"
+  file.write_text(json.dumps({"eos_token_id": [2, 6, 5]}))
+  assert set(flaxlm.load(tmp_path / "model").end_ids) == {2, 5, 6}
+  import_model(tmp_path / "model", tmp_path / "run")
+  assert set(flaxlm.load(tmp_path / "run").end_ids) == {2, 5, 6}
+  config = load_run_config(saved / "run", [f"init_from={tmp_path}/run"])
+  shutil.copytree(saved / "run", tmp_path / "tuned")
+  RunFiles(tmp_path / "tuned").config.write_text(config_to_json(config))
+  assert set(flaxlm.load(tmp_path / "tuned").end_ids) == {2, 5, 6}
+  shutil.rmtree(tmp_path / "run")
+  assert flaxlm.load(tmp_path / "tuned").end_ids == ()
 
 
 def test_a_mesh_gives_the_same_numbers(saved):

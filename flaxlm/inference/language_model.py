@@ -265,6 +265,8 @@ class LanguageModel:
 
     Args:
       options: those of `stream`; max_tokens is the length of the context by default.
+        With when_full="continue", a conversation that fills the context loses its
+        oldest turns, but not what the system says.
     Raises:
       ConfigError: the model has no chat template, or as `stream`.
       DataError: the messages are malformed, or the template refuses them.
@@ -274,10 +276,22 @@ class LanguageModel:
       raise ConfigError("chat", "a model without one", needed, "generate(prompts)")
     tokenizer = self._tokenizer()
     ids = encode_prompt(messages, tokenizer, self.template)
+    if len(ids) >= self.config.max_len and options.get("when_full") == "continue":
+      ids = self._forget_oldest(messages)
     end_ids, stop = end_of_turn(tokenizer, self.template)
     options = {"max_tokens": self.config.max_len, "stop": ()} | options
     options["stop"] = (*_as_texts(options["stop"]), *stop)
     return self.stream([ids], end_ids=end_ids, **options)
+
+  def _forget_oldest(self, messages: list[dict[str, str]]) -> np.ndarray:
+    """Returns the ids of what fits half of the context: the last turns, or one."""
+    kept = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    while True:
+      ids = encode_prompt(kept + turns, self._tokenizer(), self.template)
+      if len(ids) <= self.config.max_len // 2 or len(turns) < 3:
+        return ids
+      turns = turns[2:]
 
   def embed(self, texts: Sequence[str], pooling: str = "mean") -> np.ndarray:
     """Returns a vector per text, float32 ND, from the features after the last norm.

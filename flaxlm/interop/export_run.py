@@ -57,7 +57,7 @@ def _write_files(
   family: str,
 ) -> tuple[dict, dict]:
   """Writes everything to `directory`; returns (config.json, meta of the checkpoint)."""
-  originals = _find_originals(config, workdir)
+  originals = find_originals(config, workdir)
   leaves, meta = _read_leaves(config, workdir, step)
   tokenizer, files = _tokenizer_files(config.model, workdir, originals)
   like = _special_token_keys(tokenizer)
@@ -79,7 +79,7 @@ def _write_files(
   return hf, meta
 
 
-def _find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
+def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
   """Returns the original's files, kept by this run or the one that it started from."""
   while not (RunFiles(workdir).originals / "config.json").is_file():
     if not config.init_from:
