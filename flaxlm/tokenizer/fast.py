@@ -11,18 +11,19 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from flaxlm import errors
-from flaxlm.tokenizer.pieces import (
-  CHUNK_CHARACTERS,
-  LOSS_PROBES,
-  Decoder,
-  cut,
-  find_loss,
+from flaxlm.tokenizer.long_texts import (
+  BLOCK_CHARACTERS,
+  Window,
+  can_cut,
+  join,
+  overlapping,
 )
+from flaxlm.tokenizer.pieces import CHUNK_CHARACTERS, LOSS_PROBES, Decoder, find_loss
 
 SPECIAL_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
 # Keys inside "model" for what other files say: the id of each role and the template.
@@ -59,6 +60,7 @@ class FastTokenizer:
     except Exception as error:  # the library raises nothing more specific
       raise unreadable(str(error)) from error
     check_numbers(hidden["added_tokens"], self._text)
+    self._can_cut = can_cut(tree)
     self.special_tokens: dict[str, int] = {
       token["content"]: token["id"] for token in added if token["special"]
     }
@@ -120,15 +122,40 @@ class FastTokenizer:
     The library sizes its thread pool by the cores that it may use. One thread does not
     use that pool, which does not survive a fork.
     """
-    chunks = [list(cut(text, CHUNK_CHARACTERS)) for text in texts]
-    flat = list(itertools.chain.from_iterable(chunks))
+    short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
     if num_threads == 1:
-      found = [self._text.encode(chunk, add_special_tokens=False) for chunk in flat]
+      found = [self._text.encode(text, add_special_tokens=False) for text in short]
     else:
-      found = self._text.encode_batch_fast(flat, add_special_tokens=False)
-    ids = iter([np.array(encoding.ids, np.int32) for encoding in found])
-    rows = [list(itertools.islice(ids, len(pieces))) for pieces in chunks]
-    return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
+      found = self._text.encode_batch_fast(short, add_special_tokens=False)
+    rows = iter([np.array(encoding.ids, np.int32) for encoding in found])
+    return [
+      next(rows)
+      if len(text) <= CHUNK_CHARACTERS
+      else np.concatenate(list(self.encode_long([text], num_threads)))
+      for text in texts
+    ]
+
+  def encode_long(self, texts: Iterable[str], num_threads=1) -> Iterator[np.ndarray]:
+    """Yields the ids (int32) of one text that arrives in parts; see long_texts.py."""
+    if self._can_cut:
+      yield from join(self._windows(texts, num_threads), self._window)
+    else:
+      yield self._window(0, "".join(texts)).ids
+
+  def _windows(self, texts: Iterable[str], num_threads: int) -> Iterator[Window]:
+    chunks = overlapping(texts)
+    at_once = BLOCK_CHARACTERS // CHUNK_CHARACTERS if num_threads > 1 else 1
+    while group := list(itertools.islice(chunks, at_once)):
+      if num_threads == 1:
+        yield from itertools.starmap(self._window, group)
+        continue
+      given = [text for _, text in group]
+      found = self._text.encode_batch(given, add_special_tokens=False)
+      for (start, text), encoding in zip(group, found, strict=True):
+        yield make_window(start, text, encoding)
+
+  def _window(self, start: int, text: str) -> Window:
+    return make_window(start, text, self._text.encode(text, add_special_tokens=False))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`: none for special tokens, U+FFFD for bad UTF-8.
@@ -145,6 +172,12 @@ class FastTokenizer:
   def pieces(self) -> list[bytes]:
     """Returns the UTF-8 text of each id."""
     return self._pieces
+
+
+def make_window(start: int, text: str, encoding) -> Window:
+  """Returns what the library found in a chunk of a text."""
+  spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+  return Window(start, text, np.array(encoding.ids, np.int32), spans)
 
 
 def import_tokenizers():

@@ -1,7 +1,7 @@
 """What all tokenizers share: cutting long texts, decoding, and the pieces of words.
 
-Long texts are encoded in chunks of bounded length, cut wherever possible at places
-where the ids stay those of the whole text.
+A text is cut here to be read in bounded memory, and at places where words begin.
+Where a text may be cut without changing its ids is the business of long_texts.py.
 """
 
 import codecs
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-# Characters that are encoded as one string: bounds the memory of long documents.
+# Characters of a document that are read or encoded as one string, where possible.
 CHUNK_CHARACTERS = 1 << 16
 SPACE_MARK = "\u2581"  # SentencePiece's space
 LOSS_PROBES = {  # texts that show what a tokenizer changes
@@ -28,11 +28,8 @@ def cut(text: str, limit: int, whole_lines: bool = False) -> Iterator[str]:
   """Yields `text` in chunks of at most `limit` characters, at least one chunk.
 
   The best place to cut is before a word that follows another word and one space (not
-  with `whole_lines`), then after a newline, then before a run of spaces. No trained
-  piece crosses these places, so the ids stay those of the whole text. Byte-level
-  tokenizers join blank lines and indents: for them, only the first place is safe. If
-  there is no such place in `limit` characters, the chunk ends after `limit` characters:
-  the text stays the same, but ids may differ.
+  with `whole_lines`), then after a newline, then before a run of spaces. If there is no
+  such place in `limit` characters, the chunk ends after `limit` characters.
   """
   start = 0
   while len(text) - start > limit:
@@ -67,6 +64,11 @@ class Decoder:
 
   def __call__(self, ids: Sequence[int], final: bool = False) -> str:
     """Returns the text that is complete now; `final` also flushes what is not."""
+    parts = range(0, len(ids), CHUNK_CHARACTERS)  # lists of ids take much memory
+    texts = [self._decode(ids[start : start + CHUNK_CHARACTERS]) for start in parts]
+    return "".join(texts) + (self._decode([], True) if final else "")
+
+  def _decode(self, ids: Sequence[int], final: bool = False) -> str:
     ids = np.asarray(ids).tolist()
     if ids and not 0 <= min(ids) <= max(ids) < len(self._pieces):
       raise ValueError(

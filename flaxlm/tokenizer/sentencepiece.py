@@ -6,15 +6,19 @@ space mark U+2581 is also encoded as bytes where a text contains it. Newline and
 pieces of their own, so a text that is cut after a newline keeps the ids of the whole.
 """
 
+import functools
 import hashlib
 import io
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flaxlm import errors
 from flaxlm.machine import quiet_stderr
+from flaxlm.tokenizer.long_texts import BLOCK_CHARACTERS, SafeCuts
 from flaxlm.tokenizer.pieces import (
   CHUNK_CHARACTERS,
   SPACE_MARK,
@@ -32,16 +36,19 @@ LINE_CHARACTERS = 4096
 TRAIN_THREADS = 8
 
 
+class _Chunk(NamedTuple):
+  processor: object  # SentencePieceProcessor
+  text: str
+  after_mark: bool  # U+2581 stands before it
+
+
 class Tokenizer:
   """One SentencePiece model, given as the bytes of its `.model` file."""
 
   def __init__(self, model: bytes):
-    import sentencepiece
-
     self.model = model
     self.sha256 = hashlib.sha256(model).hexdigest()
-    self._sp = sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(model)
+    self._sp = sp = _load(model)
     self.vocab_size: int = sp.vocab_size()
     self.pad_id: int = sp.pad_id()
     self.bos_id: int = sp.bos_id()
@@ -60,6 +67,8 @@ class Tokenizer:
     mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
     self.byte_fallback = all(map(sp.is_byte, mark))
     self._mark = mark if self.byte_fallback else [self.unk_id]
+    # U+2581 is not a space in models that leave text as it is.
+    self._keeps_marks = sp.normalize(" a  \ufb01 ") == "\u2581a\u2581\u2581\ufb01\u2581"
     self.splits_words, self.chat_template = False, ""  # as in FastTokenizer
     # Why decode(encode(text)) is not always the text; "" if it is.
     self.loss: str = find_loss(self)
@@ -90,24 +99,80 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, computed by `num_threads` threads."""
-    chunks, marks, counts = [], [], []
+    return self._encode([self._chunks(text) for text in texts], num_threads)
+
+  def encode_long(self, texts: Iterable[str], num_threads=1) -> Iterator[np.ndarray]:
+    """Yields the ids (int32) of one text that arrives in parts; see long_texts.py."""
+    rest, first = "", True
     for text in texts:
-      before = len(chunks)
-      for piece in cut(text, CHUNK_CHARACTERS):
-        head, *rest = [piece] if self.adds_prefix else piece.split(SPACE_MARK)
-        chunks.append(head)
-        for part in rest:
-          marks.append(len(chunks))
-          chunks.append(part)
-      counts.append(len(chunks) - before)
-    ids = self._sp.encode(chunks, num_threads=num_threads, return_type="numpy")
-    for number in marks:
-      ids[number] = np.concatenate([np.array(self._mark, np.int32), ids[number]])
-    batch, start = [], 0
-    for count in counts:
-      batch.append(np.concatenate(ids[start : start + count]))
-      start += count
-    return batch
+      rest += text
+      if len(rest) >= BLOCK_CHARACTERS and self._cuts.before_normalizing:
+        at = self._cuts.last(rest, max(len(rest) - CHUNK_CHARACTERS, 0), len(rest))
+        if at:
+          yield self._encode([self._chunks(rest[:at], first)], num_threads)[0]
+          rest, first = rest[at:], False
+    yield self._encode([self._chunks(rest, first)], num_threads)[0]
+
+  def _chunks(self, text: str, first: bool = True) -> list["_Chunk"]:
+    """Cuts a text where its ids stay the same; without `first`, it continues one."""
+    processor = self._sp if first else self._continuing
+    pieces = [text]
+    if len(text) > CHUNK_CHARACTERS:
+      if self._cuts.possible and not self._cuts.before_normalizing:
+        text, processor = self._sp.normalize(text), self._plain
+      pieces = self._cuts.chunks(text)
+    chunks = []
+    for number, piece in enumerate(pieces):
+      if number and processor is self._sp:
+        processor = self._continuing
+      parts = piece.split(SPACE_MARK) if self._keeps_marks else [piece]
+      chunks += [_Chunk(processor, part, i > 0) for i, part in enumerate(parts)]
+    return chunks
+
+  def _encode(self, texts: list[list["_Chunk"]], num_threads: int) -> list[np.ndarray]:
+    """Returns the ids of each text, from its chunks."""
+    ids: dict[int, np.ndarray] = {}
+    flat = list(enumerate(itertools.chain.from_iterable(texts)))
+    for processor in {
+      id(chunk.processor): chunk.processor for _, chunk in flat
+    }.values():
+      own = [(i, chunk) for i, chunk in flat if chunk.processor is processor]
+      rows = processor.encode(
+        [chunk.text for _, chunk in own], num_threads=num_threads, return_type="numpy"
+      )
+      for (i, chunk), row in zip(own, rows, strict=True):
+        mark = [np.array(self._mark, np.int32)] * chunk.after_mark
+        ids[i] = np.concatenate([*mark, row]) if mark else row
+    numbers = itertools.count()
+    return [np.concatenate([ids[next(numbers)] for _ in chunks]) for chunks in texts]
+
+  @functools.cached_property
+  def _cuts(self) -> SafeCuts:
+    return SafeCuts(self._proto())
+
+  @functools.cached_property
+  def _continuing(self):
+    """The model for a text that continues another: no space is put before it."""
+    proto = self._proto()
+    if not proto.normalizer_spec.add_dummy_prefix:
+      return self._sp
+    proto.normalizer_spec.add_dummy_prefix = False
+    return _load(proto.SerializeToString())
+
+  @functools.cached_property
+  def _plain(self):
+    """The model for normalised text, which it leaves as it is."""
+    proto = self._proto()
+    spec = proto.normalizer_spec
+    spec.name, spec.precompiled_charsmap = "identity", b""
+    spec.add_dummy_prefix = spec.remove_extra_whitespaces = False
+    spec.escape_whitespaces = False
+    return _load(proto.SerializeToString())
+
+  def _proto(self):
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(self.model)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`: none for control symbols, U+FFFD for bad UTF-8."""
@@ -132,6 +197,14 @@ class Tokenizer:
         else:
           self._pieces.append(piece.replace(SPACE_MARK, " ").encode())
     return self._pieces
+
+
+def _load(model: bytes):
+  import sentencepiece
+
+  processor = sentencepiece.SentencePieceProcessor()
+  processor.LoadFromSerializedProto(model)
+  return processor
 
 
 def sample_lines(texts: Iterable[str], num_bytes: int) -> list[str]:

@@ -12,7 +12,6 @@ import sentencepiece
 
 from flaxlm import errors
 from flaxlm.data.store import build, manifest, shards
-from flaxlm.tokenizer import fast
 from flaxlm.tokenizer.export import export_files, to_tokenizer_json
 from flaxlm.tokenizer.fast import FastTokenizer
 from flaxlm.tokenizer.files import (
@@ -293,17 +292,6 @@ def test_capitals_in_a_vocabulary_mean_that_they_matter(wordpiece, tmp_path):
   (tmp_path / "vocab.txt").write_text("\n".join([*lines, *capitals[1:]]))
   tok = load_tokenizer(tmp_path / "vocab.txt")
   assert tok.encode("B") == tok.encode("b")
-
-
-@pytest.mark.parametrize("name", ["wordpiece", "byte_bpe"])
-def test_long_texts_are_cut_where_no_piece_lies(name, request, english, monkeypatch):
-  tok = load_tokenizer(request.getfixturevalue(name))
-  prose = "".join(f"Line {n}, of some words.\n\n  * and so on\n" for n in range(999))
-  for text in (english[:100_000], prose):
-    whole = tok._text.encode(text, add_special_tokens=False).ids
-    for limit in (100, 1000):
-      monkeypatch.setattr(fast, "CHUNK_CHARACTERS", limit)
-      assert tok.encode_batch([text], num_threads=2)[0].tolist() == whole
 
 
 def test_pieces_that_continue_a_word(wordpiece, byte_bpe, bpe):

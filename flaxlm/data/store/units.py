@@ -7,6 +7,7 @@ and the next call continues after the last of these.
 
 import collections
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -23,8 +24,10 @@ from flaxlm.data.text.documents import Corpus, TextPiece, split_of
 from flaxlm.data.text.formats import BAD_JSON, CORRUPT, EMPTY
 from flaxlm.json_files import read_json
 from flaxlm.tokenizer.files import AnyTokenizer
+from flaxlm.tokenizer.pieces import Decoder
 
 ENCODED_TOGETHER = 1 << 21  # characters that are tokenised together
+NO_IDS = np.zeros(0, np.int32)
 CHECKS = 32  # texts per batch that are decoded again and compared
 # Of a source, with config.data.on_corrupt=skip: documents, or this part of all.
 MOST_LOST, MOST_LOST_FRACTION = 100, 0.01
@@ -121,47 +124,143 @@ def encode_stream(
   progress: BuildProgress,
   checks: collections.Counter,
 ) -> Iterator[tuple[TextPiece, np.ndarray]]:
-  """Yields (piece, ids), tokenised in batches on all cores, and checks round trips."""
+  """Yields (piece, ids), tokenised in batches on all cores, and checks round trips.
+
+  Documents are encoded whole. The ids of a document come with some of its pieces, in
+  their order.
+  """
   threads = os.cpu_count() or 1
   if hasattr(os, "sched_getaffinity"):
     threads = len(os.sched_getaffinity(0))
-  batch, size = [], 0
-
-  def run():
-    ids = tokenizer.encode_batch([piece.text for piece in batch], threads)
-    check_round_trip(batch, ids, tokenizer, checks)
-    num_bytes = sum(len(piece.text.encode()) for piece in batch)
-    progress.update(batch[-1].position[0], num_bytes, sum(map(len, ids)))
-    return zip(batch, ids, strict=True)
-
+  batch, document, size = [], [], 0
+  pieces = iter(pieces)
   for piece in pieces:
-    batch.append(piece)
+    document.append(piece)
     size += len(piece.text)
+    if piece.end:
+      batch.append(document)
+      document = []
     if size >= ENCODED_TOGETHER:
-      yield from run()
-      batch, size = [], 0
+      yield from encode_documents(batch, tokenizer, threads, progress, checks)
+      batch, size = [], sum(len(piece.text) for piece in document)
+    if size >= ENCODED_TOGETHER:
+      rest = itertools.chain(document, pieces)
+      yield from encode_long_document(rest, tokenizer, threads, progress, checks)
+      document, size = [], 0
+  yield from encode_documents(batch, tokenizer, threads, progress, checks)
+
+
+def encode_documents(
+  batch: list[list[TextPiece]],
+  tokenizer: AnyTokenizer,
+  threads: int,
+  progress: BuildProgress,
+  checks: collections.Counter,
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
+  """Yields (piece, ids) of some documents; the ids come with the last piece."""
+  texts = ["".join([piece.text for piece in document]) for document in batch]
+  ids = tokenizer.encode_batch(texts, threads)
+  check_round_trip(texts, ids, tokenizer, checks)
   if batch:
-    yield from run()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    progress.update(batch[-1][-1].position[0], num_bytes, sum(map(len, ids)))
+  for document, row in zip(batch, ids, strict=True):
+    yield from [(piece, NO_IDS) for piece in document[:-1]]
+    yield document[-1], row
+
+
+def encode_long_document(
+  pieces: Iterator[TextPiece],
+  tokenizer: AnyTokenizer,
+  threads: int,
+  progress: BuildProgress,
+  checks: collections.Counter,
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
+  """Yields (piece, ids) of the first document of `pieces`, as it is read."""
+  taken, trip = collections.deque(), RoundTrip(tokenizer)
+
+  def texts():
+    for piece in pieces:
+      taken.append(piece)
+      trip.add_text(piece.text)
+      yield piece.text
+      if piece.end:
+        return
+
+  held = [NO_IDS]
+  for ids in tokenizer.encode_long(texts(), threads):
+    trip.add_ids(ids)
+    held.append(ids)
+    while len(taken) > 1:  # the last piece comes after all ids
+      yield count_piece(taken.popleft(), held, progress)
+      held = [NO_IDS]
+  trip.end(checks)
+  yield count_piece(taken.popleft(), held, progress)
+
+
+def count_piece(piece: TextPiece, held: list[np.ndarray], progress: BuildProgress):
+  """Counts a piece of a long document as tokenised; returns (piece, ids)."""
+  ids = np.concatenate(held)
+  progress.update(piece.position[0], len(piece.text.encode()), len(ids))
+  return piece, ids
+
+
+class RoundTrip:
+  """Compares a long text with the text of its ids, as both arrive."""
+
+  def __init__(self, tokenizer: AnyTokenizer):
+    self._is_lossless, self._decode = tokenizer.is_lossless, Decoder(tokenizer)
+    self._text, self._back, self._changed = "", "", False
+
+  def add_text(self, text: str) -> None:
+    self._text = "" if self._changed else self._text + text
+
+  def add_ids(self, ids: np.ndarray, final: bool = False) -> None:
+    if self._changed:
+      return
+    self._back += self._decode(ids, final)
+    size = len(self._text if final else self._back)
+    if self._text[:size] != self._back:
+      self._changed = True
+      if self._is_lossless:
+        raise changed_text(self._text, self._back)
+    self._text, self._back = self._text[size:], ""
+
+  def end(self, checks: collections.Counter) -> None:
+    """Compares what is left; counts the text as "checked", and perhaps "changed"."""
+    self.add_ids(NO_IDS, final=True)
+    checks["checked"] += 1
+    checks["changed"] += self._changed
 
 
 def check_round_trip(
-  batch: list, ids: list, tokenizer: AnyTokenizer, checks: collections.Counter
+  texts: list[str],
+  ids: list[np.ndarray],
+  tokenizer: AnyTokenizer,
+  checks: collections.Counter,
 ) -> None:
-  """Decodes some texts of a batch; DataError if a lossless tokenizer changes one."""
+  """Decodes some documents; DataError if a lossless tokenizer changes one."""
   size = 0
-  for number in range(0, len(batch), -(-len(batch) // CHECKS)):
-    text, back = batch[number].text, tokenizer.decode(ids[number])
+  for number in range(0, len(texts), max(1, -(-len(texts) // CHECKS))):
+    text, back = texts[number], tokenizer.decode(ids[number])
     size += len(text)
     checks["checked"] += 1
     checks["changed"] += text != back
     if text != back and tokenizer.is_lossless:
-      raise errors.DataError(
-        "the tokenizer changes a text",
-        f"{text[:40]!r}",
-        f"the same, not {back[:40]!r}",
-      )
+      raise changed_text(text, back)
     if size > ENCODED_TOGETHER // 32:  # a few long texts are enough
       return
+
+
+def changed_text(text: str, back: str) -> errors.DataError:
+  """Returns the error for a text that does not survive a lossless tokenizer."""
+  pairs = enumerate(zip(text, back, strict=False))
+  at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+  return errors.DataError(
+    "the tokenizer changes a text",
+    f"{text[max(at - 20, 0) : at + 20]!r}",
+    f"the same, not {back[max(at - 20, 0) : at + 20]!r}",
+  )
 
 
 def write_unit(
