@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxlm.errors import DataError
+from flaxlm.inference.text import beginning
 from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.pieces import continues_word
 
@@ -31,18 +32,13 @@ class TextSegment(NamedTuple):
   targets: np.ndarray  # the token to predict at each place
 
 
-def text_prefix(tokenizer: AnyTokenizer) -> list[int]:
-  """Returns the ids that every text begins with: bos, if the tokenizer has one."""
-  return [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-
-
 def empty_context(tokenizer: AnyTokenizer) -> list[int]:
   """Returns what stands before the first token of a text: bos, or else eos.
 
   Raises:
     DataError: the tokenizer has neither.
   """
-  if prefix := text_prefix(tokenizer):
+  if prefix := beginning(tokenizer):
     return prefix
   if tokenizer.eos_id < 0:
     needed = "a token to predict the first one from"
@@ -54,7 +50,7 @@ def empty_context(tokenizer: AnyTokenizer) -> list[int]:
 
 def with_prefix(tokenizer: AnyTokenizer, request: ScoreRequest) -> ScoreRequest:
   """Returns the request of a whole text for a causal model: nothing comes before it."""
-  context = text_prefix(tokenizer) + request.context
+  context = beginning(tokenizer) + request.context
   return request._replace(context=context or empty_context(tokenizer))
 
 

@@ -26,20 +26,17 @@ from flaxlm.evals.requests import (
   empty_context,
   encode_pairs,
   rolling_requests,
-  text_prefix,
   with_prefix,
 )
 from flaxlm.evals.scoring import Predictions, Scorer, score_segments
 from flaxlm.evals.tasks import Item, Task, TaskFile, item_hash
-from flaxlm.inference.decoding import for_decoding
-from flaxlm.inference.sampling import Sampling
-from flaxlm.inference.text import write_texts
+from flaxlm.inference.language_model import LanguageModel
+from flaxlm.inference.text import tokenize_prompt
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.tokenizer.files import AnyTokenizer
 
 _SHORTEST_ROW = 128  # tokens
-_ANSWERS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,36 +197,24 @@ def _groups(
 
 
 def write_answers(
-  model: Transformer, tokenizer: AnyTokenizer, file: TaskFile, prompts: Sequence[str]
+  loaded: LanguageModel, file: TaskFile, prompts: Sequence[str]
 ) -> list[str]:
   """Returns the likeliest text after each prompt, up to the task's stop text.
+
+  A prompt that leaves no room for an answer loses its beginning.
 
   Raises:
     ConfigError: the model's context has no room for an answer.
   """
-  room = model.config.max_len - file.max_tokens
+  room = loaded.config.max_len - file.max_tokens
   if room < 1:
     needed = f"more than the {file.max_tokens} tokens of an answer"
-    raise ConfigError("config.model.max_len", model.config.max_len, needed)
-  model, sampling = for_decoding(model), Sampling(temperature=0)
-  ids = [text_prefix(tokenizer) + tokenizer.encode(text) for text in prompts]
-  ids = [row[-room:] or empty_context(tokenizer) for row in ids]
-  answers = [""] * len(ids)
+    raise ConfigError("config.model.max_len", loaded.config.max_len, needed)
+  ids = [tokenize_prompt(loaded.tokenizer, text)[-room:] for text in prompts]
   order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-  for first in range(0, len(order), _ANSWERS_AT_ONCE):
-    group = order[first : first + _ANSWERS_AT_ONCE]
-    asked = [ids[i] for i in group]
-    for new in write_texts(model, tokenizer, asked, file.max_tokens, sampling):
-      for i, text in zip(group, new, strict=True):
-        answers[i] += text
-      if all(_ends(answers[i], file.stop) for i in group):
-        break
-  return [_cut_at(text, file.stop) for text in answers]
-
-
-def _ends(text: str, stop: str) -> bool:
-  return bool(stop) and stop in text
-
-
-def _cut_at(text: str, stop: str) -> str:
-  return text.partition(stop)[0].strip() if stop else text.strip()
+  stop = (file.stop,) if file.stop else ()
+  # Writing changes the form of the weights: those that score keep theirs.
+  texts = dataclasses.replace(loaded).generate(
+    [ids[i] for i in order], max_tokens=file.max_tokens, temperature=0, stop=stop
+  )
+  return [text.strip() for _, text in sorted(zip(order, texts, strict=True))]

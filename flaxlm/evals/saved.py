@@ -113,7 +113,7 @@ def _evaluate(
       loaded.model,
       known,
       keep_and_tell,
-      write=lambda prompts: write_answers(loaded.model, tokenizer, task.file, prompts),
+      write=lambda prompts: write_answers(loaded, task.file, prompts),
     )
     result = {
       "flaxlm": flaxlm.__version__,
