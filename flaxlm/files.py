@@ -11,12 +11,19 @@ import os
 import pathlib
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from flaxlm.errors import OutputError, storage_failure
 
+RETRY_SECONDS = (1.0, 4.0, 16.0)  # waits before what failed is tried again
+_PASSING = {  # reasons that time may mend
+  *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT),
+  *(errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.EHOSTDOWN),
+}
 _DRAFT_LOCK = ".draft.lock"  # held by the process that fills a draft of a directory
 
 
@@ -168,3 +175,27 @@ def _empty(draft: pathlib.Path) -> None:
       shutil.rmtree(entry)
     elif entry.name != _DRAFT_LOCK:
       entry.unlink()
+
+
+def try_again(action: Callable[[], None], name: object) -> None:
+  """Runs `action`; runs it again, after each of RETRY_SECONDS, if the storage fails.
+
+  A full disk may be emptied, and storage that is mounted over a network comes back.
+
+  Args:
+    name: of what is written, for the warnings.
+  Raises:
+    OSError: it failed every time, or for a reason that time does not mend.
+  """
+  for delay in (*RETRY_SECONDS, None):
+    try:
+      return action()
+    except OSError as error:
+      if delay is None or error.errno not in _PASSING:
+        raise
+      reason = error.strerror or error
+      print(
+        f"flaxlm: warning: {name}: {reason}; trying again in {delay:g} s",
+        file=sys.stderr,
+      )
+      time.sleep(delay)

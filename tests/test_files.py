@@ -1,5 +1,6 @@
 """A file is written completely or not at all, and its content reaches disk first."""
 
+import errno
 import os
 
 import pytest
@@ -147,3 +148,26 @@ def test_a_draft_of_a_killed_process_is_replaced_and_no_other(tmp_path):
     assert os.listdir(again) == [".draft.lock"]
     (again / "whole").write_text("")
   assert os.listdir(tmp_path / "out") == ["whole"]
+
+
+def test_what_time_mends_is_tried_again_and_nothing_else(monkeypatch, capsys):
+  monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
+
+  def failing(*numbers):
+    left = list(numbers)
+
+    def action():
+      if left:
+        raise OSError(left[0], os.strerror(left.pop(0)))
+
+    return action
+
+  files.try_again(failing(errno.EIO, errno.ENOSPC), "a.log")
+  assert capsys.readouterr().err.splitlines() == [
+    "flaxlm: warning: a.log: Input/output error; trying again in 0 s",
+    "flaxlm: warning: a.log: No space left on device; trying again in 0 s",
+  ]
+  with pytest.raises(OSError, match="Input/output"):
+    files.try_again(failing(*[errno.EIO] * 3), "a.log")
+  with pytest.raises(PermissionError):
+    files.try_again(failing(errno.EACCES), "a.log")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flaxlm.config.load import apply_overrides, config_from_json
 from flaxlm.errors import MissingInputError, OutputError
-from flaxlm.files import open_atomically, write_atomically
+from flaxlm.files import write_atomically
 from flaxlm.runs import binding
 from flaxlm.training.manifest import newest_meta
 
@@ -100,39 +100,6 @@ def split_address(address: str) -> tuple[pathlib.Path, int | None]:
   if path.parent == files.checkpoints and path.name.isdigit():
     return files.workdir, int(path.name)
   return path, None
-
-
-def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
-  """Removes from `metrics.jsonl` the steps that will be logged again.
-
-  A run that starts at step 0 keeps no lines. A torn last line, which a kill may leave,
-  is removed too.
-  """
-  if not path.exists():
-    return
-  with path.open("rb") as old, open_atomically(path) as new:
-    for line in old:
-      record = _parse_record(line)
-      if record and 0 < first_step >= record["step"]:
-        new.write(line)
-
-
-def is_logged(path: pathlib.Path, step: int, kind: str) -> bool:
-  """Says whether `metrics.jsonl` has a line of this step and kind."""
-  if not path.exists():
-    return False
-  with path.open("rb") as file:
-    records = filter(None, map(_parse_record, file))
-    return any((r["step"], r.get("kind")) == (step, kind) for r in records)
-
-
-def _parse_record(line: bytes) -> dict | None:
-  """Returns one line of `metrics.jsonl`; None if a kill tore it."""
-  try:
-    record = json.loads(line)
-    return record if line.endswith(b"\n") and record["step"] >= 0 else None
-  except (ValueError, KeyError, TypeError):
-    return None
 
 
 class RunLock:

@@ -6,6 +6,7 @@ A checkpoint is saved before anything that could fail.
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -20,11 +21,13 @@ from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.one_fate import OneFate
 from flaxlm.runs.begin import describe_checkpoint, initial_state
-from flaxlm.runs.directory import RunFiles, RunLock, is_logged
+from flaxlm.runs.directory import RunFiles, RunLock
 from flaxlm.runs.held_out import make_scorer
 from flaxlm.runs.program import Program, build_program, open_feed, use_config_mesh
 from flaxlm.runs.progress import Profiler, TrainingProgress, count_programs, say
+from flaxlm.runs.records import is_logged
 from flaxlm.runs.resolve import describe_kernel, resolve, store_run
+from flaxlm.runs.saving import Saves
 from flaxlm.runs.summary import print_run_card
 from flaxlm.runs.weights import template_path, tokenizer_path
 from flaxlm.training.checkpoint import Checkpointer
@@ -88,6 +91,8 @@ def train(
     expected = predict and predict(config, mesh)
     progress = enter(TrainingProgress(config, workdir, first_step, compiled, expected))
     profiler = enter(Profiler(config.log, files.profile))
+    describe = functools.partial(describe_checkpoint, config, feed, start)
+    saves = Saves(checkpoints, describe)
     evaluate_after = make_evaluation(program, feed, progress, stop, watchdog, tasks)
     if owed and not evaluate_after(first_step, state, base):
       raise stopped(files, config, first_step)
@@ -99,16 +104,19 @@ def train(
       profiler.at(step)
       state, metrics = program.train_step(state, batch, base)
       progress.add(step, metrics)
-      checkpoints.poll()
+      saves.poll()
       watchdog.beat()
       last, stopping = step == config.num_steps, stop.should_stop(step)
-      if last or stopping or checkpoints.is_due(step):
+      if last or stopping:
         progress.flush()
-        checkpoints.save(step, state, describe_checkpoint(config, feed, start, step))
+        saves.finish(step, state)  # before anything that could fail
+      elif saves.is_due(step):
+        progress.flush()
+        saves.begin(step, state)
       if not stopping and evaluation_is_due(config, feed, step):
         stopping = not evaluate_after(step, state, base)
         if stopping:  # a signal came during the evaluation
-          checkpoints.save(step, state, describe_checkpoint(config, feed, start, step))
+          saves.finish(step, state)
       if stopping:
         raise stopped(files, config, step)
   say(f"done: {files.checkpoints / str(config.num_steps)}, {files.metrics}")

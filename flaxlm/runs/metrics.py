@@ -1,12 +1,13 @@
 """The log of a run: `metrics.jsonl`, TensorBoard and the console; its speed.
 
 `metrics.jsonl` is the record: one exact line per interval and no step twice, even after
-a kill. TensorBoard and the console are views of it, and neither can stop a run.
+a kill (records.py). TensorBoard and the console are views of it, and neither can stop a
+run.
 """
 
 import contextlib
 import errno
-import json
+import functools
 import math
 import os
 import pathlib
@@ -19,7 +20,9 @@ import numpy as np
 
 from flaxlm.console import duration, live_bar, short_number
 from flaxlm.errors import StorageError
-from flaxlm.runs.directory import RunFiles, drop_lines_after
+from flaxlm.files import try_again
+from flaxlm.runs.directory import RunFiles
+from flaxlm.runs.records import drop_lines_after, format_record
 
 
 def _memory() -> dict[str, float]:
@@ -118,11 +121,9 @@ class MetricsWriter:
     if kind == "train":
       values |= self._speed(step, data_wait) | _memory()
     record = {"step": int(step), "kind": kind, "time": round(time.time(), 3)} | values
-    line = json.dumps({k: _valid(v) for k, v in record.items()}, allow_nan=False)
+    line = format_record({k: _valid(v) for k, v in record.items()})
     try:
-      data = line.encode() + b"\n"
-      if self._file.write(data) < len(data):
-        raise OSError(errno.ENOSPC, "No space left on device")
+      try_again(functools.partial(self._append, line), self._file.name)
     except OSError as error:
       raise _cannot_write(self._file.name, error) from error
     # Lists, such as the load of each expert, are for the file alone.
@@ -130,6 +131,17 @@ class MetricsWriter:
     if self._events:
       self._try_events(lambda: self._write_events(step, numbers, kind))
     self._print(self._line(step, numbers, kind))
+
+  def _append(self, line: bytes) -> None:
+    """Writes a line, or none of it."""
+    end = os.fstat(self._file.fileno()).st_size
+    try:
+      if self._file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._file.fileno(), end)
+      raise
 
   def advance(self, step: int) -> None:
     """Moves the bar, if there is one."""

@@ -85,6 +85,7 @@ class Checkpointer:
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None  # of the save in the background
     self._newest = -1  # the step that was last saved or restored
+    self._began = 0.0  # of the last save: how far the clock was from a monotonic one
     # Weights hardly compress (6%), and the compressor keeps a second copy in memory.
     self._orbax = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -105,7 +106,7 @@ class Checkpointer:
       return
     # After a failure of another process the save may never end: wait a minute only.
     if self._thread is not None:
-      self._thread.join(60)
+      self._thread.join(60 if jax.process_count() > 1 else None)
     if self._error is not None:
       print(f"flaxlm: also: {self._error}", file=sys.stderr)
 
@@ -127,7 +128,7 @@ class Checkpointer:
       StorageError: this or the previous save failed.
       jax.errors.JaxRuntimeError: another process is gone, or a device failed.
     """
-    self._join()
+    self.wait()
     if step == self._newest:
       return
     leaves = named_leaves(state)
@@ -140,6 +141,7 @@ class Checkpointer:
       "leaves": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
     }
     draft = self.directory / f"{step}.unfinished"
+    self._began = time.time() - time.monotonic()
     try:
       if jax.process_index() == 0:
         if (self.directory / str(step)).exists():
@@ -154,7 +156,7 @@ class Checkpointer:
       raise
     except Exception as error:
       what = f"the checkpoint of step {step} cannot be saved"
-      raise _explain(what, error) from error
+      raise _explain(what, error, self._began) from error
     self._newest = step
     self._thread = threading.Thread(
       target=self._finish, args=(step, draft, manifest), name="checkpoint"
@@ -172,7 +174,8 @@ class Checkpointer:
         self._delete_old(step)
     except BaseException as error:
       self._newest = -1
-      self._error = _explain(f"saving the checkpoint of step {step} failed", error)
+      what = f"saving the checkpoint of step {step} failed"
+      self._error = _explain(what, error, self._began)
 
   def _delete_old(self, newest: int) -> None:
     steps = list_steps(self.directory)
@@ -185,12 +188,19 @@ class Checkpointer:
       os.rename(self.directory / str(step), doomed)
       shutil.rmtree(doomed)
 
-  def poll(self) -> None:
-    """Raises StorageError if a save in the background has failed; costs nothing."""
-    if self._thread is not None and not self._thread.is_alive():
-      self._join()
+  def poll(self) -> bool:
+    """Returns whether a save in the background has just ended; costs nothing.
 
-  def _join(self) -> None:
+    Raises:
+      StorageError: it failed.
+    """
+    ended = self._thread is not None and not self._thread.is_alive()
+    if ended:
+      self.wait()
+    return ended
+
+  def wait(self) -> None:
+    """Waits for the save in the background. Raises StorageError if it failed."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None
@@ -201,7 +211,7 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for the last save. Raises StorageError if it failed."""
     try:
-      self._join()
+      self.wait()
     finally:
       self._orbax.close()
 
@@ -220,7 +230,7 @@ class Checkpointer:
       StorageError: there are checkpoints, but none is whole.
       ConfigError: names, shapes or dtypes differ from those of `target`.
     """
-    self._join()
+    self.wait()
     step = choose_step(self.directory, move_aside=True)
     if step is None:
       return None
@@ -422,16 +432,27 @@ def _check_leaves(
   )
 
 
-def _explain(what: str, error: BaseException) -> Exception:
+def _explain(what: str, error: BaseException, began: float) -> Exception:
   """Returns the error to raise: of a lost process or device, else of the storage.
 
-  Orbax's processes meet at barriers, and it reports a broken barrier as a timeout.
+  Orbax's processes meet at barriers, and it reports a broken barrier as a timeout. It
+  also takes the time of day for its limits, so that a clock that is set forward looks
+  like a storage that does not answer.
+
+  Args:
+    began: what the time of day was ahead of a monotonic clock when the save began.
   """
   cause: BaseException | None = error
+  is_timeout = False
   while cause is not None:
     if isinstance(cause, jax.errors.JaxRuntimeError):
       return cause
+    is_timeout |= isinstance(cause, TimeoutError)
     cause = cause.__cause__
+  jump = time.time() - time.monotonic() - began
+  if is_timeout and abs(jump) > 1:
+    given = f"the machine's clock jumped by {jump:+,.0f} s while it was written"
+    return StorageError(what, given, "a steady clock", "the same command again")
   return _storage_error(what, error)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from flaxlm import files
 from flaxlm.errors import StorageError
 from flaxlm.runs import metrics
 from flaxlm.runs.metrics import MetricsWriter
@@ -45,6 +46,7 @@ def test_floats_are_exact(tmp_path):
     "x",
   )
   assert evaluation.pop("time") == pytest.approx(time.time(), rel=0, abs=60)
+  assert len(evaluation.pop("crc32")) == 8
   assert evaluation == {"step": 1, "kind": "eval", "loss": float(jnp.bfloat16(0.1))}
 
 
@@ -57,26 +59,24 @@ def test_the_file_stays_json_when_the_loss_does_not(tmp_path):
 
 
 def test_resume_leaves_no_duplicates_and_mends_a_torn_line(tmp_path):
+  """Every step is logged: one too many or too few would be seen."""
   with writer(tmp_path) as log:
-    for step in (10, 20, 30):
+    for step in range(1, 8):
       log.log(step, {"loss": float(step)})
-    log.log(20, {"loss": 0.5}, kind="eval")
+      log.log(step, {"loss": step + 0.5}, kind="eval")
   path = tmp_path / "metrics.jsonl"
   with path.open("a") as file:
-    file.write('{"step": 20, "kind": "tr')
-  with writer(tmp_path, first_step=20) as log:
-    log.log(30, {"loss": 31.0})
-  assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [
-    (10, 10.0),
-    (20, 20.0),
-    (20, 0.5),
-    (30, 31.0),
-  ]
+    file.write('{"step": 4, "kind": "tr')
+  with writer(tmp_path, first_step=4) as log:
+    log.log(5, {"loss": 15.0})
+  found = [(r["step"], r["loss"]) for r in records(tmp_path)]
+  kept = [(step, step + x) for step in range(1, 5) for x in (0.0, 0.5)]
+  assert found == [*kept, (5, 15.0)]
   # Cut after a complete object: only the missing newline shows it.
   path.write_text(path.read_text().removesuffix("\n"))
-  with writer(tmp_path, first_step=30) as log:
-    log.log(40, {"loss": 41.0})
-  assert [r["step"] for r in records(tmp_path)] == [10, 20, 20, 40]
+  with writer(tmp_path, first_step=5) as log:
+    log.log(6, {"loss": 16.0})
+  assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [*kept, (6, 16.0)]
   for _ in range(2):  # killed before its first checkpoint, then started again
     with writer(tmp_path, first_step=0) as log:
       log.log(0, {"loss": 9.0}, kind="eval")
@@ -126,13 +126,33 @@ def test_broken_tensorboard_warns_once_and_the_run_goes_on(
   assert len(records(tmp_path)) == 30
 
 
-def test_a_log_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
   with pytest.raises(StorageError, match=r"metrics\.jsonl"):
     writer(tmp_path / "missing")
   (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
   monkeypatch.setattr(metrics, "drop_lines_after", lambda *_: None)
+  monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
   with pytest.raises(StorageError, match="No space"), writer(tmp_path) as log:
     log.log(1, {"loss": 1.0})
+  assert capsys.readouterr().err.count("No space left on device; trying again") == 2
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_line(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
+  with writer(tmp_path) as log:
+    log.log(1, {"loss": 1.0})
+    real, cut = log._file, [5, 0]  # bytes that two writes manage
+
+    class Full:
+      name, fileno = real.name, real.fileno
+
+      def write(self, data):
+        return real.write(data[: cut.pop(0)] if cut else data)
+
+    log._file = Full()
+    log.log(2, {"loss": 2.0})
+    log._file = real
+  assert not cut and [r["step"] for r in records(tmp_path)] == [1, 2]
 
 
 def test_a_prediction_is_logged_beside_what_is_measured(tmp_path, monkeypatch):
