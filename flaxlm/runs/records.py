@@ -24,7 +24,7 @@ def format_record(record: dict) -> bytes:
   return body + _CHECK + f'{zlib.crc32(body):08x}"}}\n'.encode()
 
 
-def read_records(path: pathlib.Path, damaged: list[int]) -> Iterator[tuple]:
+def read_log(path: pathlib.Path, damaged: list[int]) -> Iterator[tuple]:
   """Yields (line, its record) of a `metrics.jsonl`, each step once of a kind.
 
   A torn last line, which a kill may leave, is passed over in silence. Older versions
@@ -70,7 +70,7 @@ def drop_lines_after(path: pathlib.Path, first_step: int) -> None:
     return
   damaged: list[int] = []
   with open_atomically(path) as new:
-    for line, record in read_records(path, damaged):
+    for line, record in read_log(path, damaged):
       if 0 < first_step >= record["step"]:
         new.write(line)
   if damaged:
@@ -85,5 +85,5 @@ def is_logged(path: pathlib.Path, step: int, kind: str) -> bool:
   """Says whether `metrics.jsonl` has a line of this step and kind."""
   if not path.exists():
     return False
-  records = (record for _, record in read_records(path, []))
+  records = (record for _, record in read_log(path, []))
   return any((r["step"], r.get("kind")) == (step, kind) for r in records)

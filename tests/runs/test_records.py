@@ -8,7 +8,7 @@ from flaxlm.runs.records import (
   drop_lines_after,
   format_record,
   is_logged,
-  read_records,
+  read_log,
 )
 
 
@@ -18,7 +18,7 @@ def line(step, kind="train", **more) -> bytes:
 
 def read(path) -> tuple[list[dict], list[int]]:
   damaged = []
-  return [record for _, record in read_records(path, damaged)], damaged
+  return [record for _, record in read_log(path, damaged)], damaged
 
 
 def test_a_line_is_json_and_reads_as_it_was_written(tmp_path):
