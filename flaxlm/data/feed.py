@@ -16,7 +16,12 @@ from flaxlm.data.batches.packed import Batches
 from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.data.store.shards import Store
-from flaxlm.data.tasks.examples import ExampleBatches, Examples, load_examples
+from flaxlm.data.tasks.examples import (
+  OVERLAP,
+  ExampleBatches,
+  Examples,
+  load_examples,
+)
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL
 from flaxlm.kernels.attention.ring import zigzag
@@ -191,7 +196,7 @@ class Feed:
       if names := self.examples.label_names:
         text += f", {len(names)} classes"
       for problem, times in self.examples.problems.items():
-        text += f"; {times:,} {problem}"
+        text += f"; {'warning: ' * (problem == OVERLAP)}{times:,} {problem}"
       return text, rows / count
     if self.store is None:
       return "synthetic tokens", None

@@ -16,6 +16,7 @@ packed.py, batch t is a function of (seed, t) alone.
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,13 +25,19 @@ from ml_collections import ConfigDict
 from flaxlm import errors
 from flaxlm.data.batches.order import derive_key, permute
 from flaxlm.data.tasks.encode import Encoder, Labels, Rows, pack, split_key
-from flaxlm.data.tasks.records import Records, has_validation, open_records
+from flaxlm.data.tasks.records import (
+  Records,
+  choice_columns,
+  has_validation,
+  open_records,
+)
 from flaxlm.data.text.documents import split_of
 from flaxlm.data.text.tables import Record, unusable
 from flaxlm.tokenizer.chat_template import ChatTemplate
 from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.word_offsets import Located
 
+OVERLAP = "validation records are training records too"  # a problem
 RECORDS_TOGETHER = 1024  # records that are tokenised together
 
 
@@ -156,17 +163,22 @@ def load_examples(
   encoder = Encoder(task, tokenizer, seq_len, causal, num_threads, chat_template)
   separate, classes = has_validation(task), task.kind in ("classify", "tag")
   held_out = open_records(task, validation=True) if separate else None
+  if held_out and training:
+    check_same_columns(open_records(task), held_out, encoder)
   labels = Labels(task.labels or find_label_names(held_out, encoder))
   known = not classes or not labels.open
   main = open_records(task) if training or not separate or not known else None
   if labels.open:
     labels = Labels(find_label_names(main, encoder))
   splits = {name: Rows(tokenizer.vocab_size) for name in ("train", "validation")}
+  trained, validated = {}, {}  # how often each text occurs
   if main:
     fraction = 0.0 if separate else validation_fraction
     records = split_records(main, encoder, fraction)
     if not training and known:
       records = (pair for pair in records if pair[0] == "validation")
+    if training and separate:
+      records = count_known(records, trained, encoder)
     encode_splits(encoder, records, labels, splits)
   renumber = labels.close() if classes else None
   if classes and len(labels.names) < 2:
@@ -178,7 +190,10 @@ def load_examples(
       raise no_examples(main, splits["train"])
     train = to_examples(splits["train"], task, seq_len, labels, renumber)
   if held_out:
-    encode_splits(encoder, (("validation", r) for r in held_out.read()), labels, splits)
+    records = (("validation", record) for record in held_out.read())
+    encode_splits(encoder, count_known(records, validated, encoder), labels, splits)
+    if overlap := sum(n for key, n in validated.items() if key in trained):
+      train.problems[OVERLAP] = overlap
     renumber = None  # the labels were closed before: these have their final numbers
   elif not validation_fraction:
     return train, None
@@ -190,6 +205,36 @@ def load_examples(
 def find_label_names(records: Records | None, encoder: Encoder) -> tuple[str, ...]:
   """Returns the names of the classes if the data set has them, as in TFDS."""
   return records.class_names.get(encoder.columns[2], ()) if records else ()
+
+
+def check_same_columns(train: Records, held_out: Records, encoder: Encoder) -> None:
+  """Raises DataError if validation records lack a column that training records have.
+
+  It reads the first record of each, before anything is encoded.
+  """
+  first, other = next(train.read(), None), next(held_out.read(), None)
+  if first is None or other is None:
+    return
+  wanted = [*encoder.columns, *choice_columns(encoder.task)]
+  lacking = [c for c in wanted if c in first.fields and c not in other.fields]
+  if lacking:
+    raise unusable(
+      other.place, f"columns {' '.join(other.fields)}",
+      f"a column {lacking[0]}, as in {first.file}: one config.task.text, text_pair, "
+      "label and choices name the columns of both files", "rename its columns",
+    )  # fmt: skip
+
+
+def count_known(
+  records: Iterator[tuple[str, Record]], known: dict[bytes, int], encoder: Encoder
+) -> Iterator[tuple[str, Record]]:
+  """Yields (split, record) and counts each record in `known`, by a hash of its text."""
+  for split, record in records:
+    texts = [record.fields.get(column) for column in encoder.columns[:2] if column]
+    key = json.dumps(texts, default=str).encode()
+    key = hashlib.blake2b(key, digest_size=8).digest()
+    known[key] = known.get(key, 0) + 1
+    yield split, record
 
 
 def split_records(

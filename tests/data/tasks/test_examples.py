@@ -222,6 +222,30 @@ def test_held_out_by_the_text(tmp_path):
   assert none is None and again.fingerprint == validation.fingerprint
 
 
+def test_records_in_training_and_validation_are_counted(tmp_path):
+  rows = [{"text": f"text {n % 8}", "label": "ab"[n % 2]} for n in range(10)]
+  path = json_lines(tmp_path / "train.jsonl", rows)
+  other = json_lines(
+    tmp_path / "other.jsonl", [{"text": "new", "label": "a"}, *rows[:3]]
+  )
+  for held_out, count in ((path, 10), (other, 3)):
+    train, _ = load(make_task("classify", path, validation_path=str(held_out)))
+    assert train.problems == {examples.OVERLAP: count}
+  new = json_lines(tmp_path / "new.jsonl", [{"text": "new", "label": "a"}])
+  train, _ = load(make_task("classify", path, validation_path=str(new)))
+  assert not train.problems
+
+
+def test_training_and_validation_files_have_the_same_columns(tmp_path):
+  train = write(tmp_path / "train.csv", "text,label\na,x\nb,y\n")
+  held_out = write(tmp_path / "test.tsv", "sentence\tlabel\na\tx\n")
+  task = make_task("classify", train, validation_path=str(held_out))
+  with pytest.raises(
+    errors.DataError, match=r"test\.tsv line 2(?s:.*)text, as in .*csv"
+  ):
+    load(task)
+
+
 def test_the_fingerprint_is_of_what_is_learnt(tmp_path):
   items = [{"text": f"t{i}", "label": i % 2} for i in range(9)]
   path = json_lines(tmp_path / "x.jsonl", items)

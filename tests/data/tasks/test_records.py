@@ -84,9 +84,9 @@ CUT = gzip.compress(b"text,label\n" * 99, mtime=0)[:30]
     ("x.tsv", "text\tlabel\na\tb\tc\n", "x.tsv line 2(?s:.*)3 values"),
     ("x.tsv", b"text\tlabel\nfine\tx\ncaf\xe9\tx\n", "line 3(?s:.*)0xe9 at column 4"),
     ("x.jsonl", '{"text": "a"}\n\n{"text": \n', "x.jsonl line 3"),
-    ("x.jsonl", "[1]\n", "x.jsonl line 1(?s:.*)list"),
+    ("x.jsonl", "[1]\n", "x.jsonl line 1(?s:.*)an array"),
     ("x.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "SQuAD"),
-    ("x.json", '{"data"', "no JSON"),
+    ("x.json", '{"data"', "x.json cannot be read(?s:.*)JSON object"),
     ("x.conll", "a O\nb\n", "x.conll line 2"),
     ("x.csv.gz", CUT, "cannot be read to its end"),
   ],
@@ -108,3 +108,36 @@ def test_the_format_is_known_or_asked_for(tmp_path):
   pytest.importorskip("tensorflow_datasets")
   with pytest.raises(errors.MissingInputError, match="TFDS cannot provide"):
     read("no_such_set/config")
+
+
+def test_blank_lines_separate_and_are_no_records(tmp_path):
+  for ending in ("\n", "\r\n"):
+    blank = f"{ending}  {ending}\t{ending}"
+    path = write(tmp_path / "x.conll", f"a O{ending}{blank}b O{ending}c O{blank}")
+    assert [r.fields["tokens"] for r in read(path, "tag")] == [["a"], ["b", "c"]]
+    path = write(tmp_path / "x.jsonl", f'{{"text": "a"}}{blank}{{"text": "b"}}{blank}')
+    assert [r.fields["text"] for r in read(path)] == ["a", "b"]
+    blank = f"{ending}  {ending}"
+    for name, tab in (("x.csv", ","), ("x.tsv", "\t")):
+      path = write(tmp_path / name, f"{blank}text{tab}label{blank}a{tab}b{blank}")
+      assert [r.fields for r in read(path)] == [{"text": "a", "label": "b"}]
+  # Empty values are values.
+  path = write(tmp_path / "x.tsv", "text\tlabel\n\t\n")
+  assert [r.fields for r in read(path)] == [{"text": "", "label": ""}]
+
+
+def test_encodings_of_unicode(tmp_path):
+  text = "w\u00f6rd O\nand O\n"
+  for name in ("utf-16", "utf-8-sig", "utf-32"):
+    path = write(tmp_path / "x.conll", text.encode(name))
+    assert read(path, "tag")[0].fields["tokens"] == ["w\u00f6rd", "and"]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.conll"])
+def test_what_is_no_text_or_too_deep_is_refused(name, tmp_path):
+  path = write(tmp_path / name, b"PK\x03\x04" + bytes(range(256)) * 9)
+  with pytest.raises(errors.DataError, match=r"holds no text(?s:.*)zip"):
+    read(path, "tag" if name == "x.conll" else "classify")
+  if name.startswith("x.json"):
+    with pytest.raises(errors.DataError, match=r"x\.json"):
+      read(write(path, '{"data": ' + "[" * 100_000 + "\n"))

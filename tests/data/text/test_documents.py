@@ -7,6 +7,8 @@ import pathlib
 import random
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 
@@ -324,3 +326,89 @@ print(size, peak() - before)
   size, kilobytes = map(int, output.split())
   assert size == path.stat().st_size > 199_000_000
   assert 500 < kilobytes < 40_000
+
+
+# What each reader does with the same bytes: text, documents of a column, records.
+READERS = {
+  "text": (["line one", "two"], "line one\ntwo\n"),
+  "jsonl": (["line one", "two"], '{"text": "line one"}\n{"text": "two"}\n'),
+  "csv": (["line one", "two"], "text,label\nline one,1\ntwo,2\n"),
+  "tsv": (["line one", "two"], "text\tlabel\nline one\t1\ntwo\t2\n"),
+}
+
+
+def read_texts(kind: str, path) -> list[str]:
+  found = whole_documents(read(kind=kind, path=str(path), document="line"))
+  return [text for text in found if text]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_readers_agree_on_lines_and_encodings(kind, tmp_path):
+  expected, text = READERS[kind]
+  path = tmp_path / "a"
+  windows = text.replace("\n", "\r\n")
+  for name, content in {
+    "CR LF": windows.encode(),
+    "mark": b"\xef\xbb\xbf" + text.encode(),
+    "blank lines": windows.replace("\r\n", "\r\n\r\n").encode(),
+    "no last newline": text.rstrip("\n").encode(),
+    "UTF-16": windows.encode("utf-16"),
+    "UTF-32": ("\ufeff" + text).encode("utf-32-be"),
+    "UTF-16 and gzip": gzip.compress(text.encode("utf-16")),
+  }.items():
+    path.write_bytes(content)
+    assert read_texts(kind, path) == expected, name
+  if kind != "text":  # in which a line of spaces is a document
+    path.write_text(text.replace("\n", "\n   \n"))
+    assert read_texts(kind, path) == expected
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_no_reader_takes_another_format_for_text(kind, tmp_path, monkeypatch):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  lines = [f"line {n} of a text that is long enough" for n in range(500)]
+  parquet.write_table(
+    pyarrow.table({"text": lines}), tmp_path / "parquet", compression="none"
+  )
+  for archive in ("tar", "tar.gz", "zip"):
+    with zipfile.ZipFile(tmp_path / archive, "w") as file:
+      file.writestr("a.txt", "\n".join(lines))
+    if archive != "zip":
+      with tarfile.open(tmp_path / archive, "w:gz" if "gz" in archive else "w") as tar:
+        tar.add(__file__, "a.txt")
+  data = " ".join(lines).encode()
+  header = len(data).to_bytes(8, "little")
+  (tmp_path / "tfrecord").write_bytes(
+    header + bytes.fromhex("8c1ac81a") + data + b"abcd"
+  )
+  for name, needle in {
+    "parquet": "parquet", "tar": "tar archive", "tar.gz": "tar archive",
+    "zip": "zip archive", "tfrecord": "TFRecord",
+  }.items():  # fmt: skip
+    with pytest.raises(errors.DataError, match=f"holds no text(?s:.*){needle}"):
+      read(kind=kind, path=str(tmp_path / name))
+
+
+def test_bad_utf16_is_noted_as_bad_utf8_is(tmp_path):
+  text = "good text\n".encode("utf-16")
+  for content in (text + b"\x00\xd8a\0", text + b"a"):  # half a pair; half a character
+    (tmp_path / "a").write_bytes(content)
+    pieces = read(kind="text", path=str(tmp_path / "a"))
+    assert whole_documents(pieces)[0].startswith("good text\n\ufffd")
+    assert problems(pieces) == [formats.BAD_UTF8]
+    with pytest.raises(errors.DataError, match=r"line 2(?s:.*)text in UTF-8"):
+      read(kind="csv", path=str(tmp_path / "a"), field="good text")
+
+
+def test_bad_utf8_in_parquet_is_repaired(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  bad = pyarrow.array([b"good", b"b\xffd", None]).view(pyarrow.string())
+  for column in (bad, bad.cast(pyarrow.large_string()), bad.dictionary_encode()):
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    pieces = read(kind="parquet", path=str(tmp_path / "a.parquet"))
+    assert whole_documents(pieces) == ["good", "b\ufffdd", ""]
+    assert problems(pieces) == sorted([formats.BAD_JSON, formats.BAD_UTF8])
