@@ -17,7 +17,7 @@ from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.data.store.shards import Store
 from flaxlm.data.tasks.examples import (
-  OVERLAP,
+  IN_TRAINING_TOO,
   ExampleBatches,
   Examples,
   load_examples,
@@ -196,7 +196,7 @@ class Feed:
       if names := self.examples.label_names:
         text += f", {len(names)} classes"
       for problem, times in self.examples.problems.items():
-        text += f"; {'warning: ' * (problem == OVERLAP)}{times:,} {problem}"
+        text += f"; {'warning: ' * (problem == IN_TRAINING_TOO)}{times:,} {problem}"
       return text, rows / count
     if self.store is None:
       return "synthetic tokens", None

@@ -37,7 +37,7 @@ from flaxlm.tokenizer.chat_template import ChatTemplate
 from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.word_offsets import Located
 
-OVERLAP = "validation records are training records too"  # a problem
+IN_TRAINING_TOO = "validation records are training records too"  # a problem
 RECORDS_TOGETHER = 1024  # records that are tokenised together
 
 
@@ -163,11 +163,10 @@ def load_examples(
   encoder = Encoder(task, tokenizer, seq_len, causal, num_threads, chat_template)
   separate, classes = has_validation(task), task.kind in ("classify", "tag")
   held_out = open_records(task, validation=True) if separate else None
-  if held_out and training:
-    check_same_columns(open_records(task), held_out, encoder)
   labels = Labels(task.labels or find_label_names(held_out, encoder))
   known = not classes or not labels.open
   main = open_records(task) if training or not separate or not known else None
+  check_same_columns(main, held_out, encoder)
   if labels.open:
     labels = Labels(find_label_names(main, encoder))
   splits = {name: Rows(tokenizer.vocab_size) for name in ("train", "validation")}
@@ -177,9 +176,7 @@ def load_examples(
     records = split_records(main, encoder, fraction)
     if not training and known:
       records = (pair for pair in records if pair[0] == "validation")
-    if training and separate:
-      records = count_known(records, trained, encoder)
-    encode_splits(encoder, records, labels, splits)
+    encode_splits(encoder, count_known(records, trained, encoder), labels, splits)
   renumber = labels.close() if classes else None
   if classes and len(labels.names) < 2:
     given = f"labels: {' '.join(labels.names) or 'none'}"
@@ -192,8 +189,7 @@ def load_examples(
   if held_out:
     records = (("validation", record) for record in held_out.read())
     encode_splits(encoder, count_known(records, validated, encoder), labels, splits)
-    if overlap := sum(n for key, n in validated.items() if key in trained):
-      train.problems[OVERLAP] = overlap
+    note_overlap(train, trained, validated)
     renumber = None  # the labels were closed before: these have their final numbers
   elif not validation_fraction:
     return train, None
@@ -207,12 +203,15 @@ def find_label_names(records: Records | None, encoder: Encoder) -> tuple[str, ..
   return records.class_names.get(encoder.columns[2], ()) if records else ()
 
 
-def check_same_columns(train: Records, held_out: Records, encoder: Encoder) -> None:
+def check_same_columns(
+  train: Records | None, held_out: Records | None, encoder: Encoder
+) -> None:
   """Raises DataError if validation records lack a column that training records have.
 
   It reads the first record of each, before anything is encoded.
   """
-  first, other = next(train.read(), None), next(held_out.read(), None)
+  first = next(train.read(), None) if train else None
+  other = next(held_out.read(), None) if held_out else None
   if first is None or other is None:
     return
   wanted = [*encoder.columns, *choice_columns(encoder.task)]
@@ -235,6 +234,15 @@ def count_known(
     key = hashlib.blake2b(key, digest_size=8).digest()
     known[key] = known.get(key, 0) + 1
     yield split, record
+
+
+def note_overlap(
+  train: Examples | None, trained: dict[bytes, int], validated: dict[bytes, int]
+) -> None:
+  """Notes how many validation records are training records too, as a problem."""
+  overlap = sum(count for key, count in validated.items() if key in trained)
+  if train and overlap:
+    train.problems[IN_TRAINING_TOO] = overlap
 
 
 def split_records(

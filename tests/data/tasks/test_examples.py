@@ -230,7 +230,7 @@ def test_records_in_training_and_validation_are_counted(tmp_path):
   )
   for held_out, count in ((path, 10), (other, 3)):
     train, _ = load(make_task("classify", path, validation_path=str(held_out)))
-    assert train.problems == {examples.OVERLAP: count}
+    assert train.problems == {examples.IN_TRAINING_TOO: count}
   new = json_lines(tmp_path / "new.jsonl", [{"text": "new", "label": "a"}])
   train, _ = load(make_task("classify", path, validation_path=str(new)))
   assert not train.problems
