@@ -2,7 +2,7 @@
 
 A file is read up to a size and its value used up to a depth, because much of our code
 walks such values by recursion. What readers of JSON understand differently is refused
-rather than guessed: repeated keys, NaN, numbers that no machine word holds, and texts
+rather than guessed: repeated keys, NaN, numbers of many digits, and texts
 that cannot be written as UTF-8.
 """
 
@@ -16,7 +16,7 @@ from flaxlm.errors import DataError
 
 MAX_BYTES = 64 << 20  # large tokenizers have 35 MB, indexes of large models 10 MB
 MAX_DEPTH = 100  # far below Python's limit of recursion
-_MAX_DIGITS = 20  # of a whole number: 64 bits
+_MAX_DIGITS = 40  # of a whole number; transformers writes int(1e30) for "no limit"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {
   dict: "an object",

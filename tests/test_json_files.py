@@ -58,6 +58,8 @@ def test_plain_values_come_back():
   assert "a" in json_files.parse_json(deep, "x")
   assert json_files.parse_json('{"a": NaN}', "x", finite=False)["a"] != 0
   assert json_files.parse_json('{"a": 18446744073709551615}', "x")["a"] == 2**64 - 1
+  no_limit = json.dumps({"model_max_length": int(1e30)})  # as transformers saves it
+  assert json_files.parse_json(no_limit, "x")["model_max_length"] == int(1e30)
 
 
 @pytest.mark.parametrize(
