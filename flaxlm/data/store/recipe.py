@@ -127,7 +127,7 @@ def list_sources(corpora: dict[str, Corpus]) -> bytes:
   """Returns the contents of SOURCES_FILE: name, size and sha256 of each file."""
   listing = {
     name: [
-      [file, seen.size, seen.sha256]
+      [file.encode(errors="backslashreplace").decode(), seen.size, seen.sha256]
       for file, seen in zip(corpus.names, corpus.seen.values(), strict=True)
     ]
     for name, corpus in corpora.items()

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 from flaxlm import errors
@@ -71,24 +71,41 @@ def find_files(key: str, pattern: str) -> list[str]:
     MissingInputError: no file matches; it names the config key `key`.
   """
   if remote.is_remote(pattern):
-    fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
-    rest = pattern[len(fixed) :].strip("/")
-    with quiet_stderr(), remote.reaching(pattern):
-      root = remote.path(fixed)
-      matches = root.glob(rest) if rest else [root]
-      files = [str(path) for path in matches if path.exists() and not path.is_dir()]
+    files = _remote_files(pattern)
   else:
     pattern = os.path.expanduser(pattern)
     files = local_files(pattern)
   if not files:
-    folder = not remote.is_remote(pattern) and os.path.isdir(pattern)
     raise errors.MissingInputError(
       f"{key} matches nothing",
       f"{pattern} ({os.getcwd()})",
       "a glob that matches files",
-      f"{pattern.rstrip('/')}/**/*.txt" if folder else "check path and quotes",
+      _hint(pattern),
     )
   return sorted(files)
+
+
+def _remote_files(pattern: str) -> list[str]:
+  """Returns the remote files that match a glob, or the one that has this name."""
+  fixed = re.match(r"[a-z0-9]+://[^*?\[]*(?=/|$)", pattern)[0]
+  rest = pattern[len(fixed) :].strip("/")
+  with quiet_stderr(), remote.reaching(pattern):
+    root, named = remote.path(fixed), remote.path(pattern)
+    literal = not rest or ("[" in rest and named.exists())
+    matches = [named] if literal else root.glob(rest)
+    return [str(path) for path in matches if path.exists() and not path.is_dir()]
+
+
+def _hint(pattern: str) -> str:
+  """Returns what to try instead of a pattern that matches nothing."""
+  if remote.is_remote(pattern):
+    return "check path and quotes"
+  if os.path.isdir(pattern):
+    return f"{pattern.rstrip('/')}/**/*.txt"
+  literal = pattern.replace("[", "[[]")
+  if literal != pattern and local_files(literal):
+    return f"{literal} if the brackets are in the names: [abc] is one of these letters"
+  return "check path and quotes"
 
 
 def local_files(pattern: str) -> list[str]:
@@ -164,6 +181,42 @@ class _Recoded(io.RawIOBase):
     return size
 
 
+class _Streams(io.RawIOBase):
+  """The contents of a bz2 or xz file, which may be several streams, one after another.
+
+  The library's reader ends in silence where a later stream is damaged; this one fails.
+  """
+
+  def __init__(self, file: IO[bytes], make: Callable):
+    self._file, self._make = file, make
+    self._stream, self._unread = None, b""  # no stream is open; bytes of the file
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while True:
+      if self._stream is None:
+        unread = self._unread or self._file.read(READ_BYTES)
+        if not unread:
+          return 0
+        self._unread = unread.lstrip(b"\0")  # zeros may fill up a file of xz
+        if not self._unread:
+          continue
+        self._stream = self._make()
+      given = b""
+      if self._stream.needs_input:
+        given, self._unread = self._unread or self._file.read(READ_BYTES), b""
+        if not given:
+          raise EOFError("it ends inside compressed data")
+      data = self._stream.decompress(given, len(buffer))
+      if self._stream.eof:
+        self._unread, self._stream = self._stream.unused_data, None
+      if data:
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextlib.contextmanager
 def open_stream(path: str) -> Iterator[IO[bytes]]:
   """Opens a file, decompressed and in UTF-8, as its first bytes, not its name, say.
@@ -192,9 +245,13 @@ def _open_decompressed(path: str) -> Iterator[IO[bytes]]:
       import pyarrow
 
       yield pyarrow.CompressedInputStream(file, "zstd")
-    elif kind:
-      with {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind](file) as stream:
+    elif kind == "gzip":
+      with gzip.open(file) as stream:
         yield stream
+    elif kind:
+      yield _Streams(
+        file, {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}[kind]
+      )
     else:
       yield file
 

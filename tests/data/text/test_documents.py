@@ -251,6 +251,16 @@ def test_names_with_brackets_are_taken_literally(tmp_path):
     assert formats.find_files("key", str(pattern)) == [str(path)]
 
 
+def test_brackets_that_match_nothing_get_a_hint(tmp_path):
+  (tmp_path / "[x] 1.txt").write_text("text")
+  with pytest.raises(
+    errors.MissingInputError, match=r"\[\[\]x\]\*\.txt if the brackets"
+  ):
+    formats.find_files("key", str(tmp_path / "[x]*.txt"))
+  hinted = str(tmp_path / "[[]x]*.txt")
+  assert len(formats.find_files("key", hinted)) == 1
+
+
 def test_relative_patterns(tmp_path, monkeypatch):
   (tmp_path / "a" / "b").mkdir(parents=True)
   (tmp_path / "a" / "b" / "x.txt").write_text("x")
@@ -412,3 +422,15 @@ def test_bad_utf8_in_parquet_is_repaired(tmp_path):
     pieces = read(kind="parquet", path=str(tmp_path / "a.parquet"))
     assert whole_documents(pieces) == ["good", "b\ufffdd", ""]
     assert problems(pieces) == sorted([formats.BAD_JSON, formats.BAD_UTF8])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_damage_after_the_first_stream_is_no_end(suffix, tmp_path):
+  parts = [COMPRESS[suffix](text) for text in (b"one\n", b"two\n" * 9)]
+  path = tmp_path / "a"
+  path.write_bytes(parts[0] + parts[1] + b"\0" * 8)
+  assert whole_documents(read(kind="text", path=str(path))) == ["one\n" + "two\n" * 9]
+  for rest in (b"no stream", parts[1][:-3], b"x" + parts[1][1:]):
+    path.write_bytes(parts[0] + rest)
+    with pytest.raises(errors.DataError, match="cannot be read to its end"):
+      read(kind="text", path=str(path))
