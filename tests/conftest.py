@@ -4,8 +4,9 @@ import os
 import pathlib
 import sysconfig
 
-from tests import quick
+from tests import processes, quick
 
+processes.mark_children()
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Processes that tests start must not write to the user's compilation cache.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -54,6 +55,13 @@ def keep_programs(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_is_left():
+  """Fails the last test of a file if a process that the file started still runs."""
+  yield
+  assert not (left := processes.end_children()), f"tests here left behind: {left}"
 
 
 @pytest.fixture(scope="session")

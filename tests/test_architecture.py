@@ -53,8 +53,8 @@ SPINE = (
 # Test files that mirror no single file of flaxlm.
 WITHOUT_A_MIRROR = {
   "test_architecture", "test_benchmarks", "test_end_to_end", "test_fine_tuning",
-  "test_golden", "test_multihost", "test_package", "test_published", "test_readme",
-  "test_real_runs",
+  "test_golden", "test_multihost", "test_package", "test_processes", "test_published",
+  "test_readme", "test_real_runs",
   "interop/test_real_weights", "launch/test_cloud", "launch/test_files",
   "launch/test_machines", "models/test_families", "parallel/test_attention_on_a_mesh",
   "parallel/test_memory_of_steps", "planning/test_shipped",
