@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     help="import: leave out tensors whose name matches; may be repeated",
   )  # fmt: skip
   parser.add_argument(
+    "--architecture", default="", metavar="NAME",
+    help="import: the model class of the weights, if config.json names another",
+  )  # fmt: skip
+  parser.add_argument(
     "--no_tokenizer", action="store_true", help="import: only the weights and config"
   )
   parser.add_argument("--to", help="export: a new or empty directory")
@@ -49,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     from flaxlm.interop.import_run import find_source, import_model
 
     source = find_source(args.source)
-    import_model(source, workdir, tuple(args.skip), overrides, not args.no_tokenizer)
+    import_model(
+      source, workdir, tuple(args.skip), overrides, not args.no_tokenizer,
+      args.architecture,
+    )  # fmt: skip
   else:
     if not args.to:
       raise ConfigError("--to", "nothing", "a directory", "--to=models/a")

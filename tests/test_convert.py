@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,6 +15,9 @@ from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError, DataError, MissingInputError, OutputError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop import import_run
+from flaxlm.interop.hf_config import find_family, read_config, write_config
+from flaxlm.interop.hf_fields import flatten_fields
+from flaxlm.interop.safetensors_files import read_safetensors, write_safetensors
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves, nest
@@ -270,6 +274,86 @@ def test_what_is_in_the_way_is_not_touched(model_config, sentencepiece, tmp_path
   assert not (tmp_path / "broken").exists()
 
 
+def edit_config(source, **changes):
+  file = source / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_another_class_and_other_heads_are_read_when_the_user_says_so(
+  model_config, sentencepiece, tmp_path
+):
+  leaves = random_leaves(model_config)
+  source = make_source(tmp_path / "hub", model_config, leaves, sentencepiece)
+  edit_config(source, architectures=["AntiBERTy"])
+  with pytest.raises(DataError, match=r"AntiBERTy(.|\n)*try: +--architecture=NAME"):
+    hf.read_model(source)
+  with pytest.raises(DataError, match=r"architectures=AntiBERTy2"):
+    hf.read_model(source, architecture="AntiBERTy2")
+  found = hf.read_model(source, architecture="LlamaForCausalLM")
+  assert found.config["architectures"] == ["AntiBERTy"]
+  arrays = {
+    n: t.read() for n, t in read_safetensors(source / "model.safetensors").items()
+  }
+  arrays["species_head.weight"] = np.zeros((2, 2), np.float32)
+  specs = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+  write_safetensors(source, specs, arrays.items())
+  edit_config(source, architectures=["LlamaForCausalLM"])
+  with pytest.raises(DataError, match=r"species_head.weight\n  try: +--skip=PATTERN"):
+    hf.read_model(source)
+  assert hf.read_model(source, skip=("species",)).left_out == ["species_head.weight"]
+
+
+# What cannot be a number of layers, what no machine holds, and other JSON.
+WRONG_SIZES = (0, -1, 10**9, 1e26, "many", [2], None, True)
+
+
+def test_sizes_that_the_files_do_not_have_are_refused_at_once(model_config, tmp_path):
+  (tmp_path / "hub").mkdir()
+  leaves = random_leaves(model_config)
+  whole = hf.write_model(tmp_path / "hub", model_config.model.to_dict(), leaves)
+  sizes = [k for k, value in whole.items() if type(value) is int and "_token_" not in k]
+  assert len(sizes) > 6
+  optional = ("num_key_value_heads", "head_dim", "intermediate_size")
+  started = time.process_time()
+  for key in sizes:
+    for value in WRONG_SIZES:
+      if key in optional and value in (0, None):
+        continue  # the usual size
+      if key == "max_position_embeddings" and value == 10**9:
+        continue  # rotary positions have no weights
+      edit_config(tmp_path / "hub", **whole | {key: value})
+      with pytest.raises(DataError):
+        hf.read_model(tmp_path / "hub")
+  assert time.process_time() - started < 20
+
+
+LINEAR = {"rope_type": "linear"}
+
+
+@pytest.mark.parametrize(
+  ("key", "values"),
+  [
+    ("architectures", [5, "x", {}, [5], [[]]]),
+    ("model_type", [5, None, [], {}]),
+    ("text_config", [5, "x", [1]]),
+    ("id2label", [5, [1], {"x": "y"}, {"0": 5}, {"9" * 40: "y"}]),
+    ("rope_scaling", [5, "x", [1], {"rope_type": []}, LINEAR | {"factor": "x"},
+                      {"rope_type": "yarn", "original_max_position_embeddings": 0}]),
+    ("rope_parameters", [5, {"full_attention": 5}, {"rope_theta": []}]),
+    ("hidden_act", [5, [], {}, None, "x"]),
+    ("rms_norm_eps", ["x", [], -1, None]),
+    ("tie_word_embeddings", [5, "yes", None]),
+  ],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_by_their_key(key, values, model_config):
+  family = find_family("llama")
+  fields = flatten_fields(model_config.model.to_dict())
+  whole = write_config(family, family.architectures[0], fields)
+  for value in values:
+    with pytest.raises(DataError):
+      read_config(whole | {key: value}, [row.name for row in family.rows])
+
+
 def test_a_damaged_checkpoint_is_not_exported(model_config, tmp_path):
   workdir = save_run(tmp_path / "run", model_config, random_leaves(model_config))
   for path in (workdir / "checkpoints" / "3" / "state").rglob("*"):
@@ -323,6 +407,7 @@ def test_without_a_tokenizer(model_config, sentencepiece, tmp_path, capsys):
   assert "no tokenizer was imported" in capsys.readouterr().out
   assert load_run_config(tmp_path / "run").data.seq_len == 16
   run_export(tmp_path / "run", tmp_path / "out")
+  assert "the run has no tokenizer" in capsys.readouterr().out
   assert not list((tmp_path / "out").glob("tokenizer*"))
 
 

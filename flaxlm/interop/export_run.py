@@ -45,7 +45,10 @@ def export_model(
   """
   with write_directory(out, f"--to={out}") as draft:
     hf, meta = _write_files(config, workdir, draft, step, dtype, family)
+    bare = find_tokenizer(workdir) is None
   print(f"exported step {meta['step']} as {hf['architectures'][0]}: {out}")
+  if bare:
+    print("warning: the run has no tokenizer, so none was exported: add its files")
 
 
 def _write_files(

@@ -6,6 +6,7 @@ are because we compute nothing else. decoders.py and encoders.py list the famili
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from flaxlm.errors import DataError
@@ -62,3 +63,10 @@ COMMON_KEYS = {
 def wrong_hf_value(key: str, given: object, needed: str, hint: str = "") -> DataError:
   """Returns the error for a key of config.json whose value is not supported."""
   return DataError(f"config.json: {key} cannot be used", given, needed, hint)
+
+
+def read_number(key: str, value: object, above: float = -math.inf) -> float:
+  """Returns the number at a key of config.json; DataError if it is not one."""
+  if isinstance(value, bool) or not isinstance(value, int | float) or value <= above:
+    raise wrong_hf_value(key, value, "a number" + f" above {above:g}" * (above >= 0))
+  return float(value)

@@ -7,10 +7,13 @@ refused, and the message names the fields that would be lost.
 
 from collections.abc import Iterable
 
+from flaxlm.config import base
+from flaxlm.config.choices import number_needed
+from flaxlm.config.tree import flatten
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.interop.decoders import DECODERS
 from flaxlm.interop.encoders import ENCODERS
-from flaxlm.interop.family import Architecture, Family, wrong_hf_value
+from flaxlm.interop.family import Architecture, Family, read_number, wrong_hf_value
 from flaxlm.interop.hf_fields import (
   HF_ACTIVATIONS,
   HF_POOLINGS,
@@ -30,6 +33,15 @@ _OF_THE_ORIGINAL = {
   *("transformers_version", "is_llama_config"),
   *("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id"),
   *("boi_token_index", "boi_token_id", "eoi_token_index", "eoi_token_id"),
+}
+_KNOBS = flatten(base.get_config())
+_TYPES = dict.fromkeys(
+  ("text_config", "id2label", "label2id", "rope_scaling", "rope_parameters"),
+  (dict, "an object, or null"),
+) | {
+  "architectures": (list, "an array of names"),
+  "layer_types": (list, "an array of names"),
+  "num_labels": (int, "a whole number"),
 }
 # Without these keys, transformers would fill in the ids that are usual in some family.
 _NO_IDS = dict.fromkeys(
@@ -61,9 +73,11 @@ def read_config(
     DataError: an architecture, a key or a value is not supported.
   """
   hf, family = dict(hf), find_family(hf.get("model_type"))
-  if "text_config" in hf:
+  _check_types(hf)
+  if hf.get("text_config"):
     whole = ("model_type", "architectures")
     text = {k: v for k, v in hf.pop("text_config").items() if k not in whole}
+    _check_types(text)
     hf |= text
   _check_keys(family, hf)
   complete = family.defaults | hf
@@ -74,6 +88,7 @@ def read_config(
   for key, field in family.keys.items():
     if key in complete:
       fields[field] = _to_our_value(key, field, complete[key], fields)
+  _check_ranges(family, fields)
   fields["mlp_dim"] = fields["mlp_dim"] or 4 * fields["embed_dim"]
   fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
   if not fields["head_dim"]:
@@ -106,6 +121,20 @@ def read_config(
   return family, architecture, fields
 
 
+def _check_types(hf: dict) -> None:
+  """Raises DataError for a key whose value is of a kind that no version writes."""
+  for key, (kind, needed) in _TYPES.items():
+    value = hf.get(key)
+    if value is not None and not isinstance(value, kind):
+      raise wrong_hf_value(key, value, needed)
+  names = [*(hf.get("architectures") or ()), *(hf.get("layer_types") or ())]
+  if wrong := [name for name in names if not isinstance(name, str)]:
+    raise wrong_hf_value("architectures or layer_types", wrong[0], "names alone")
+  for key, name in (hf.get("id2label") or {}).items():
+    if not (key.isdecimal() and len(key) < 10 and isinstance(name, str)):
+      raise wrong_hf_value("id2label", f"{key}: {name}", "names by number")
+
+
 def _check_keys(family: Family, hf: dict) -> None:
   """Raises DataError for a key or value that could change what is computed."""
   for key, allowed in family.fixed.items():
@@ -124,6 +153,14 @@ def _check_keys(family: Family, hf: dict) -> None:
       )
 
 
+def _check_ranges(family: Family, fields: dict) -> None:
+  """Raises DataError for a size that no model has; 0 may stand for the usual one."""
+  for key, field in family.keys.items():
+    usual = field in ("num_kv_heads", "head_dim", "mlp_dim") and not fields[field]
+    if not usual and (needed := number_needed(f"model.{field}", fields[field])):
+      raise wrong_hf_value(key, fields[field], needed)
+
+
 def _to_our_value(key: str, field: str, value: object, fields: dict) -> object:
   """Returns a value of config.json in the type and unit of our field."""
   tables = {
@@ -132,25 +169,25 @@ def _to_our_value(key: str, field: str, value: object, fields: dict) -> object:
     "pooling": HF_POOLINGS,
   }
   if field in tables:
-    if value not in tables[field]:
+    if not isinstance(value, str) or value not in tables[field]:
       raise wrong_hf_value(key, value, "one of " + " ".join(tables[field]))
     return tables[field][value]
   if field == "moe.first_dense_layers":
-    count = len(value or ())
-    if list(value or ()) != list(range(count)):
+    layers = [] if value is None else value
+    if not isinstance(layers, list) or layers != list(range(len(layers))):
       raise wrong_hf_value(key, value, "the first layers, or none")
-    return count
+    return len(layers)
   if field == "attention_scale":
-    return float(value) ** -0.5
+    return read_number(key, value, above=0.0) ** -0.5
   if field in ("attention_softcap", "logit_softcap"):
-    return float(value or 0)
+    return read_number(key, value or 0.0)
   if value is None and field in ("num_kv_heads", "head_dim", "mlp_dim"):
     return 0
-  kind = float if field in ("norm_epsilon", "moe.aux_loss") else int
-  if isinstance(value, bool) or value is None:
-    kind = bool
-  if not isinstance(value, int | float) or kind(value) != value:
-    raise wrong_hf_value(key, value, "a number")
+  kind = type(_KNOBS[f"model.{field}"])
+  if (kind is bool) is not isinstance(value, bool):
+    raise wrong_hf_value(key, value, "true or false" if kind is bool else "a number")
+  if kind is not bool and kind(read_number(key, value)) != value:
+    raise wrong_hf_value(key, value, "a whole number")
   # Two keys may mean one field.
   if field == "moe.num_experts" and fields[field] not in (0, value):
     raise wrong_hf_value(key, value, f"{fields[field]}, as elsewhere in the file")
@@ -183,8 +220,9 @@ def _find_architecture(family: Family, hf: dict, names: set[str]) -> Architectur
   known = dict.fromkeys(a.name for a in family.architectures)
   raise DataError(
     "this architecture is not supported",
-    f"architectures={named} in config.json",
+    f"architectures={named}",
     f"one of {' '.join(known)}",
+    "--architecture=NAME, if the tensors are those of one of them",
   )
 
 

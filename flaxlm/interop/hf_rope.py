@@ -7,7 +7,8 @@ model may differ. An export has both spellings, so that either version can read 
 
 import math
 
-from flaxlm.interop.family import GLOBAL, LOCAL, Family, wrong_hf_value
+from flaxlm.config.choices import number_needed
+from flaxlm.interop.family import GLOBAL, LOCAL, Family, read_number, wrong_hf_value
 
 # The keys of each kind of scaling, and our fields.
 _SCALINGS = {
@@ -77,7 +78,7 @@ def read_rope(
   both = family.rope != "gemma3"  # Gemma 3's rope_scaling is for global layers alone
   ropes = [
     _read_one(
-      (new.get(kind) or {}) if nested else new,
+      _object(kind, new.get(kind)) if nested else new,
       old if both or kind == GLOBAL else {},
       hf.get(key or keys[0]),
       family.defaults[key or keys[0]],
@@ -96,6 +97,12 @@ def read_rope(
   return ropes[0] | {"rope.local_theta": ropes[1]["rope.theta"]}
 
 
+def _object(key: str, value: object) -> dict:
+  if value is not None and not isinstance(value, dict):
+    raise wrong_hf_value(f"rope_parameters: {key}", value, "an object")
+  return value or {}
+
+
 def _read_one(new: dict, old: dict, theta, default_theta: float, max_len: int) -> dict:
   """Returns the rope fields of one kind of layer, from every key that sets them."""
   found: dict[str, object] = {}
@@ -107,24 +114,27 @@ def _read_one(new: dict, old: dict, theta, default_theta: float, max_len: int) -
       if found.setdefault(key, value) != value:
         raise wrong_hf_value(key, f"{found[key]} and {value}", "one value")
   kind = found.pop("rope_type", "default")
-  theta = float(found.pop("rope_theta", default_theta))
+  theta = read_number("rope_theta", found.pop("rope_theta", default_theta), above=0)
   if found.pop("partial_rotary_factor", 1.0) != 1.0:
     raise wrong_hf_value("partial_rotary_factor", new, "1.0")
-  if kind not in _SCALINGS:
+  if not isinstance(kind, str) or kind not in _SCALINGS:
     needed = "one of " + " ".join(_SCALINGS)
     raise wrong_hf_value("the rope scaling (rope_type)", kind, needed)
   if kind in ("llama3", "yarn"):
     found.setdefault("original_max_position_embeddings", max_len)
     if kind == "yarn":
-      found.setdefault("factor", max_len / found["original_max_position_embeddings"])
+      key = "original_max_position_embeddings"
+      found.setdefault("factor", max_len / read_number(key, found[key], above=0))
       _set_yarn_attention_factor(found)
   rope = {"rope.theta": theta} | ROPE_FIELDS
   rope["rope.scaling"] = "none" if kind == "default" else kind
   for key, value in found.items():
     if key not in _SCALINGS[kind]:
       raise wrong_hf_value(f"the rope scaling {kind}: {key}", value, "no such key")
-    field = _SCALINGS[kind][key]
-    rope[field] = int(value) if field == "rope.original_max_len" else float(value)
+    field, number = _SCALINGS[kind][key], read_number(key, value)
+    rope[field] = int(number) if field == "rope.original_max_len" else number
+    if needed := number_needed(f"model.{field}", rope[field]):
+      raise wrong_hf_value(key, value, needed)
   if kind != "default" and "factor" not in found:
     raise wrong_hf_value(f"the rope scaling {kind}", found, "a factor")
   return rope
@@ -136,7 +146,8 @@ def _set_yarn_attention_factor(found: dict) -> None:
   if found.pop("truncate", True) is not True:
     raise wrong_hf_value("the rope scaling yarn: truncate", False, "true")
   if all(scales) and "attention_factor" not in found:
-    log = math.log(max(found["factor"], 1))
+    scales = [read_number("mscale", scale, above=0) for scale in scales]
+    log = math.log(max(read_number("factor", found["factor"]), 1))
     found["attention_factor"] = (0.1 * scales[0] * log + 1) / (
       0.1 * scales[1] * log + 1
     )

@@ -31,7 +31,7 @@ def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
     return [0] * num_layers
   if kind in ("all", "qwen3_moe"):
     used = kind == "all" or hf.get("use_sliding_window")
-    return [(hf["sliding_window"] or 0) if used else 0] * num_layers
+    return [_size(hf, "sliding_window") if used else 0] * num_layers
   types = hf.get("layer_types")
   if types is None:
     is_local = _default_pattern(kind, hf, num_layers)
@@ -42,9 +42,11 @@ def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
   if LOCAL not in types:
     return [0] * num_layers
   if kind == "modernbert":
-    window = hf["local_attention"] // 2 + 1  # half on each side, and the token itself
+    window = (
+      _size(hf, "local_attention") // 2 + 1
+    )  # half on each side, and the token itself
   elif kind in ("qwen", "gemma"):
-    window = hf["sliding_window"]
+    window = _size(hf, "sliding_window")
   else:
     raise AssertionError(kind)
   if not window or (kind == "qwen" and not hf.get("use_sliding_window")):
@@ -55,16 +57,27 @@ def read_windows(family: Family, hf: dict, num_layers: int) -> list[int]:
 def _default_pattern(kind: str, hf: dict, layers: int) -> list[bool]:
   """Returns whether each layer is local, where `layer_types` is missing."""
   if kind == "modernbert":
-    return [i % hf["global_attn_every_n_layers"] > 0 for i in range(layers)]
+    period = _size(hf, "global_attn_every_n_layers", 1)
+    return [i % period > 0 for i in range(layers)]
   if kind == "gemma":
-    return [(i + 1) % hf["sliding_window_pattern"] > 0 for i in range(layers)]
+    period = _size(hf, "sliding_window_pattern", 1)
+    return [(i + 1) % period > 0 for i in range(layers)]
   if kind != "qwen":
     raise AssertionError(kind)
   if not hf.get("use_sliding_window"):
     return [False] * layers
   if "qkv_bias" in hf:  # Qwen 2 MoE: its rule has changed between versions
     raise wrong_hf_value("use_sliding_window", True, "layer_types beside it")
-  return [i >= hf["max_window_layers"] for i in range(layers)]
+  first = _size(hf, "max_window_layers")
+  return [i >= first for i in range(layers)]
+
+
+def _size(hf: dict, key: str, least: int = 0) -> int:
+  """Returns the whole number at a key; null is 0."""
+  value = 0 if hf[key] is None else hf[key]
+  if type(value) is not int or not least <= value < 2**31:
+    raise wrong_hf_value(key, value, f"a whole number of at least {least}")
+  return value
 
 
 def write_windows(family: Family, windows: list[int]) -> dict[str, object]:

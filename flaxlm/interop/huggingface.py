@@ -18,7 +18,7 @@ from flax import nnx
 
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.files import write_atomically, writing
-from flaxlm.interop.family import Family
+from flaxlm.interop.family import Family, wrong_hf_value
 from flaxlm.interop.hf_config import (
   choose_family,
   complete_config,
@@ -36,6 +36,7 @@ from flaxlm.interop.weight_layout import (
   weight_to_ours,
   weight_to_theirs,
 )
+from flaxlm.interop.weight_names import Row
 from flaxlm.json_files import read_json
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe_weights
@@ -46,6 +47,7 @@ EXPORT_DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   "float16": np.dtype(np.float16),
 }
+_MISSING = 1000  # tensors that are looked for and listed; more is another model
 # Fields that decide how a model runs; Hugging Face's config has no such keys.
 _RUNTIME_FIELDS = {
   "attention": "auto",
@@ -69,12 +71,16 @@ class Imported(NamedTuple):
   left_out: list[str]  # tensors that the architecture does not use
 
 
-def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
+def read_model(
+  directory, skip: tuple[str, ...] = (), architecture: str = ""
+) -> Imported:
   """Reads a model that `save_pretrained` or a training script wrote.
 
   Args:
     directory: holds config.json and the weights, in one file or in shards.
     skip: patterns of tensors that the caller asks to leave out.
+    architecture: the class of transformers that the weights are of, if config.json
+      does not name it.
   Raises:
     MissingInputError: no config.json, or no weights.
     DataError: the architecture is not supported, files are damaged, or tensors are
@@ -87,14 +93,29 @@ def read_model(directory, skip: tuple[str, ...] = ()) -> Imported:
   for name, other in family.copies.items():
     if name in tensors and other not in tensors:
       tensors[other] = tensors.pop(name)  # tied, and saved under the other name
-  family, architecture, flat = read_config(hf, tensors)
+  named = {"architectures": [architecture]} if architecture else {}
+  family, found, flat = read_config(hf | named, tensors)
   fields = nest(flat, ".") | _RUNTIME_FIELDS
+  rows = pick_rows(family, found, tensors)
+  _check_size(rows, fields, tensors)
   shapes = weight_shapes(fields)
-  rows = pick_rows(family, architecture, tensors)
   parts = lay_out_weights(rows, fields, shapes)
   left_out = check_tensors(directory, parts, tensors, family, skip)
   leaves = _load_weights(parts, tensors, fields, shapes)
   return Imported(family, fields, leaves, hf, left_out)
+
+
+def _check_size(rows: list[Row], fields: dict, tensors: Mapping[str, Tensor]) -> None:
+  """Raises DataError if config.json describes far more than the files hold."""
+  moe, layers = fields["moe"], fields["num_layers"]
+  if any("{expert}" in row.name for row in rows):
+    layers += (layers - moe["first_dense_layers"]) * moe["num_experts"]
+  if layers > len(tensors) + _MISSING:
+    raise wrong_hf_value(
+      "the number of layers, or of experts,",
+      f"{fields['num_layers']} layers, {moe['num_experts']} experts",
+      f"layers that the {len(tensors)} tensors in the files can fill",
+    )
 
 
 def _read_config_json(path: pathlib.Path) -> dict:

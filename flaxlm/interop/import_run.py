@@ -66,12 +66,14 @@ def import_model(
   skip: tuple[str, ...] = (),
   overrides: list[str] = (),
   with_tokenizer: bool = True,
+  architecture: str = "",
 ) -> None:
   """Writes `workdir` as a run at step 0, from the Hugging Face files in `source`.
 
   Args:
     skip: patterns of tensors to leave out.
     overrides: `key=value` texts for the config of the run.
+    architecture: see `huggingface.read_model`.
   Raises:
     OutputError, StorageError: `workdir` holds something, or cannot be written.
     DataError, MissingInputError: see `huggingface.read_model`.
@@ -83,7 +85,7 @@ def import_model(
     )
   with write_directory(workdir, f"--workdir={workdir}") as draft:
     tokenizer = read_tokenizer(source) if with_tokenizer else None
-    model = read_model(source, skip)
+    model = read_model(source, skip, architecture)
     config = _make_config(model, tokenizer, overrides)
     directory = RunFiles(draft).checkpoints
     with Checkpointer(directory, **config.checkpoint) as checkpoints:

@@ -106,11 +106,9 @@ def check_tensors(
   problems = {"missing:": missing, "unknown:": unknown, "wrong:  ": wrong}
   if any(problems.values()):
     lines = [f"  {word} {_listed(names)}" for word, names in problems.items() if names]
-    raise DataError(
-      "\n".join(
-        [f"the weights in {directory} are not those of its config.json", *lines]
-      )
-    )
+    what = f"the weights in {directory} are not those of its config.json"
+    hint = "--skip=PATTERN to leave out tensors" if unknown and not missing else ""
+    raise DataError("\n".join([what, *lines]), hint=hint)
   for name in copies:
     _check_copy(name, family.copies[name], tensors)
   return left_out

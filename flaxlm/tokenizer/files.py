@@ -303,7 +303,11 @@ def word_piece(file: pathlib.Path, content: bytes, beside: FilesBeside) -> bytes
   except UnicodeDecodeError as error:
     raise unreadable(f"{file}: {error}") from error
   vocab = {line: i for i, line in enumerate(lines)}
-  unknown = beside.names().get("unk") or "[UNK]"
+
+  def usual(*names: str) -> str:
+    return next((name for name in names if name in vocab), names[0])
+
+  unknown = beside.names().get("unk") or usual("[UNK]", "<unk>")
   if unknown not in vocab:
     raise errors.DataError(
       f"config.tokenizer.path={file} is not a WordPiece vocabulary",
@@ -312,7 +316,7 @@ def word_piece(file: pathlib.Path, content: bytes, beside: FilesBeside) -> bytes
     )
   settings = beside.settings
   has_capitals = all(chr(letter) in vocab for letter in range(ord("A"), ord("Z") + 1))
-  names = {"cls": "[CLS]", "sep": "[SEP]"} | beside.names()
+  names = {role: usual(*USUAL_NAMES[role]) for role in ("cls", "sep")} | beside.names()
   cls, sep = names["cls"], names["sep"]
   parts = {
     "normalizer": {

@@ -352,6 +352,14 @@ def test_files_that_are_something_else(name, content, needle, tmp_path):
   assert str(caught.value).count("\n") < 5
 
 
+def test_a_vocabulary_of_words_may_name_its_special_tokens_in_angles(tmp_path):
+  lines = ["<pad>", "<cls>", "<sep>", "<unk>", "<mask>", "a", "##b"]
+  (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n")
+  tokenizer = load_tokenizer(tmp_path)
+  assert (tokenizer.unk_id, tokenizer.cls_id, tokenizer.mask_id) == (3, 1, 4)
+  assert tokenizer.encode_batch(["ab x"], 1)[0].tolist() == [5, 6, 3]
+
+
 def test_what_cannot_be_read_is_refused(byte_bpe, tmp_path, monkeypatch):
   config = {"tokenizer_class": "CLIPTokenizer"}
   folder = copy(byte_bpe, tmp_path / "x", tokenizer_config=config)
