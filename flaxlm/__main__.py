@@ -17,6 +17,7 @@ COMMANDS = (
   "prepare",
   "train",
   "evaluate",
+  "lm_eval",
   "generate",
   "chat",
   "convert",
@@ -29,6 +30,8 @@ COMMANDS = (
 def main() -> None:
   """Runs the command that the first argument names, as `python -m` would."""
   command = "".join(sys.argv[1:2])
+  if command == "lm-eval":  # as that program writes itself; ours is a module too
+    command = "lm_eval"
   if "_ARGCOMPLETE" in os.environ:
     command = _completed_command()
   if command in ("", "-h", "--help"):

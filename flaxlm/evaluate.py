@@ -19,7 +19,7 @@ import pathlib
 
 from flaxlm import cli, machine
 from flaxlm.errors import ConfigError, DataError, MissingInputError
-from flaxlm.runs.directory import RunFiles, load_run_config
+from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 
 _WATCH_SECONDS = 10.0
 
@@ -114,7 +114,7 @@ def _run(workdir, step, output, tasks, overrides, as_json: bool) -> list[dict]:
       "--workdir", f"{workdir}, without a tokenizer", "one: tasks are texts"
     )
   weights = weights_sha256(workdir, loaded.step)
-  folder = pathlib.Path(output) if output else RunFiles(workdir).evals
+  folder = pathlib.Path(output) if output else RunFiles(split_address(workdir)[0]).evals
   results = []
   for result in evaluate_saved(loaded, weights, tasks, folder):
     results.append(result)

@@ -34,9 +34,12 @@ from flaxlm.inference.language_model import LanguageModel
 from flaxlm.inference.text import tokenize_prompt
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
+from flaxlm.parallel.sharding import current_layout
 from flaxlm.tokenizer.files import AnyTokenizer
 
 _SHORTEST_ROW = 128  # tokens
+_CPU_BATCH_TOKENS = 4096  # per device
+_FUSED_BATCH_TOKENS = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +114,24 @@ def _encode_items(
   return found, merged
 
 
-def row_length(prepared: PreparedTask) -> int:
-  """Returns the length of rows for a task: it depends on nothing else.
+def fitting_length(longest: int) -> int:
+  """Returns the length of the rows that hold segments of up to `longest` tokens.
 
-  Powers of two, so that tasks share a few compiled programs.
+  Powers of two, so that tasks share a few compiled programs. It depends on nothing
+  else, so that a task gets the same numbers whatever other tasks are asked.
   """
   length = _SHORTEST_ROW
-  while length < prepared.longest:
+  while length < longest:
     length *= 2
   return length
+
+
+def batch_rows(length: int) -> int:
+  """Returns the rows per batch, under `use_mesh`; more do not help a CPU."""
+  layout = current_layout()
+  ways, platform = layout.ways("batch"), layout.mesh.devices.flat[0].platform
+  tokens = _CPU_BATCH_TOKENS if platform == "cpu" else _FUSED_BATCH_TOKENS
+  return ways * max(tokens // length, 1)
 
 
 def run_task(

@@ -16,8 +16,9 @@ import numpy as np
 
 import flaxlm
 from flaxlm.evals.run import (
+  batch_rows,
+  fitting_length,
   prepare_task,
-  row_length,
   run_task,
   write_answers,
 )
@@ -25,29 +26,26 @@ from flaxlm.evals.scoring import Predictions, Scorer
 from flaxlm.evals.tasks import Task
 from flaxlm.files import write_atomically
 from flaxlm.inference.language_model import LanguageModel
-from flaxlm.parallel.sharding import current_layout, use_mesh
-from flaxlm.runs.directory import RunFiles
+from flaxlm.parallel.sharding import use_mesh
+from flaxlm.runs.directory import RunFiles, split_address
 from flaxlm.training.manifest import hash_files, read_manifest
-
-_BATCH_TOKENS = {"cpu": 4096}  # per device; fewer lose speed, more only use memory
-_FUSED_BATCH_TOKENS = 32768
 
 
 def weights_sha256(directory: str | os.PathLike, step: int | None) -> str:
   """Returns a hash of the weights that a result is about.
 
   Args:
-    directory: of a run, or of a Hugging Face model.
+    directory: of a run, or of a Hugging Face model; a checkpoint of a run will do.
     step: of the run's checkpoint; None for a Hugging Face model.
   """
+  directory, _ = split_address(os.fspath(directory))
   files = RunFiles(directory)
   if step is not None:
     manifest = read_manifest(files.checkpoints / str(step))
     content = [manifest["files"], files.config.read_text("utf-8")]
   else:
-    root = pathlib.Path(directory)
-    names = sorted(path.name for path in root.iterdir() if path.is_file())
-    content = hash_files(root, sync=False, names=names)
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    content = hash_files(directory, sync=False, names=names)
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -96,9 +94,9 @@ def _evaluate(
   """Computes one result and writes it."""
   tokenizer, config = loaded.tokenizer, loaded.config
   prepared = prepare_task(task, tokenizer, config, config.max_len)
-  length = row_length(prepared)
+  length = fitting_length(prepared.longest)
   if length not in scorers:
-    rows = _batch_rows(length)
+    rows = batch_rows(length)
     scorers[length] = Scorer(loaded.model, rows, length, tokenizer.vocab_size)
   path = result_path(output, weights, task)
   with _kept_predictions(path, scorers[length]) as (known, keep):
@@ -123,13 +121,6 @@ def _evaluate(
     }
     write_atomically(path, json.dumps(result) + "\n")
   return result
-
-
-def _batch_rows(length: int) -> int:
-  layout = current_layout()
-  ways, platform = layout.ways("batch"), layout.mesh.devices.flat[0].platform
-  tokens = _BATCH_TOKENS.get(platform, _FUSED_BATCH_TOKENS)
-  return ways * max(tokens // length, 1)
 
 
 @contextlib.contextmanager

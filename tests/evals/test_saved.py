@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from flaxlm.errors import ConfigError
-from flaxlm.evals import saved
+from flaxlm.evals import run, saved
 from flaxlm.evals.run import prepare_task
 from flaxlm.evals.saved import evaluate_saved, read_result, watch_steps
 from flaxlm.evals.tasks import open_task
@@ -55,7 +55,7 @@ class Killed(Exception):
 def test_a_result_is_computed_once_and_a_kill_changes_no_byte(
   loaded, task, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(saved, "_BATCH_TOKENS", {"cpu": 512})
+  monkeypatch.setattr(run, "_CPU_BATCH_TOKENS", 512)
   (result,) = evaluate_saved(loaded, "abc", [task], tmp_path / "whole")
   (path,) = (tmp_path / "whole").iterdir()
   assert json.loads(path.read_text()) == result == read_result(path.parent, "abc", task)
