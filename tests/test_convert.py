@@ -424,6 +424,7 @@ def test_every_head_makes_a_config_that_loads(head, model_config, tmp_path):
   model.head_activation = "tanh" if model.head_dense else "gelu"
   (tmp_path / "hub").mkdir()
   names = {"id2label": {"1": "good", "0": "bad"}} if model.num_labels else {}
+  names |= {"problem_type": "multi_label_classification"} if head == "sequence" else {}
   leaves = random_leaves(model_config)
   hf.write_model(tmp_path / "hub", model.to_dict(), leaves, like=names)
   run_import(tmp_path / "hub", tmp_path / "run")
@@ -438,3 +439,14 @@ def test_every_head_makes_a_config_that_loads(head, model_config, tmp_path):
     lambda: Transformer(TransformerConfig(**loaded), nnx.Rngs(0))
   )
   assert named_leaves(abstract).keys() == random_leaves(model_config).keys()
+  if head != "sequence":
+    return
+  # What was fine-tuned from it here has one class per text, under the same names.
+  config.init_from = str(tmp_path / "run")
+  save_run(tmp_path / "tuned", config, leaves)
+  for run, kind in (("run", "multi_label_classification"), ("tuned", None)):
+    run_export(tmp_path / run, tmp_path / f"{run}_out")
+    written = json.loads((tmp_path / f"{run}_out/config.json").read_text())
+    assert written.get("problem_type") == kind
+    assert written["id2label"] == {"0": "bad", "1": "good"}
+    assert written["label2id"] == {"bad": 0, "good": 1}

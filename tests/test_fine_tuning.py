@@ -86,18 +86,31 @@ def test_classification(pretrained, tmp_path):
     writer = csv.writer(file)
     writer.writerow(["text", "label"])
     for text, name, _ in sentences():
-      writer.writerow([text, "animal" if name in ANIMALS else "tool"])
+      writer.writerow([text, "zoo" if name in ANIMALS else "box"])
+  labels = ("zoo", "box")  # not in sorted order
   config = task_of(
-    pretrained, "classify", "sequence", tmp_path / "data.csv", num_labels=2
-  )
+    pretrained, "classify", "sequence", tmp_path / "data.csv", num_labels=2,
+    labels=labels,
+  )  # fmt: skip
   records = run(config, tmp_path / "run")
   final = [record for record in records if record["kind"] == "eval"][-1]
   assert final["accuracy"] == 1.0 and final["matthews"] == 1.0 and final["f1"] == 1.0
   stored = load_run_config(tmp_path / "run")
-  assert stored.task.labels == ("animal", "tool")
+  assert stored.task.labels == labels
   result = evaluate_run(stored, tmp_path / "run", None)
   assert result["accuracy"] == 1.0 and result["loss"] == pytest.approx(final["loss"])
-  config.model.num_labels = 3
+  stored.task.labels = labels[::-1]
+  with pytest.raises(ConfigError, match="zoo box: the model's classes"):
+    evaluate_run(stored, tmp_path / "run", None)
+  # A run that starts from the classifier keeps its classes, whoever names them.
+  config.init_from, config.task.labels = str(tmp_path / "run"), ()
+  first = run(config, tmp_path / "more")[0]
+  assert first["loss"] == pytest.approx(final["loss"], abs=0.02)  # else above log 2
+  assert load_run_config(tmp_path / "more").task.labels == labels
+  config.task.labels = labels[::-1]
+  with pytest.raises(ConfigError, match="zoo box: the order of config"):
+    run(config, tmp_path / "wrong")
+  config.task.labels, config.model.num_labels = (), 3
   with pytest.raises(ConfigError, match="2, the classes of"):
     run(config, tmp_path / "wrong")
 

@@ -217,7 +217,8 @@ def task_knobs() -> ConfigDict:
   task.text_pair = ""  # "" = none (classify), context (qa)
   task.label = ""
   task.choices = ()  # the column of all options, or one each; () = choices
-  task.labels = ()  # names of the classes, in order; () = all that occur, sorted
+  # Names of the classes, in order; () = init_from's, or else all that occur, sorted.
+  task.labels = ()
   task.doc_stride = 128  # tokens between windows of a long context (qa)
   task.pack = True  # several conversations per row (chat)
   task.chat_template = ""  # a Jinja2 file; "" = the tokenizer's, or ChatML
@@ -237,7 +238,7 @@ def step_knobs() -> ConfigDict:
   step.z_loss = 0.0  # weight of log(Z)^2 (PaLM, section 5)
   step.accumulation_steps = 1  # micro-batches per step; batch_size is their sum
   step.offload_optimizer = False  # keep its state in the host's memory
-  step.ema_decay = 0.0  # of an average of the weights, used to evaluate; 0 = none
+  step.ema_decay = 0.0  # of an average of the weights that all commands use; 0 = none
   return step
 
 

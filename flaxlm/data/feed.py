@@ -22,6 +22,7 @@ from flaxlm.data.tasks.examples import (
   Examples,
   load_examples,
 )
+from flaxlm.data.tasks.labels import Labels
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.choice import CONTEXT_PARALLEL
 from flaxlm.kernels.attention.ring import zigzag
@@ -66,6 +67,7 @@ class Feed:
     tokenizer_path: str | os.PathLike = "",
     template_path: str = "",
     training: bool = True,
+    labels: Labels | None = None,
   ):
     """Opens the data that the groups of a config name.
 
@@ -75,6 +77,7 @@ class Feed:
         its own.
       template_path: the model's chat template; "" = that of task.chat_template.
       training: False opens labelled examples for validation only.
+      labels: the classes of labelled examples; None = those of task.labels.
 
     Raises:
       ConfigError: the batch does not divide over the mesh, or the vocabulary is too
@@ -99,7 +102,7 @@ class Feed:
     if model.attention == CONTEXT_PARALLEL and mesh.shape["context"] > 1:
       self.column_order = zigzag(data.seq_len, mesh.shape["context"])
     if task.kind != "none":
-      self._open_examples(tokenizer_path, training)
+      self._open_examples(tokenizer_path, training, labels)
     elif data.loader == "synthetic":
       self._open_synthetic()
     elif data.loader in ("tfdata", "numpy"):
@@ -149,7 +152,9 @@ class Feed:
       objective=self.objective, vocabulary=vocabulary,
     )  # fmt: skip
 
-  def _open_examples(self, tokenizer_path: str | os.PathLike, training: bool) -> None:
+  def _open_examples(
+    self, tokenizer_path: str | os.PathLike, training: bool, labels: Labels | None
+  ) -> None:
     if not tokenizer_path:
       raise ConfigError(
         "config.tokenizer.path", "''", "the tokenizer of the model to fine-tune",
@@ -164,15 +169,15 @@ class Feed:
     train, validation = load_examples(
       task, tokenizer, data.seq_len, causal=model.causal,
       validation_fraction=data.validation_fraction, num_threads=data.num_threads,
-      chat_template=self.chat_template, training=training,
+      chat_template=self.chat_template, training=training, labels=labels,
     )  # fmt: skip
     self.examples = train or validation
     self.fingerprint = self.examples.fingerprint
-    labels = len(self.examples.label_names)
-    if task.kind in ("classify", "tag") and labels != model.num_labels:
+    classes = len(self.examples.label_names)
+    if task.kind in ("classify", "tag") and classes != model.num_labels:
       raise ConfigError(
         "config.model.num_labels", model.num_labels,
-        f"{labels}, the classes of config.task.path={task.path}", f"{labels}",
+        f"{classes}, the classes of config.task.path={task.path}", f"{classes}",
       )  # fmt: skip
     pad_id = max(tokenizer.pad_id, 0)
     self.train = train and ExampleBatches(train, **self.shape, pad_id=pad_id)
@@ -194,7 +199,8 @@ class Feed:
       count = len(self.examples)
       text = f"{self.task.path}: {count:,} rows to {self.task.kind}"
       if names := self.examples.label_names:
-        text += f", {len(names)} classes"
+        text += f", {len(names)} classes: {' '.join(names[:8])}"
+        text += " ..." * (len(names) > 8)
       for problem, times in self.examples.problems.items():
         text += f"; {'warning: ' * (problem == IN_TRAINING_TOO)}{times:,} {problem}"
       return text, rows / count

@@ -67,6 +67,8 @@ def _write_files(
   if originals:
     like = read_json(originals / "config.json")
   like |= _label_keys(config)
+  if config.task.kind == "classify" and meta["step"]:
+    like.pop("problem_type", None)  # we train one class per text, whatever the original
   if family:
     like["model_type"] = family
   hf = write_model(directory, config.model.to_dict(), leaves, dtype, like)

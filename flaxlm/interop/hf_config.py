@@ -114,7 +114,7 @@ def read_config(
     "sequence",
     "token",
   ):
-    fields["num_labels"] = len(hf.get("id2label") or "") or hf.get("num_labels", 2)
+    fields["num_labels"] = len(read_class_names(hf)) or hf.get("num_labels", 2)
   # Equal to the width of a head: the same as none.
   if fields["attention_scale"] == fields["head_dim"] ** -0.5:
     fields["attention_scale"] = 0.0
@@ -133,6 +133,34 @@ def _check_types(hf: dict) -> None:
   for key, name in (hf.get("id2label") or {}).items():
     if not (key.isdecimal() and len(key) < 10 and isinstance(name, str)):
       raise wrong_hf_value("id2label", f"{key}: {name}", "names by number")
+
+
+def read_class_names(hf: dict) -> tuple[str, ...]:
+  """Returns the names of a classifier's classes by number; () if it gives none.
+
+  Raises:
+    DataError: id2label skips a number, or label2id says otherwise.
+  """
+  names, numbers = hf.get("id2label") or {}, hf.get("label2id") or {}
+  for key, value in (("id2label", names), ("label2id", numbers)):
+    if not isinstance(value, dict):
+      raise wrong_hf_value(key, f"{value}"[:80], "an object")
+  by_number = {str(key): str(name) for key, name in names.items()}
+  if not names:
+    by_number = {str(number): name for name, number in numbers.items()}
+  count = len(names or numbers)
+  if set(by_number) != set(map(str, range(count))):
+    key = "id2label" if names else "label2id"
+    given = " ".join(by_number)[:80]
+    raise wrong_hf_value(key, f"the numbers {given}", f"0 to {count - 1}, each once")
+  found = tuple(by_number[str(number)] for number in range(count))
+  for number, name in enumerate(found):
+    if str(numbers.get(name, number)) != str(number):
+      raise wrong_hf_value(
+        "label2id", f"{name}: {numbers[name]}", f"{number}, as in id2label",
+        "delete the one that is wrong",
+      )  # fmt: skip
+  return found
 
 
 def _check_keys(family: Family, hf: dict) -> None:

@@ -15,6 +15,7 @@ from flaxlm.config import base
 from flaxlm.config.load import apply_overrides, config_to_json, seal_config
 from flaxlm.errors import MissingInputError, OutputError, printable
 from flaxlm.files import write_atomically, write_directory, writing
+from flaxlm.interop.hf_config import read_class_names
 from flaxlm.interop.huggingface import Imported, read_model
 from flaxlm.models.trees import nest
 from flaxlm.runs.directory import RunFiles
@@ -140,8 +141,7 @@ def _make_config(
 
 def label_names(imported: Imported) -> tuple[str, ...]:
   """Returns the names of the classes by number; () if the model has no classes."""
-  names = imported.config.get("id2label") if imported.fields["num_labels"] else None
-  return tuple(names[i] for i in sorted(names or {}, key=int))
+  return read_class_names(imported.config) if imported.fields["num_labels"] else ()
 
 
 def to_jax(leaves: dict) -> dict:

@@ -107,6 +107,8 @@ def describe_checkpoint(config, feed: Feed, start: Start, step: int) -> dict:
     "files": files,
     "config": json.loads(config_to_json(config)),
   }
+  if feed.examples:
+    meta["labels_numbered"] = feed.examples.numbered
   return meta | ({"base": start.base_name} if start.base_name else {})
 
 

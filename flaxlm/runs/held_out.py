@@ -7,13 +7,15 @@ import jax
 
 from flaxlm.data.batches import token_frequencies
 from flaxlm.data.feed import Feed
+from flaxlm.data.tasks.labels import Labels
 from flaxlm.data.tasks.scores import score_predictions
-from flaxlm.errors import DataError
+from flaxlm.errors import ConfigError, DataError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import weights
 from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.program import open_feed, use_config_mesh
 from flaxlm.tokenizer.files import find_tokenizer
+from flaxlm.training.checkpoint import read_meta
 from flaxlm.training.evaluation import evaluate, make_eval_step
 
 
@@ -33,7 +35,8 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
     tokenizer = find_tokenizer(workdir) or ""
     template = RunFiles(workdir).chat_template
     template = str(template) if template.exists() else ""
-    feed = open_feed(config, mesh, tokenizer, template, training=False)
+    labels = _trained_labels(config, read_meta(RunFiles(workdir).checkpoints, step))
+    feed = open_feed(config, mesh, tokenizer, template, training=False, labels=labels)
     if feed.validation is None:
       raise DataError(
         "there is no held-out text to evaluate on",
@@ -64,6 +67,19 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
   batches = feed.num_eval_batches
   unigram = token_frequencies.unigram_nats(feed.train, feed.validation, batches)
   return result | {"unigram_loss": unigram}
+
+
+def _trained_labels(config, meta: dict) -> Labels:
+  """Returns the classes that a checkpoint was trained with, which config must name."""
+  kind, given = config.task.kind, config.task.labels
+  trained = tuple(meta.get("config", {}).get("task", {}).get("labels", ()))
+  if kind in ("classify", "tag") and trained and trained != given:
+    raise ConfigError(
+      "config.task.labels", " ".join(given) or "none",
+      f"{' '.join(trained)}: the model's classes", ",".join(trained),
+    )  # fmt: skip
+  numbered = kind != "choice" and meta.get("labels_numbered", True)
+  return Labels(given, numbered=numbered)
 
 
 def make_scorer(feed: Feed) -> Callable[..., dict[str, float]] | None:

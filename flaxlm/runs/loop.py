@@ -29,7 +29,7 @@ from flaxlm.runs.records import is_logged
 from flaxlm.runs.resolve import describe_kernel, resolve, store_run
 from flaxlm.runs.saving import Saves
 from flaxlm.runs.summary import print_run_card
-from flaxlm.runs.weights import template_path, tokenizer_path
+from flaxlm.runs.weights import class_labels, template_path, tokenizer_path
 from flaxlm.training.checkpoint import Checkpointer
 from flaxlm.training.evaluation import evaluate, make_eval_step
 from flaxlm.training.guards import StopSignal, Watchdog
@@ -63,7 +63,8 @@ def train(
     knobs = {f"config.{key}": value for key, value in flatten(config).items()}
     agree("the start", local_facts() | knobs, seconds)
     mesh = make_mesh(**axis_sizes(config.mesh))
-    feed = open_feed(config, mesh, tokenizer_path(config), template_path(config))
+    sources = tokenizer_path(config), template_path(config)
+    feed = open_feed(config, mesh, *sources, labels=class_labels(config))
     asked, config = config, resolve(config, mesh, feed, files.kernel)
     data = {"data": feed.fingerprint, "the tokenizer (sha256)": feed.tokenizer_sha256}
     kernel = {"the attention kernel": describe_kernel(config.model.attention, mesh)}

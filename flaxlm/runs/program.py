@@ -18,6 +18,7 @@ from flaxlm.config.rules import attention_case
 from flaxlm.data.batches import masking
 from flaxlm.data.batches.synthetic import SyntheticBatches
 from flaxlm.data.feed import Feed
+from flaxlm.data.tasks.labels import Labels
 from flaxlm.errors import ConfigError
 from flaxlm.kernels.attention.choice import why_not
 from flaxlm.models.config import TransformerConfig
@@ -68,6 +69,7 @@ def open_feed(
   tokenizer_path: str | os.PathLike = "",
   template_path: str = "",
   training: bool = True,
+  labels: Labels | None = None,
 ) -> Feed:
   """Opens the data of a config, resolved or not; see `Feed` for the arguments."""
   return Feed(
@@ -83,6 +85,7 @@ def open_feed(
     tokenizer_path=tokenizer_path,
     template_path=template_path,
     training=training,
+    labels=labels,
   )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from flaxlm.data.tasks.labels import Labels, same_classes
 from flaxlm.errors import ConfigError
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
@@ -19,7 +20,7 @@ from flaxlm.runs.binding import check_base
 from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training import lora
-from flaxlm.training.checkpoint import restore_for_inference
+from flaxlm.training.checkpoint import read_meta, restore_for_inference
 from flaxlm.training.state import with_shardings
 
 _HEADS = ("head/", "pair_head/")  # may be missing in the other run, or left over
@@ -70,6 +71,39 @@ def template_path(config) -> str:
     return config.task.chat_template
   path = RunFiles(split_address(config.init_from)[0]).chat_template
   return str(path) if path.is_file() else ""
+
+
+def class_labels(config) -> Labels:
+  """Returns the classes of config.task: those of config.init_from if it has them.
+
+  A classifier whose scores are taken over keeps the order and names of its classes.
+  config.task.labels may give them new names.
+
+  Raises:
+    ConfigError: a class of config.task.labels has another number in that model.
+  """
+  task, model = config.task, config.model
+  asked = Labels(task.labels, numbered=task.kind != "choice")
+  if task.kind not in ("classify", "tag") or not config.init_from:
+    return asked
+  workdir, step = split_address(config.init_from)
+  if not RunFiles(workdir).config.is_file():
+    return asked  # a run that goes on needs it no more; a new one is refused later
+  source = load_run_config(workdir)
+  names, classes = source.task.labels, source.model.num_labels
+  same_head = source.model.head == model.head and classes == model.num_labels
+  if not same_head or len(names) != classes:
+    return asked
+  if task.labels and not same_classes(names, task.labels):
+    raise ConfigError(
+      "config.task.labels", " ".join(task.labels),
+      f"{' '.join(names)}: the order of config.init_from={config.init_from}",
+      f"--config.task.labels={','.join(names)}",
+    )  # fmt: skip
+  if task.labels:
+    return asked
+  numbered = read_meta(RunFiles(workdir).checkpoints, step).get("labels_numbered", True)
+  return Labels(names, numbered=numbered, owner=f"config.init_from={config.init_from}")
 
 
 def abstract_model(config) -> Transformer:

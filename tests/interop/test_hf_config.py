@@ -7,7 +7,13 @@ import pytest
 from flaxlm.config.load import load_config
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
-from flaxlm.interop.hf_config import FAMILIES, choose_family, read_config, write_config
+from flaxlm.interop.hf_config import (
+  FAMILIES,
+  choose_family,
+  read_class_names,
+  read_config,
+  write_config,
+)
 from flaxlm.interop.hf_fields import canonical, flatten_fields, windows_of
 from flaxlm.models.trees import nest
 
@@ -388,6 +394,44 @@ def test_what_would_be_computed_otherwise_is_refused(keys, message):
 def test_what_a_family_cannot_be_is_refused(name, keys, message):
   with pytest.raises(DataError, match=message):
     fields_of(HUB[name] | keys)
+
+
+TENTH = tuple(f"{i}." for i in range(11))  # 10 comes after 9, not after 1
+
+
+@pytest.mark.parametrize(
+  "keys, names",
+  [
+    ({}, ()),
+    ({"id2label": {"1": "pos", "0": "neg"}}, ("neg", "pos")),
+    ({"label2id": {"pos": 1, "neg": 0}}, ("neg", "pos")),
+    # transformers' own names beside those of the model are no contradiction.
+    ({"id2label": {"0": "b", "1": "a"}, "label2id": {"LABEL_0": 0}}, ("b", "a")),
+    ({"id2label": {f"{i}": f"{i}." for i in (10, *range(10))}}, TENTH),
+  ],
+)  # fmt: skip
+def test_classes_keep_the_numbers_of_the_file(keys, names):
+  assert read_class_names(keys) == names
+
+
+@pytest.mark.parametrize(
+  "keys, message",
+  [
+    ({"id2label": {"0": "a", "2": "b"}}, "id2label(?s:.*)0 2(?s:.*)0 to 1"),
+    ({"id2label": {"1": "a", "2": "b"}}, "0 to 1, each once"),
+    ({"label2id": {"a": 0, "b": 0}}, "label2id(?s:.*)0 to 1"),
+    ({"id2label": {"zero": "a"}}, "the numbers zero"),
+    ({"id2label": ["a", "b"]}, "an object"),
+    (
+      {"id2label": {"0": "neg", "1": "pos"}, "label2id": {"neg": 1, "pos": 0}},
+      "label2id(?s:.*)neg: 1(?s:.*)0, as in id2label",
+    ),
+    ({"id2label": {"0": "a", "1": "a"}, "label2id": {"a": 1}}, "label2id"),
+  ],
+)
+def test_classes_are_never_numbered_by_their_order(keys, message):
+  with pytest.raises(DataError, match=message):
+    read_class_names(keys)
 
 
 def test_fields_are_flat_or_nested():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import make_mesh
@@ -19,7 +20,7 @@ from flaxlm.runs.loop import train
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import list_steps
 from flaxlm.training.guards import StopSignal
-from flaxlm.training.manifest import read_manifest
+from flaxlm.training.manifest import read_manifest, write_manifest
 
 
 def run(config, workdir):
@@ -113,6 +114,64 @@ def test_a_classifier_starts_from_the_pooler(make_tiny, tmp_path, use_bias):
   if use_bias:
     np.testing.assert_array_equal(got.head.dense_bias[...], pooler.dense_bias[...])
   assert meta["new"] == ["head/classifier", "head/classifier_bias"]
+
+
+@pytest.fixture
+def classifier(make_tiny, tmp_path):
+  """Returns (config to fine-tune, function that stores the config of its source)."""
+  config = make_tiny()
+  config.task.kind, config.model.head, config.model.num_labels = (
+    "classify",
+    "sequence",
+    2,
+  )
+  config.init_from = str(tmp_path / "source")
+
+  def store(labels, head="sequence", num_labels=2, **meta):
+    source = make_tiny()
+    source.task.labels, source.task.kind = labels, "classify"
+    source.task.path, source.model.head = "x.csv", head
+    source.model.num_labels, source.model.causal = num_labels, False
+    source.task.kind = {"sequence": "classify", "token": "tag"}[head]
+    checkpoint = tmp_path / "source/checkpoints/4"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "source/config.json").write_text(config_to_json(source))
+    write_manifest(checkpoint, {"format": 1, "step": 4, "meta": meta})
+
+  return config, store
+
+
+def test_a_classifier_brings_its_classes(classifier):
+  config, store = classifier
+  store(("pos", "neg"))
+  labels = weights.class_labels(config)
+  assert labels.names == ("pos", "neg") and labels.numbered and labels.open
+  assert labels.owner == f"config.init_from={config.init_from}"
+  store(("pos", "neg"), labels_numbered=False)
+  assert not weights.class_labels(config).numbered
+  # New names are the user's to give, another order is not.
+  config.task.labels = ("good", "bad")
+  assert weights.class_labels(config).names == ("good", "bad")
+  config.task.labels = ("Neg", "Pos")
+  with pytest.raises(ConfigError, match=r"given:  Neg Pos(?s:.*)pos neg: the order of"):
+    weights.class_labels(config)
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    {"labels": ("a", "b", "c"), "num_labels": 3},
+    {"labels": ("a", "b"), "head": "token"},
+    {"labels": ()},
+  ],
+)
+def test_a_new_head_has_the_classes_of_its_data(classifier, source):
+  config, store = classifier
+  store(**source)
+  labels = weights.class_labels(config)
+  assert labels.names == () and not labels.owner and labels.open
+  config.task.labels = ("b", "a")
+  assert weights.class_labels(config).names == ("b", "a")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors
+from flaxlm.data.tasks.labels import Labels
 from flaxlm.data.tasks.records import choice_columns, columns
 from flaxlm.data.text.tables import Record, describe_value
 from flaxlm.tokenizer.chat_template import ChatTemplate, encode_chat
@@ -25,56 +26,6 @@ SHORTEST = 8  # tokens per row: special tokens, and a few of each text
 CUT = "longer than a row, cut"
 NO_TARGET = "nothing to predict in the row, dropped"
 MISPLACED = "answer not where its offset says, not learnt"
-
-
-class Labels:
-  """The classes of a task, numbered in the given order, or sorted when all are known.
-
-  `open` means that new names may still be added.
-  """
-
-  def __init__(self, names: Sequence[str] = ()):
-    self.names, self.open = tuple(names), not names
-    self._numbers = {name: number for number, name in enumerate(self.names)}
-
-  def number(self, value: object, record: Record, column: str) -> int:
-    """Returns the number of the class that a record names, or gives as a number.
-
-    Raises:
-      DataError: there is no such class, or no label.
-    """
-    if not isinstance(value, str | int) or value == "":
-      given = "no label" if value in ("", None) else describe_value(value)
-      raise record.wrong(f"{column}: {given}", "the name or number of a class")
-    name = str(value).lower() if isinstance(value, bool) else str(value)
-    if name in self._numbers:
-      return self._numbers[name]
-    if self.open:
-      self._numbers[name] = len(self._numbers)
-      return self._numbers[name]
-    if name.isdecimal() and int(name) < len(self.names) and not self.are_numbers():
-      return int(name)
-    known = " ".join(self.names[:10]) + " ..." * (len(self.names) > 10)
-    raise record.wrong(
-      f"{column}: unknown label {name!r}", f"one of the {len(self.names)}: {known}",
-      "--config.task.labels with all names, or other records",
-    )  # fmt: skip
-
-  def are_numbers(self) -> bool:
-    """Returns whether the names of all classes are whole numbers."""
-    return all(map(_is_number, self._numbers))
-
-  def close(self) -> np.ndarray:
-    """Fixes the order; returns the final number of each number given out so far."""
-    found = list(self._numbers)
-    if self.open:
-      order = sorted(found, key=int if self.are_numbers() else str)
-      self.__init__(order)
-    return np.array([self._numbers[name] for name in found], np.int32)
-
-
-def _is_number(name: str) -> bool:
-  return name.removeprefix("-").isdecimal()
 
 
 class Rows:

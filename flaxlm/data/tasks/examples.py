@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 
 from flaxlm import errors
 from flaxlm.data.batches.order import derive_key, permute
-from flaxlm.data.tasks.encode import Encoder, Labels, Rows, pack, split_key
+from flaxlm.data.tasks.encode import Encoder, Rows, pack, split_key
+from flaxlm.data.tasks.labels import Labels
 from flaxlm.data.tasks.records import (
   Records,
   choice_columns,
@@ -39,6 +40,7 @@ from flaxlm.tokenizer.word_offsets import Located
 
 IN_TRAINING_TOO = "validation records are training records too"  # a problem
 RECORDS_TOGETHER = 1024  # records that are tokenised together
+UNTAUGHT = "of the classes without a training example"
 
 
 @dataclasses.dataclass
@@ -61,6 +63,7 @@ class Examples:
   windows: np.ndarray  # int32, rows x 4
   contexts: list[tuple[str, Located]]
   answers: list[list[str]]  # the right answers to each question
+  numbered: bool = True  # whether a number in a record may stand for a class
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -146,6 +149,7 @@ def load_examples(
   num_threads: int = 1,
   chat_template: ChatTemplate | None = None,
   training: bool = True,
+  labels: Labels | None = None,
 ) -> tuple[Examples | None, Examples | None]:
   """Reads, checks and tokenises config.task's records; returns (train, validation).
 
@@ -156,6 +160,7 @@ def load_examples(
     causal: put bos and eos around texts, rather than [CLS] and [SEP].
     training: False reads only validation records, and train is None. The other records
       are read too if the names of the classes are not known.
+    labels: the classes; None = those of task.labels.
 
   Raises:
     ConfigError, MissingInputError, DataError: with file and line where they are known.
@@ -163,12 +168,12 @@ def load_examples(
   encoder = Encoder(task, tokenizer, seq_len, causal, num_threads, chat_template)
   separate, classes = has_validation(task), task.kind in ("classify", "tag")
   held_out = open_records(task, validation=True) if separate else None
-  labels = Labels(task.labels or find_label_names(held_out, encoder))
-  known = not classes or not labels.open
+  labels = labels or Labels(task.labels, numbered=classes)
+  labels = with_names(labels, held_out, encoder)
+  known = not classes or bool(labels.names)
   main = open_records(task) if training or not separate or not known else None
   check_same_columns(main, held_out, encoder)
-  if labels.open:
-    labels = Labels(find_label_names(main, encoder))
+  labels = with_names(labels, main, encoder)
   splits = {name: Rows(tokenizer.vocab_size) for name in ("train", "validation")}
   trained, validated = {}, {}  # how often each text occurs
   if main:
@@ -177,15 +182,13 @@ def load_examples(
     if not training and known:
       records = (pair for pair in records if pair[0] == "validation")
     encode_splits(encoder, count_known(records, trained, encoder), labels, splits)
-  renumber = labels.close() if classes else None
-  if classes and len(labels.names) < 2:
-    given = f"labels: {' '.join(labels.names) or 'none'}"
-    raise unusable(f"config.task.path={task.path}", given, "two classes or more")
+  renumber = close_labels(labels, task) if classes else None
   train = None
   if training:
     if not splits["train"].lengths:
       raise no_examples(main, splits["train"])
     train = to_examples(splits["train"], task, seq_len, labels, renumber)
+    train.problems.update(find_untaught(train))
   if held_out:
     records = (("validation", record) for record in held_out.read())
     encode_splits(encoder, count_known(records, validated, encoder), labels, splits)
@@ -198,9 +201,32 @@ def load_examples(
   return train, to_examples(splits["validation"], task, seq_len, labels, renumber)
 
 
-def find_label_names(records: Records | None, encoder: Encoder) -> tuple[str, ...]:
-  """Returns the names of the classes if the data set has them, as in TFDS."""
-  return records.class_names.get(encoder.columns[2], ()) if records else ()
+def with_names(labels: Labels, records: Records | None, encoder: Encoder) -> Labels:
+  """Returns the labels, named as in the data set if it names its classes, as in TFDS.
+
+  It gives names for its numbers itself: numbers elsewhere may mean other classes.
+  """
+  if labels.names or not records:
+    return labels
+  return Labels(records.class_names.get(encoder.columns[2], ()), numbered=False)
+
+
+def close_labels(labels: Labels, task: ConfigDict) -> np.ndarray:
+  """Returns what `labels.close` does. Raises DataError for less than two classes."""
+  renumber = labels.close()
+  if len(labels.names) < 2:
+    given = f"labels: {' '.join(labels.names) or 'none'}"
+    raise unusable(f"config.task.path={task.path}", given, "two classes or more")
+  return renumber
+
+
+def find_untaught(train: Examples) -> dict[str, int]:
+  """Returns how many classes have no example (all may be held out), as a problem."""
+  if train.kind not in ("classify", "tag"):
+    return {}
+  taught = train.token_labels if train.kind == "tag" else train.labels
+  count = len(train.label_names) - len(np.unique(taught[taught >= 0]))
+  return {UNTAUGHT: count} if count else {}
 
 
 def check_same_columns(
@@ -325,6 +351,7 @@ def to_examples(
     windows=np.array(rows.windows, np.int32).reshape(-1, 4),
     contexts=rows.contexts,
     answers=rows.answers,
+    numbered=labels.numbered,
     **flat,
   )
 

@@ -146,7 +146,9 @@ def squad_records(file: str) -> Iterator[Record]:
       for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
           number += 1
-          fields = {"context": paragraph["context"], "answers": [], **question}
+          fields = {"context": paragraph["context"], **question}
+          if fields.get("is_impossible") is True:  # may leave out its empty answers
+            fields.setdefault("answers", [])
           yield Record(fields, file, "question", number)
   except (KeyError, TypeError) as error:
     given = f"{type(error).__name__}: {error}"
