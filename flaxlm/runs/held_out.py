@@ -12,6 +12,7 @@ from flaxlm.data.tasks.scores import score_predictions
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.runs import weights
+from flaxlm.runs.binding import trained_config
 from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.program import open_feed, use_config_mesh
 from flaxlm.tokenizer.files import find_tokenizer
@@ -72,7 +73,8 @@ def evaluate_run(config, workdir: pathlib.Path, step: int | None) -> dict[str, f
 def _trained_labels(config, meta: dict) -> Labels:
   """Returns the classes that a checkpoint was trained with, which config must name."""
   kind, given = config.task.kind, config.task.labels
-  trained = tuple(meta.get("config", {}).get("task", {}).get("labels", ()))
+  before = trained_config(meta)
+  trained = before.task.labels if before else ()
   if kind in ("classify", "tag") and trained and trained != given:
     raise ConfigError(
       "config.task.labels", " ".join(given) or "none",
