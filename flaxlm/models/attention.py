@@ -111,7 +111,8 @@ class Attention(nnx.Module):
           q_BLNH[rows], k_BMKH, v_BMKH, q_segment_ids_BL=view.segment_ids_BL[rows],
           k_segment_ids_BM=cache.segment_ids_BM[rows],
           k_prefix_BM=None if k_prefix_BM is None else k_prefix_BM[rows],
-          q_offset=offset, sinks_N=_array_or_none(self.sinks), window=window,
+          q_offset=offset[rows] if offset.ndim else offset,
+          sinks_N=_array_or_none(self.sinks), window=window,
           backend=backend_with_cache(self.config.attention),
           **_mask_and_scale(self.config),
         )

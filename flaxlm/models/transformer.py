@@ -179,10 +179,7 @@ class Transformer(nnx.Module):
     x_BLD = self._embed_tokens(tokens_BL, positions_BL, token_types_BL)
     view = View.of(config, positions_BL, segment_ids_BL, prefix_BL)
     if cache is not None:
-      segment_ids_BM = jax.lax.dynamic_update_slice(
-        cache.segment_ids_BM, segment_ids_BL, (0, cache.length)
-      )
-      cache = dataclasses.replace(cache, segment_ids_BM=segment_ids_BM)
+      cache = cache.mark(segment_ids_BL)
     x_TD = constrain(join_rows(x_BLD), *_STREAM)
     x_TD = dropout(x_TD, config.dropout, dropout_key)
     first = config.num_first_layers

@@ -62,6 +62,7 @@ def attention(
   (gpt-oss, arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453).
 
   Args:
+    q_offset: one for all rows; or one per row, B, where keys are not cut into chunks.
     sliding_window: the value of an array `window` where it is not 0; splash needs it.
     backend: a name in choice.BACKENDS. Call one that is `per_device` in `shard_map`.
     axis_name: the mesh axis that splits the rows, for a backend that `splits_rows`.

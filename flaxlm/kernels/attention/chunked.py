@@ -53,6 +53,7 @@ def chunked_attention(
   softcap: float,
 ) -> jax.Array:
   """Returns what `attention` returns; a query that sees no key gets 0."""
+  assert jnp.ndim(q_offset) == 0, "blocks of keys are skipped for all rows alike"
   L, N = q_BLNH.shape[1:3]
   M, K = k_BMKH.shape[1:3]
   length, size = block_size(L), block_size(M)

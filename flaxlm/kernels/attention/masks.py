@@ -37,7 +37,7 @@ def visible(
   window,
 ) -> jax.Array:
   """Returns where a query sees a key, as booleans BLM; B is 1 if all rows agree."""
-  q_slot = (q_offset + jnp.arange(L))[None, :, None]
+  q_slot = jnp.asarray(q_offset).reshape(-1, 1, 1) + jnp.arange(L)[None, :, None]
   k_slot = jnp.arange(M)[None, None, :]
   mask = jnp.ones((1, L, M), bool)
   if causal:
