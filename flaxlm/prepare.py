@@ -34,7 +34,7 @@ def _log(line: str) -> None:
 
 def store_summary(report, seconds: float) -> str:
   """Returns the table of sources and the lines under it."""
-  from flaxlm.data.store.manifest import OVERLAP
+  from flaxlm.data.store.manifest import IN_BOTH_SPLITS
 
   store, tokenizer = report.store, report.tokenizer
   row = "{:<18}{:>12}{:>10}{:>16}{:>14}".format
@@ -47,7 +47,7 @@ def store_summary(report, seconds: float) -> str:
                        f"{part['bytes'] / 1e6:.2f}", f"{part['tokens']:,}",
                        f"{ratio:.2f}"))  # fmt: skip
     problems = dict(entry["problems"])
-    if overlap := problems.pop(OVERLAP, 0):
+    if overlap := problems.pop(IN_BOTH_SPLITS, 0):
       of = entry["validation"]["documents"]
       lines.append(
         f"  warning: {overlap:,} of {of:,} validation documents are training "

@@ -15,7 +15,7 @@ from flaxlm.tokenizer.files import AnyTokenizer, file_name
 STORE_FORMAT = 1
 MANIFEST_LIMIT = 1 << 30  # bytes; a shard takes 300
 SPLITS = ("train", "validation")
-OVERLAP = "validation document that is a training document too"  # a problem
+IN_BOTH_SPLITS = "validation document that is a training document too"  # a problem
 SOURCES_FILE = "sources.json"  # name, size and sha256 of each file that was read
 WORDS_FILE = "words.u1"  # one byte per id of the vocabulary: 1 if it continues a word
 
@@ -40,7 +40,7 @@ def make_manifest(
     for unit in unit_list:
       problems.update(unit["problems"])
     if overlap.get(name):
-      problems[OVERLAP] = overlap[name]
+      problems[IN_BOTH_SPLITS] = overlap[name]
     entries[name] = {"problems": dict(problems)}
     for split in SPLITS:
       shards = [unit["shards"][split] for unit in unit_list if split in unit["shards"]]
