@@ -28,6 +28,15 @@ def make_parser(doc: str, command: str) -> argparse.ArgumentParser:
   )
 
 
+def add_config(parser: argparse.ArgumentParser, text: str, **options) -> None:
+  """Adds --config, and --allow for a config file that others may write."""
+  parser.add_argument("--config", help=text, **options)
+  parser.add_argument(
+    "--allow", action="store_true",
+    help="run a config file even if other users may write it",
+  )  # fmt: skip
+
+
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None):
   """Returns (args, overrides); each `--config.key=value` is an override `key=value`."""
   if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions; this exits

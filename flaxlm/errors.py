@@ -16,19 +16,29 @@ import re
 _UNPRINTABLE = re.compile(
   "[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# user:password@ in an address, and the tokens of common services.
+SECRET = re.compile(
+  r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36,}"
+  r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9]{20,}|\bxox[abp]-[0-9A-Za-z-]{20,}"
+  r"|\bAKIA[0-9A-Z]{16}\b"
+)
 MAX_ECHO = 400  # characters of a given value in a message
 _MAX_LINE = 2000
 
 
 def printable(text: object, limit: int = MAX_ECHO) -> str:
-  """Returns a text in one line that is safe to print: escaped, and cut in the middle.
+  """Returns a text in one line that is safe to print: escaped and cut in the middle.
+
+  Passwords in addresses, and tokens of common services, are masked.
 
   Args:
     limit: characters of the text that are kept.
   """
   text = str(text)
+  length, half = len(text), 1 << 18
+  text = SECRET.sub("[secret]", text[:half] + text[half:][-half:])
   if len(text) > limit:
-    cut = f" ... {len(text) - limit} characters ... "
+    cut = f" ... {length - limit} characters ... "
     text = text[: limit - limit // 2] + cut + text[-(limit // 2) :]
   return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
   args, overrides = cli.parse_arguments(make_parser(), argv)
   if not args.config:
     raise ConfigError("--config", "nothing", "a config file", "configs/llama3_8b.py")
-  loaded = {path: load_config(path, overrides) for path in args.config}
+  loaded = {path: load_config(path, overrides, args.allow) for path in args.config}
   if args.html:
     files.check_output(args.html, f"--html={args.html}")
   if args.calibrate:
@@ -99,7 +99,7 @@ def _hardware_of(path: str, config, args):
 def make_parser():
   parser = cli.make_parser(__doc__, "plan")
   add = parser.add_argument
-  add("--config", action="append", help="a config file; may be repeated")
+  cli.add_config(parser, "a config file; may be repeated", action="append")
   add("--hardware", help="v5e:16x16, 2xv5p:8x8x8, h100x64, this; default: the config's")
   add("--search", action="store_true", help="find the fastest mesh, remat and passes")
   add(

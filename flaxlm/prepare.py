@@ -17,9 +17,9 @@ from flaxlm.config.load import load_config
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__, "prepare")
-  parser.add_argument("--config", required=True, help="a config file")
+  cli.add_config(parser, "a config file", required=True)
   args, overrides = cli.parse_arguments(parser, argv)
-  settings = load_config(args.config, overrides)
+  settings = load_config(args.config, overrides, args.allow)
 
   from flaxlm.data.store import build  # after --help has been answered
 

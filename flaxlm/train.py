@@ -20,9 +20,7 @@ from flaxlm.training.guards import StopSignal
 
 def main(argv: list[str] | None = None) -> None:
   parser = cli.make_parser(__doc__, "train")
-  parser.add_argument(
-    "--config", help="a config file; default: the one stored in --workdir"
-  )
+  cli.add_config(parser, "a config file; default: the one stored in --workdir")
   parser.add_argument("--workdir", help="directory of the run")
   parser.add_argument(
     "--describe", action="store_true", help="print the table of weights and stop"
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = "a new directory or one of a run (--describe needs only --config)"
     raise ConfigError("--workdir", "nothing", needed, "runs/a")
   if args.config:
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, overrides, args.allow)
   else:
     config = load_run_config(args.workdir, overrides)
   if args.describe:

@@ -3,6 +3,7 @@
 import pytest
 
 from flaxlm import errors
+from flaxlm.config.load import load_config
 
 HOSTILE = {
   "a command to the terminal": "\x1b]0;title\x07\x1b[2J",
@@ -40,3 +41,30 @@ def test_what_the_system_refuses_is_told_apart():
 
   assert [code(2), code(13), code(28), code(30)] == [66, 74, 74, 73]
   assert [code(n, writing=True) for n in (2, 13, 20, 21, 28, 5)] == [73] * 4 + [74] * 2
+
+
+# Put together here, so that no scanner takes them for real ones.
+SECRETS = [
+  "s3://me:" + "pass%2Fword@bucket/x",
+  "hf_" + "aB3" * 11,
+  "ghp_" + "aB3" * 12,
+  "sk-" + "aB3" * 10,
+  "AKIA" + "ABCD" * 4,
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_secrets_are_masked_in_messages_and_kept_out_of_configs(secret):
+  shown = str(errors.DataError(f"a {secret} b", secret, secret, secret))
+  assert shown.count("[secret]") == 4 and "aB3" not in shown and "pass" not in shown
+  for key in ("data.store", "data.sources.main.path", "task.labels", "init_from"):
+    with pytest.raises(errors.ConfigError, match="no password or token") as caught:
+      load_config("quickstart", [f"{key}={secret}"])
+    assert secret not in str(caught.value)
+
+
+def test_paths_that_look_a_little_like_secrets_are_left_alone():
+  for text in ("data/sk-learn-data-sets-2020", "hf_datasets_wikipedia_2026_11", "a:b@c",
+               "gs://bucket/a@b:c", "s3://bucket:x/y"):  # fmt: skip
+    assert errors.printable(text) == text
+    load_config("quickstart", [f"data.store={text}"])

@@ -7,7 +7,7 @@ Each table is the one owner of its fact. The code that acts on a choice ends in 
 import difflib
 import math
 
-from flaxlm.errors import ConfigError
+from flaxlm.errors import SECRET, ConfigError
 from flaxlm.kernels.attention.choice import ATTENTION_CHOICES
 
 # The head that a model needs for an objective, and for a task.
@@ -145,8 +145,12 @@ def check_value(name: str, key: str, value: object) -> None:
   needed = number_needed(key, value)
   if needed:
     raise ConfigError(name, value, needed)
-  if isinstance(value, str) and "\0" in value:
-    raise ConfigError(name, value, "a text without NUL characters")
+  for text in value if isinstance(value, tuple) else (value,):
+    if isinstance(text, str) and "\0" in text:
+      raise ConfigError(name, text, "a text without NUL characters")
+    if isinstance(text, str) and SECRET.search(text):
+      needed = "no password or token: a config is stored, printed and shared"
+      raise ConfigError(name, text, needed, "credentials in the environment")
 
 
 def number_needed(key: str, value: object) -> str:

@@ -11,7 +11,9 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
+import stat
 import sys
 import traceback
 import types
@@ -32,16 +34,21 @@ _INSTALLED = _PACKAGE / "configs"  # where a wheel puts the shipped configs: set
 _CLONE = _PACKAGE.parent
 
 
-def load_config(name: str | pathlib.Path, overrides: list[str] = ()) -> ConfigDict:
+def load_config(
+  name: str | pathlib.Path, overrides: list[str] = (), allow: bool = False
+) -> ConfigDict:
   """Returns the config that `name` gives, with `key=value` texts applied, checked.
 
   Args:
     name: a Python file with `get_config()`; a run's config.json, to change a few knobs
       of an earlier run; or the bare name of a shipped config, such as `llama3_8b`.
+    allow: run a Python file even if other users may write it.
   """
   file = find_config(name)
   if file.suffix == ".json":
     return config_from_json(file.read_bytes(), overrides, file)
+  if not allow:
+    _check_writers(file)
   try:
     config = _run_config_file(file)
   except Exception as error:
@@ -82,6 +89,29 @@ def shipped_configs() -> list[pathlib.Path]:
   """Returns the files of the configs that come with flaxlm."""
   folder = _INSTALLED if _INSTALLED.is_dir() else _CLONE / "configs"
   return sorted(folder.glob("[!_]*.py"))
+
+
+def _check_writers(file: pathlib.Path) -> None:
+  """Raises ConfigError if other users may write what a config file would run.
+
+  That is the file, those beside it that it may import, and their directory, unless it
+  has the sticky bit, as /tmp has. The user's own group is trusted.
+  """
+  text = file.read_text(errors="replace")
+  beside = [path for path in file.parent.glob("*.py") if path.stem in text]
+  for path in (file.absolute().parent, file, *beside):
+    status = path.stat()
+    group = status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid())
+    if not (status.st_mode & stat.S_IWOTH or group):
+      continue
+    if path.is_dir() and status.st_mode & stat.S_ISVTX:
+      continue
+    raise ConfigError(
+      f"--config={file}",
+      f"{path}, mode {stat.S_IMODE(status.st_mode):o}: others may change what it runs",
+      "a file and a directory that only you can write",
+      f"chmod go-w {path}, or --allow",
+    )
 
 
 def _run_config_file(file: pathlib.Path) -> ConfigDict:

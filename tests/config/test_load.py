@@ -259,3 +259,40 @@ def test_wrong_numbers_are_refused_at_once():
     with pytest.raises(ConfigError):
       load_config("quickstart", [f"model.{override}", "model.unroll=7"])
   assert time.process_time() - started < 5
+
+
+CONFIG = "from flaxlm.config.base import get_config\n"
+
+
+def test_a_config_that_others_may_write_is_not_run(tmp_path):
+  tmp_path.chmod(0o755)
+  file, other = tmp_path / "mine.py", tmp_path / "other.py"
+  file.write_text("from . import other\n" + CONFIG)
+  other.write_text("")
+  for path, mode, refused in (
+    (file, 0o644, False),
+    (file, 0o666, True),
+    (file, 0o602, True),
+    (other, 0o646, True),
+    (tmp_path, 0o777, True),
+    (tmp_path, 0o1777, False),
+  ):
+    before = path.stat().st_mode
+    path.chmod(mode)
+    if refused:
+      with pytest.raises(ConfigError, match=r"others may change(.|\n)*--allow"):
+        load_config(file)
+      load_config(file, (), True)
+    else:
+      load_config(file)
+    path.chmod(before)
+  (tmp_path / "unused.py").write_text("")
+  (tmp_path / "unused.py").chmod(0o666)
+  load_config(file)
+
+
+def test_a_stored_config_runs_nothing_whoever_may_write_it(tmp_path):
+  file = tmp_path / "config.json"
+  file.write_text(config_to_json(base.get_config()))
+  file.chmod(0o666)
+  load_config(file)
