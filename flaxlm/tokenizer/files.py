@@ -100,7 +100,7 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
     return FastTokenizer(word_piece(file, content, FilesBeside(file.parent)))
   try:
     return Tokenizer(content)
-  except RuntimeError as error:
+  except errors.DataError as error:
     raise errors.DataError(
       f"config.tokenizer.path={path} is not a SentencePiece model",
       f"{file.absolute()}, {len(content)} bytes",
@@ -138,7 +138,7 @@ def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
   """Returns whether a model has the pieces and special tokens of a tokenizer.json."""
   try:
     own = Tokenizer(model.read_bytes())
-  except RuntimeError:  # files of tiktoken have this name too
+  except errors.DataError:  # files of tiktoken have this name too
     return False
   tree = read_json(whole)
   added = tree["added_tokens"] or []

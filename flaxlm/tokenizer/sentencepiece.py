@@ -200,10 +200,20 @@ class Tokenizer:
 
 
 def _load(model: bytes):
+  """Returns the library's processor; DataError if it cannot read the model."""
   import sentencepiece
 
   processor = sentencepiece.SentencePieceProcessor()
-  processor.LoadFromSerializedProto(model)
+  try:
+    processor.LoadFromSerializedProto(model)
+    processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
+  except (RuntimeError, UnicodeDecodeError) as error:
+    reason = str(error).rpartition("] ")[2] or "not what SentencePiece writes"
+    raise errors.DataError(
+      "a SentencePiece model cannot be read",
+      f"{len(model)} bytes: {reason}",
+      "an undamaged .model file of SentencePiece",
+    ) from error
   return processor
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from flaxlm import errors
-from flaxlm.config.load import config_to_json
+from flaxlm.config.load import config_to_json, load_config
+from flaxlm.data.store.build import build_store
 from flaxlm.data.store.shards import Store
 from flaxlm.interop.export_run import export_model
 from flaxlm.models.trees import named_leaves
@@ -120,6 +121,16 @@ def open_store(path: pathlib.Path):
   return found
 
 
+def finish_store(home: pathlib.Path, project: pathlib.Path):
+  """An interrupted preparation, once it has been finished."""
+  copy = home / "finished"
+  shutil.rmtree(copy, ignore_errors=True)
+  shutil.copytree(home / "half", copy)
+  config = load_config(project / "config.py", [f"data.store={copy}"])
+  build_store(config.data, config.tokenizer, lambda line: None)
+  return open_store(copy)
+
+
 def try_door(door, expected) -> str:
   """Returns what is wrong with how a door takes damage; "" if nothing is."""
   try:
@@ -179,3 +190,8 @@ def test_run_directory(places, rng, capsys, name):
 
 def test_store(places, rng):
   soak(90, places / "store", functools.partial(open_store, places / "store"), rng)
+
+
+def test_unfinished_store(places, project, rng):
+  door = functools.partial(finish_store, places, project)
+  soak(60, places / "half", door, rng)

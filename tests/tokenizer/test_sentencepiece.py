@@ -175,6 +175,9 @@ def test_wrong_model_files(tmp_path, bpe):
   (tmp_path / "x.model").write_bytes(bpe.model[: len(bpe.model) // 2])
   with pytest.raises(errors.DataError, match="not a SentencePiece model"):
     load_tokenizer(tmp_path / "x.model")
+  for damaged in (b"", b"junk", bpe.model.replace("▁".encode(), b"\xe2\x96\xff", 1)):
+    with pytest.raises(errors.DataError, match="SentencePiece model cannot be read"):
+      Tokenizer(damaged)  # as stores and runs open theirs
   (tmp_path / "x.model").write_bytes(bpe.model)
   assert load_tokenizer(tmp_path / "x.model").sha256 == bpe.sha256
 

@@ -12,7 +12,6 @@ from flaxlm.tokenizer.files import (
   file_name,
   find_tokenizer,
   load_tokenizer,
-  open_tokenizer,
 )
 from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
@@ -34,7 +33,7 @@ def make_tokenizer(
     ConfigError: these settings cannot be trained, or the tokenizer lacks a symbol.
   """
   if path := find_tokenizer(root):
-    return open_tokenizer(path.read_bytes())
+    return load_tokenizer(path)
   if knobs.path:
     tokenizer = load_tokenizer(knobs.path)
   else:
