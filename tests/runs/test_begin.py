@@ -2,11 +2,16 @@
 
 import types
 
+import pytest
+
+from flaxlm.errors import DataError
+from flaxlm.runs import begin
 from flaxlm.runs.begin import Start, describe_checkpoint, rows_read
 
 
-def feed():
-  return types.SimpleNamespace(fingerprint="x", tokenizer_sha256="", chat_template=None)
+def feed(**changes):
+  fields = {"fingerprint": "x", "tokenizer_sha256": "", "chat_template": None}
+  return types.SimpleNamespace(**fields | {"examples": None} | changes)
 
 
 def start(**changes) -> Start:
@@ -33,6 +38,22 @@ def test_counters_are_exact_beyond_32_and_53_bits(tiny):
   step = 2**31 - 1
   meta = describe_checkpoint(tiny, feed(), start(), step)
   assert meta["tokens"] == (2**20 + 1) ** 2 * step > 2**63
+
+
+def test_a_checkpoint_says_whether_its_classes_have_numbers_by_decision(tiny):
+  for numbered in (True, False):
+    examples = types.SimpleNamespace(numbered=numbered)
+    meta = describe_checkpoint(tiny, feed(examples=examples), start(), 5)
+    assert meta["labels_numbered"] is numbered
+  assert "labels_numbered" not in describe_checkpoint(tiny, feed(), start(), 5)
+
+
+def test_weights_and_data_of_two_tokenizers_do_not_meet():
+  begin._check_tokenizer("a" * 64, feed(tokenizer_sha256="a" * 64), "runs/a")
+  begin._check_tokenizer("", feed(tokenizer_sha256="a" * 64), "runs/a")
+  begin._check_tokenizer("a" * 64, feed(), "runs/a")  # random tokens
+  with pytest.raises(DataError, match=r"given:  b{12}\n  needed: a{12}, of runs/a"):
+    begin._check_tokenizer("a" * 64, feed(tokenizer_sha256="b" * 64), "runs/a")
 
 
 def test_a_checkpoint_names_the_template_and_the_weights_under_adapters(tiny):

@@ -38,3 +38,16 @@ def test_schedules_reach_their_marks(schedule, halfway, last):
   assert (
     float(make_schedule(schedule=schedule, **SCHEDULE | {"warmup_steps": 0})(0)) == 1.0
   )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 1), (3, 3)])
+def test_the_shortest_runs_have_a_rate(schedule, num_steps, warmup_steps):
+  length = {"num_steps": num_steps, "warmup_steps": warmup_steps}
+  rate = make_schedule(schedule=schedule, **SCHEDULE | length)
+  rates = [float(rate(step)) for step in range(num_steps + 1)]
+  assert all(0 < r <= 1 for r in rates) and max(rates) == 1.0
+  rate = make_schedule(
+    schedule=schedule, **SCHEDULE | length | {"peak_learning_rate": 0.0}
+  )
+  assert [float(rate(step)) for step in range(num_steps + 1)] == [0.0] * (num_steps + 1)
