@@ -91,9 +91,13 @@ def read_unit(path: pathlib.Path, root: pathlib.Path, tokenizer: AnyTokenizer) -
     raise broken(path, "its contents do not match their check")
   if unit.get("tokenizer", tokenizer.sha256) != tokenizer.sha256:
     raise broken(path, f"another tokenizer made it, not that of {root}")
-  for shard in unit["shards"].values():
-    file = root / f"{shard['name']}.ids"
-    size = shard["tokens"] * np.dtype(dtype_of(tokenizer)).itemsize
+  try:
+    sizes = {shard["name"]: shard["tokens"] for shard in unit["shards"].values()}
+  except (KeyError, TypeError) as error:
+    raise broken(path, f"no unit of a store ({error})") from None
+  for name, tokens in sizes.items():
+    file = root / f"{name}.ids"
+    size = tokens * np.dtype(dtype_of(tokenizer)).itemsize
     found = file.stat().st_size if file.exists() else "missing"
     if found != size or not file.with_suffix(".index").exists():
       raise broken(file, f"{found} bytes with its index, not {size}")

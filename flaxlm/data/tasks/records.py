@@ -165,7 +165,7 @@ def conll_records(
   """
   rows, first = [], 0
   for number, line in numbered_lines(file):
-    line = without_newline(line)
+    line = without_newline(line, f"{file} line {number}")
     # Other white space separates nothing: a no-break space is part of a word.
     spaced = [value for value in line.split(" ") if value]
     values = line.split("\t") if "\t" in line else spaced

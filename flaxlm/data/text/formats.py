@@ -306,6 +306,8 @@ def _check_text(path: str, start: bytes) -> None:
     given = describe_bytes(start)
   elif tfrecord_length(start[: TFRECORD_HEADER.size]) >= 0:
     given = "it looks like a TFRecord file"
+  elif text.count("\0") * 4 > len(text) >= 8:
+    given = "it looks like UTF-16 or UTF-32 without a byte order mark"
   elif 32 <= bad > len(text) / 10:
     given = f"bytes of which {bad / len(text):.0%} are no text"
   else:

@@ -87,9 +87,13 @@ def numbered_lines(file: str) -> Iterator[tuple[int, str]]:
     raise damaged_file(file, error, "a whole file of records") from error
 
 
-def without_newline(line: str) -> str:
-  """Returns a line without the LF or CR LF that ends it."""
-  return line.removesuffix("\n").removesuffix("\r")
+def without_newline(line: str, place: str) -> str:
+  """Returns a line without the LF or CR LF that ends it; DataError for another CR."""
+  line = line.removesuffix("\n").removesuffix("\r")
+  if "\r" in line:
+    given = f"a CR after {line.partition(chr(13))[0][:40]!r}"
+    raise unusable(place, given, "lines that end in LF or CR LF")
+  return line
 
 
 def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
@@ -115,7 +119,7 @@ def csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
 def tsv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
   """Yields (line, values); quotes have no special meaning, as in GLUE."""
   for number, line in numbered_lines(file):
-    line = without_newline(line)
+    line = without_newline(line, f"{file} line {number}")
     if line.strip(" "):
       yield number, line.split("\t")
 

@@ -88,6 +88,9 @@ CUT = gzip.compress(b"text,label\n" * 99, mtime=0)[:30]
     ("x.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "SQuAD"),
     ("x.json", '{"data"', "x.json cannot be read(?s:.*)JSON object"),
     ("x.conll", "a O\nb\n", "x.conll line 2"),
+    ("x.csv", "text,label\ra,b\rc,d\r", "x.csv line 1(?s:.*)LF or CR LF"),
+    ("x.tsv", "text\tlabel\ra\tb\r", "x.tsv line 1(?s:.*)LF or CR LF"),
+    ("x.conll", "a O\rb O\r", "x.conll line 1(?s:.*)LF or CR LF"),
     ("x.csv.gz", CUT, "cannot be read to its end"),
   ],
 )

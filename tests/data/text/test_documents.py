@@ -289,7 +289,8 @@ def test_what_is_no_text_is_refused(tmp_path):
     (b"\x04\x22\x4d\x18abc", "lz4"),
     (noise, "no text"),
     (b"%PDF-1.7\n" + noise, "no text"),
-    (("text without a mark " * 9).encode("utf-16-le"), "no text"),
+    (("text without a mark " * 9).encode("utf-16-le"), "UTF-16"),
+    ("a short text".encode("utf-32-be"), "UTF-32"),
   ]:
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(errors.DataError, match=f"holds no text\n.*{kind}"):
