@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load(path, step: int | None = None, mesh=None):
-  """Loads a trained model; returns a `LanguageModel` (inference/language_model.py).
+  """Loads a trained model to ask; returns a `LanguageModel`. See flaxlm/LIBRARY.md.
 
   Args:
     path: a run (`runs/a`), one of its checkpoints (`runs/a/checkpoints/500`), or a

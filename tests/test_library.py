@@ -1,6 +1,8 @@
 """A model is opened where it lies, and a run and its export are the same model."""
 
 import json
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +23,16 @@ from flaxlm.models.trees import named_leaves, nest
 from flaxlm.runs.directory import RunFiles, load_run_config
 from flaxlm.training.checkpoint import Checkpointer
 
+PAGE = pathlib.Path(flaxlm.__file__).parent / "LIBRARY.md"
+PLAIN = """{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
 
 def save_run(config, workdir, tokenizer=None, step=7):
   """Writes a run whose weights are random; returns the model."""
   model = Transformer(TransformerConfig(**config.model), nnx.Rngs(3))
   files = RunFiles(workdir)
-  workdir.mkdir()
+  workdir.mkdir(parents=True)
   with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
     meta = {"step": step, "tokenizer_sha256": tokenizer.sha256 if tokenizer else ""}
     checkpoints.save(step, {"model": nest(named_leaves(model))}, meta)
@@ -44,6 +50,33 @@ def saved(tmp_path_factory, make_tiny, bpe):
   save_run(config, home / "run", bpe)
   export_model(config, home / "run", home / "exported")
   return home
+
+
+def test_the_examples_of_the_page_run(make_tiny, bpe, tmp_path, monkeypatch, capsys):
+  pytest.importorskip("jinja2", reason="chat templates need jinja2: the extra `hf`")
+  config = make_tiny()
+  config.tokenizer.vocab_size, config.data.seq_len = bpe.vocab_size, 64
+  config.model.num_layers = 1
+  save_run(config, tmp_path / "runs/quickstart", bpe)
+  shutil.copytree(tmp_path / "runs/quickstart", tmp_path / "runs/chat")
+  (tmp_path / "runs/chat/chat_template.jinja").write_text(PLAIN)
+  config.model.causal, config.model.num_segment_types = False, 2
+  config.model.head, config.objective.kind = "mlm", "masked"
+  save_run(config, tmp_path / "runs/bert", bpe)
+  config.model.head, config.model.num_labels = "sequence", 2
+  config.task.kind, config.task.labels = "classify", ("code", "prose")
+  config.task.path = "topics.jsonl"
+  save_run(config, tmp_path / "runs/topics", bpe)
+  monkeypatch.chdir(tmp_path)
+  blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+  assert len(blocks) == 7
+  names = {}
+  for block in blocks:
+    exec(compile(block, str(PAGE), "exec"), names)
+  assert names["best"] in ("code", "prose") and len(names["guesses"]) == 3
+  assert len(names["texts"]) == 2 and isinstance(names["answer"], str)
+  assert names["vectors"].shape == (2, 32) and names["writing"].finish != ["stop"]
+  assert "fill_mask(text)" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_importing_flaxlm_imports_no_jax():

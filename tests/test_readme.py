@@ -29,7 +29,9 @@ READMES = sorted(
   for path in ROOT.rglob("README.md")
   if not SKIPPED & set(path.relative_to(ROOT).parts)
 )
-ALL_PAGES = [*READMES, ROOT / "tests/benchmarks/RESULTS.md"]
+LIBRARY = ROOT / "flaxlm/LIBRARY.md"  # test_library.py runs its examples
+READMES_AND_LIBRARY = [*READMES, LIBRARY]
+ALL_PAGES = [*READMES_AND_LIBRARY, ROOT / "tests/benchmarks/RESULTS.md"]
 MAX_WORDS = 30  # in a sentence
 STARTS = ("python ", "bash ", "flaxlm ", "pip ", "source ", "docker ", "pytest ")
 PLACEHOLDERS = {"...", "COMMAND", "NAME"}
@@ -232,7 +234,7 @@ def test_the_first_page_is_one_page():
   assert (ROOT / "README.md").read_text().count("\n") <= 150
 
 
-@of_each(READMES)
+@of_each(READMES_AND_LIBRARY)
 def test_sentences_are_short(page):
   for sentence in sentences(blocks(page)[0]):
     words = [word for word in sentence.split() if re.search(r"\w", word)]
@@ -253,7 +255,7 @@ def test_paths_and_links_exist(page):
       assert any((place / code).exists() for place in places), code
 
 
-@of_each(READMES)
+@of_each(READMES_AND_LIBRARY)
 def test_commands_are_understood(page, in_root, monkeypatch):
   for words in commands(page):
     try:
@@ -262,7 +264,7 @@ def test_commands_are_understood(page, in_root, monkeypatch):
       raise AssertionError(f"{shlex.join(words)}: {error}") from error
 
 
-@of_each(READMES)
+@of_each(READMES_AND_LIBRARY)
 def test_knobs_exist(page):
   lines, _ = blocks(page)
   flat = flatten(base.get_config())
