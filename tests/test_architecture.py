@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from flaxlm.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -149,6 +151,7 @@ def test_flax_is_used_as_plain_pytrees():
     assert used <= allowed, f"{path} uses nnx.{used - allowed}"
 
 
+@pytest.mark.faults
 def test_no_pickle_no_eval_no_hidden_defaults():
   for path in FILES:
     for node in ast.walk(parse(path)):

@@ -193,6 +193,7 @@ def test_a_command_repeats_itself(project, command):
   assert first.splitlines()[0] == again.splitlines()[0]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   "moment",
   [
@@ -222,6 +223,7 @@ def test_killed_and_resumed_is_bit_equal(project, tmp_path, moment):
   assert_same_run(project / "straight", tmp_path / "run")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -264,6 +266,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(project, tmp_path):
   assert "nothing to do" in run(*command)
 
 
+@pytest.mark.faults
 def test_a_damaged_checkpoint_is_noticed_and_an_older_one_used(project, tmp_path):
   command = "train", f"--config={project}/config.py", f"--workdir={tmp_path}/run"
   shutil.copytree(project / "straight", tmp_path / "run")
@@ -316,6 +319,7 @@ def test_a_directory_in_use_is_refused(project, tmp_path):
   first.communicate()
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_what_does_not_fit_the_run_is_refused(project, tmp_path):
   workdir = f"--workdir={project}/straight"
@@ -342,6 +346,7 @@ def test_what_does_not_fit_the_run_is_refused(project, tmp_path):
   assert "holds no model" in message
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_numbers_that_stay_bad_stop_the_run(project, tmp_path):
   message = run(

@@ -15,6 +15,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", HOSTILE)
 def test_values_in_a_message_are_harmless_text(case):
   value = HOSTILE[case]

@@ -95,6 +95,7 @@ def bad_places(tmp_path):
   return [tmp_path / "absent" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 300)]
 
 
+@pytest.mark.faults
 def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path, bad_places):
   files.check_output(tmp_path / "x", "--html")
   files.check_output(tmp_path / "new" / "x", "--html", parents=True)
@@ -136,6 +137,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     pass
 
 
+@pytest.mark.faults
 def test_a_draft_of_a_killed_process_is_replaced_and_no_other(tmp_path):
   draft = tmp_path / "out.unfinished"
   (draft / "folder").mkdir(parents=True)
@@ -150,6 +152,7 @@ def test_a_draft_of_a_killed_process_is_replaced_and_no_other(tmp_path):
   assert os.listdir(tmp_path / "out") == ["whole"]
 
 
+@pytest.mark.faults
 def test_what_time_mends_is_tried_again_and_nothing_else(monkeypatch, capsys):
   monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
 

@@ -30,6 +30,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_plain_json_object_is_refused_by_the_file(tmp_path, case):
   text, reason = REFUSED[case]

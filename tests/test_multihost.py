@@ -230,6 +230,7 @@ def test_four_devices_in_several_processes_are_as_in_one(home, count):
     assert [float.fromhex(x) for x in found[axis]] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.faults
 def test_four_processes_then_two_then_one_are_one_run(home, straight, tmp_path):
   """SIGTERM to one of four, kill -9 to one of two: the curve does not change."""
   run = tmp_path / "run"
@@ -264,6 +265,7 @@ def test_four_processes_then_two_then_one_are_one_run(home, straight, tmp_path):
   assert list(found.values()) == pytest.approx(list(straight.values()), rel=1e-5)
 
 
+@pytest.mark.faults
 def test_a_host_with_another_config_is_named_by_all(home):
   _, codes, output = talk(home, 3, "config", 1)
   assert codes == [2, 2, 2]
@@ -273,6 +275,7 @@ def test_a_host_with_another_config_is_named_by_all(home):
     assert len(text.splitlines()) <= 5
 
 
+@pytest.mark.faults
 def test_a_host_that_lags_behind_is_named(home):
   _, codes, output = talk(home, 2, "absent", 1)
   what = "process 1 of 2 did not reach the data within 2 s"
@@ -280,6 +283,7 @@ def test_a_host_that_lags_behind_is_named(home):
   assert output[1] == f"flaxlm: process 0 failed: {what}; process 1 ends with it\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("fault", "code"), [("raise", 70), pytest.param("data", 65, marks=pytest.mark.slow)]
 )
@@ -297,6 +301,7 @@ def test_a_process_that_fails_ends_the_job_with_one_message(home, fault, code):
     assert output[i] == line
 
 
+@pytest.mark.faults
 def test_a_process_that_is_killed_ends_the_job(home):
   job, codes, output = talk(home, 3, "kill", 1)
   assert codes == [75, -9, 75], output
@@ -306,12 +311,14 @@ def test_a_process_that_is_killed_ends_the_job(home):
     assert output[i] == line
 
 
+@pytest.mark.faults
 def test_the_process_that_holds_the_service_is_killed(home):
   job, codes, output = talk(home, 2, "kill", 0)
   assert codes[0] == -9 and codes[1] in (75, -signal.SIGABRT), output
   assert job.seconds_since_the_fault(output[0]) < 15
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("faulty", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_hangs_shows_where(home, faulty):
   job, codes, output = talk(home, 2, "hang", faulty)

@@ -301,3 +301,25 @@ def test_commands_are_found_in_the_pages():
     assert any(text.startswith(f"python -m flaxlm.{name} ") for text in found), name
   assert sum(text.startswith("bash launch/") for text in found) >= 15
   assert sum(text.startswith("python tests/benchmarks/") for text in found) >= 8
+
+
+# The table of faults ---------------------------------------------------------------
+
+
+def test_the_table_of_faults_names_tests_that_are_marked():
+  rows = re.findall(
+    r"^\| ([BFNS]\d+) \|.*\| (.+) \|$", (ROOT / "tests/README.md").read_text(), re.M
+  )
+  counts = {"B": 23, "F": 32, "N": 9, "S": 16}
+  cases = [f"{kind}{i}" for kind, count in counts.items() for i in range(1, count + 1)]
+  of_the_server = {f"S{i}" for i in range(8, 14)}
+  assert [case for case, _ in rows] == [c for c in cases if c not in of_the_server]
+  for case, tests in rows:
+    named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", tests)
+    assert named or tests.startswith("none: "), f"{case} has neither tests nor a reason"
+    for file, name in named:
+      tree = ast.parse((ROOT / file).read_text())
+      found = [node for node in tree.body if getattr(node, "name", "") == name]
+      assert found, f"{case}: {file} has no {name}"
+      marks = [ast.unparse(decorator) for decorator in found[0].decorator_list]
+      assert "pytest.mark.faults" in marks, f"{case}: {name} is not marked"

@@ -22,6 +22,7 @@ def load(*overrides):
   return load_config(ROOT / "configs/base.py", overrides)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("override", "message"),
   [
@@ -62,6 +63,7 @@ def test_a_wrong_value_is_refused_in_five_lines(override, message):
   assert text.startswith("config.") or override == "seed"
 
 
+@pytest.mark.faults
 def test_values_are_read_as_the_type_of_the_knob():
   config = load(
     "num_steps=1e3",
@@ -84,6 +86,7 @@ def test_linked_knobs_follow_until_they_are_set():
   assert (config.model.max_len, config.data.seq_len) == (512, 256)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("line", "message"),
   [
@@ -108,6 +111,7 @@ def test_a_wrong_config_file_is_refused_like_a_wrong_flag(tmp_path, line, messag
   assert len(str(error.value).splitlines()) <= 5
 
 
+@pytest.mark.faults
 def test_a_missing_file_names_those_that_exist():
   with pytest.raises(
     MissingInputError, match=r"(?s)quikstart.py does not exist.*configs/quickstart.py"
@@ -225,6 +229,7 @@ WRONG = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("key", WRONG)
 def test_a_stored_value_of_another_kind_or_range_is_refused_by_its_key(key):
   for value in WRONG[key]:
@@ -252,6 +257,7 @@ def test_a_damaged_config_file_is_named(text, tmp_path):
     load_config(file)
 
 
+@pytest.mark.faults
 def test_wrong_numbers_are_refused_at_once():
   """The divisors that a message offers are not searched for one by one."""
   started = time.process_time()

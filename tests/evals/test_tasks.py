@@ -71,6 +71,7 @@ def test_a_limit_takes_the_first_of_the_same_random_order(task):
   assert task(changed, **CHOICE).sha256 != whole.sha256
 
 
+@pytest.mark.faults
 def test_an_archive_holds_several_files(tmp_path):
   with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
     for name in ("b/one.jsonl", "b/two.jsonl"):

@@ -344,6 +344,7 @@ def test_every_spelling_of_rope():
   assert rope(rope_scaling=deepseek)["rope.attention_factor"] == pytest.approx(factor)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("keys", "message"),
   [

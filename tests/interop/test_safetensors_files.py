@@ -93,6 +93,7 @@ def test_arrays_are_drawn_one_at_a_time(tmp_path):
     write_safetensors(tmp_path, specs, iter([("b", ARRAYS["b"])]))
 
 
+@pytest.mark.faults
 def test_an_index_that_does_not_fit_its_shards(tmp_path):
   names = write(tmp_path, max_shard=60)
   index = tmp_path / "model.safetensors.index.json"
@@ -135,6 +136,7 @@ def entry(shape=(2,), start=0, end=8, dtype="F32") -> dict:
   return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("content", "message"),
   [

@@ -133,6 +133,7 @@ class Evil:
     return os.mkdir, (os.fspath(self.path),)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("new", LAYOUTS)
 def test_nothing_is_run(new, tmp_path):
   trap = tmp_path / "trap"
@@ -167,6 +168,7 @@ def rewrite(path, change) -> pathlib.Path:
   return out
 
 
+@pytest.mark.faults
 def test_damaged_archives_are_refused(tmp_path):
   path = save({"w": torch.arange(64.0)}, tmp_path / "x.bin")
 
@@ -234,6 +236,7 @@ def test_tensors_outside_of_their_storage_are_refused(old, new, tmp_path):
     read_torch(rewrite(path, swap))
 
 
+@pytest.mark.faults
 def test_no_byte_of_a_pickle_can_do_harm(tmp_path):
   """Changing any byte gives the same tensors, other names or a DataError."""
   path = save({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "x.bin")

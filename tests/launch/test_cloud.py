@@ -24,6 +24,7 @@ def call(before, name="a"):
   return [word.replace("NAME", name) for word in before]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("script, before", ALL)
 def test_print_shows_all_runs_nothing_and_tells_no_secret(stubs, script, before):
   arguments = ["--print", *call(before), "--config=x", ODD]
@@ -35,6 +36,7 @@ def test_print_shows_all_runs_nothing_and_tells_no_secret(stubs, script, before)
   assert "<HF_TOKEN>" in printed
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("script, before", ALL[:3])
 @pytest.mark.parametrize(
   "name",
@@ -72,6 +74,7 @@ def test_tpu_vm_prints_what_it_then_does(stubs):
   assert ODD in shlex.split(start.removeprefix("--command=").replace("(", " "))
 
 
+@pytest.mark.faults
 def test_tpu_vm_sends_the_code_and_keeps_secrets_out_of_arguments(stubs):
   kept = stubs.home / "kept"
   kept.mkdir()
@@ -200,6 +203,7 @@ def test_gke_restarts_except_for_codes_that_a_restart_cannot_mend(stubs):
   assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 
 
+@pytest.mark.faults
 def test_gke_passes_secrets_by_a_file(stubs):
   arguments = ["--image=r/i:1", "--bucket=mine", "submit", "a", "v5e:4x4", "--", "-c"]
   printed = stubs.run("gke.sh", *arguments, **SECRETS)

@@ -14,6 +14,7 @@ def gathered(*facts):
   return [{"host": f"host{i}", "facts": one} for i, one in enumerate(facts)]
 
 
+@pytest.mark.faults
 def test_the_process_that_differs_is_named():
   same = {"code": "a", "config.seed": 0, "config.b": [1, 2]}
   assert agreement._difference(gathered(same, same, same)) == []

@@ -38,6 +38,7 @@ def test_all_arrive_in_any_order():
   assert call_roll([3, 2, 0, 1], 4, 20) == dict.fromkeys(range(4))
 
 
+@pytest.mark.faults
 def test_the_missing_are_named_by_everyone_who_is_there():
   errors = call_roll([0, 1, 4], 5, 1)
   assert errors.keys() == {0, 1, 4}
@@ -48,6 +49,7 @@ def test_the_missing_are_named_by_everyone_who_is_there():
     assert len(lines) <= 5 and "start_seconds" in lines[-1]
 
 
+@pytest.mark.faults
 def test_a_missing_coordinator_is_named_too():
   for deadline in (0.0, 1.0):  # it never listens
     now = joining.time.monotonic()
@@ -75,6 +77,7 @@ def test_strangers_do_not_count(monkeypatch):
   assert call_roll([0, 1], 2, 20, port=port) == {0: None, 1: None}
 
 
+@pytest.mark.faults
 def test_a_port_in_use_is_a_config_error():
   with socket.create_server(("", 0)) as server:
     port = server.getsockname()[1]

@@ -309,6 +309,7 @@ def test_stages_hold_their_own_layers_and_send_activations_on(full):
   assert "collective-permute" in text
 
 
+@pytest.mark.faults
 def test_the_mesh_must_use_every_device():
   sizes = {axis: n for axis, n in make_mesh(fsdp=2, tensor=2).shape.items() if n > 1}
   assert sizes == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -318,6 +319,7 @@ def test_the_mesh_must_use_every_device():
     make_mesh(tensor=3)
 
 
+@pytest.mark.faults
 def test_a_batch_that_does_not_divide_is_refused(config):
   config.data.batch_size = 12
   config, mesh = mesh_of(config, data=2, fsdp=4)
@@ -332,6 +334,7 @@ def test_weights_that_no_axis_splits_are_refused(config):
     programs.build_program(config, mesh)
 
 
+@pytest.mark.faults
 def test_rules_that_do_not_fit_name_the_weight():
   mesh = make_mesh(data=1, tensor=8)
   rules = {"embed": ("fsdp",), "heads": ("tensor",)}

@@ -47,6 +47,7 @@ def test_json_has_plain_values(plan):
   assert json.loads(json.dumps(table.plan_to_json(plan._replace(budget=None))))
 
 
+@pytest.mark.faults
 def test_the_page_stands_alone_and_escapes(plan):
   page = pages.plan_page(plan)
   assert "&lt;gpt2&gt; &amp; co" in page and "<gpt2>" not in page

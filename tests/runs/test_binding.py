@@ -128,6 +128,7 @@ def test_a_config_that_was_lost_is_that_of_the_newest_checkpoint(files, tiny, ca
     load_run_config(files.workdir)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja"])
 def test_another_tokenizer_or_template_is_refused(files, name):
   path = files.workdir / name
@@ -181,6 +182,7 @@ def test_how_to_train_may_change_when_a_run_is_resumed(tiny, key, value):
   binding.check_resumed(tiny, before, 4)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("key", "value", "hint"),
   [

@@ -21,6 +21,7 @@ with RunLock(sys.argv[1]):
 """
 
 
+@pytest.mark.faults
 def test_a_second_run_is_refused_and_a_killed_owner_lets_go(tmp_path):
   workdir = tmp_path / "runs" / "a"
   child = subprocess.Popen(
@@ -43,6 +44,7 @@ def test_a_second_run_is_refused_and_a_killed_owner_lets_go(tmp_path):
     pass
 
 
+@pytest.mark.faults
 def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
   file = tmp_path / "file"
   file.write_text("")

@@ -96,6 +96,7 @@ def test_a_run_evaluates_and_saves_on_time_and_leaves_its_config_alone(finished)
   assert flatten(stored) == flatten(config)
 
 
+@pytest.mark.faults
 def test_a_run_that_is_done_does_only_what_it_owes(finished, tmp_path, capsys):
   workdir = tmp_path / "copy"
   shutil.copytree(finished[2], workdir)
@@ -131,6 +132,7 @@ def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished, tmp_
   assert (workdir / "config.json").read_bytes() == stored
 
 
+@pytest.mark.faults
 def test_other_data_is_refused(finished, tmp_path, monkeypatch):
   workdir = tmp_path / "copy"
   shutil.copytree(finished[2], workdir)
@@ -139,6 +141,7 @@ def test_other_data_is_refused(finished, tmp_path, monkeypatch):
     run(load_run_config(workdir), workdir)
 
 
+@pytest.mark.faults
 def test_a_stopped_run_has_saved_and_continues_where_it_was(
   finished, config, tmp_path, capsys
 ):

@@ -58,6 +58,7 @@ def test_the_file_stays_json_when_the_loss_does_not(tmp_path):
   assert math.isnan(float(record["loss"]))
 
 
+@pytest.mark.faults
 def test_resume_leaves_no_duplicates_and_mends_a_torn_line(tmp_path):
   """Every step is logged: one too many or too few would be seen."""
   with writer(tmp_path) as log:
@@ -106,6 +107,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
   assert found["train/loss"] == 1.5 and "train/note" not in found
 
 
+@pytest.mark.faults
 def test_broken_tensorboard_warns_once_and_the_run_goes_on(
   tmp_path, capsys, monkeypatch
 ):
@@ -137,6 +139,7 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys)
   assert capsys.readouterr().err.count("No space left on device; trying again") == 2
 
 
+@pytest.mark.faults
 def test_a_disk_that_is_full_for_a_moment_costs_no_line(tmp_path, monkeypatch):
   monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
   with writer(tmp_path) as log:

@@ -46,6 +46,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
       assert values == expected or damaged or torn, position
 
 
+@pytest.mark.faults
 def test_damaged_and_repeated_lines_are_named_and_left_out(tmp_path, capsys):
   path = tmp_path / "metrics.jsonl"
   bad = line(2).replace(b"2.5", b"2.4")

@@ -66,6 +66,7 @@ def test_saves_are_on_time_where_nothing_fails(clock):
   assert run(Disk(), clock, 25) == [10, 20, 25]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["begin", "end"])
 def test_a_later_state_is_saved_after_a_failure(clock, how, capsys):
   # A failure at the beginning is seen in its step, one at the end in the next.
@@ -80,6 +81,7 @@ def test_failures_with_a_success_between_them_are_forgotten(clock):
   assert saved == [15, 25, 30, 40, 45]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["begin", "end"])
 def test_failures_in_a_row_end_the_run(clock, how):
   with pytest.raises(StorageError) as caught:

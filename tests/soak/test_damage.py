@@ -177,6 +177,7 @@ def soak(count: int, folder: pathlib.Path, door, rng, wanted=lambda name: True) 
   assert door() == expected
 
 
+@pytest.mark.faults
 def test_checkpoint(places, rng, capsys):
   door = functools.partial(open_run, places)
   soak(100, places / "run/checkpoints", door, rng)

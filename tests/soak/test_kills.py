@@ -150,6 +150,7 @@ def finish(project, workdir, expected) -> None:
   ]
 
 
+@pytest.mark.faults
 def test_fifteen_kills(project, straight, tmp_path, rng):
   workdir = tmp_path / "run"
   for phase in shuffled_phases(rng):
@@ -160,6 +161,7 @@ def test_fifteen_kills(project, straight, tmp_path, rng):
   assert not [path for path in (workdir / "checkpoints").iterdir() if "." in path.name]
 
 
+@pytest.mark.faults
 def test_fifteen_signals(project, straight, tmp_path, rng):
   workdir = tmp_path / "run"
   for phase in shuffled_phases(rng):

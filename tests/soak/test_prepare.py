@@ -67,6 +67,7 @@ def contents(store: pathlib.Path) -> dict[str, bytes]:
   return names
 
 
+@pytest.mark.faults
 def test_twenty_five_kills(home, tmp_path, rng):
   seconds, start = {}, time.monotonic()
   with prepare(home, home / "alone") as run:

@@ -39,6 +39,7 @@ def random_text(rng: random.Random) -> str:
   return "".join(rng.choice(pools)() for _ in range(rng.randrange(60)))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 def test_any_text_survives(kind, english):
   lines = sample_lines([english], 100_000)

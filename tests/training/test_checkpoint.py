@@ -121,6 +121,7 @@ def test_round_trip_names_and_meta(saved):
   assert leaves["opt_state/0/mu/embed"] == ["float32", [16, 8]]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("shape", [(4, 2), (2,), (1,), (2, 4)])
 def test_restores_onto_another_mesh(saved, shape):
   state, _ = latest(saved, shape)
@@ -150,6 +151,7 @@ def test_donated_buffers_are_saved_as_they_were(tmp_path):
     assert_equal(state, leaves)
 
 
+@pytest.mark.faults
 def test_every_file_every_damage_is_found(saved, capsys):
   """A flipped bit, a cut or a deletion in each file, including the manifest."""
   path = saved / "2"
@@ -173,6 +175,7 @@ def test_every_file_every_damage_is_found(saved, capsys):
     assert checkpoint.find_damage(path) is None
 
 
+@pytest.mark.faults
 def test_falls_back_past_bad_steps_and_saves_them_again(saved, capsys):
   file = max((saved / "2").rglob("*"), key=lambda f: f.stat().st_size)
   data = bytearray(file.read_bytes())
@@ -208,6 +211,7 @@ def test_falls_back_past_bad_steps_and_saves_them_again(saved, capsys):
   assert_equal(latest(saved)[0], host(make_state(3)))
 
 
+@pytest.mark.faults
 def test_never_from_scratch_when_checkpoints_were_lost(saved, capsys):
   for step in ("1", "2"):
     (saved / step / "MANIFEST.json").write_text("{}")
@@ -232,6 +236,7 @@ def changed(tree, name, **changes):
   return jax.tree.unflatten(treedef, leaves)
 
 
+@pytest.mark.faults
 def test_mismatches_are_refused_by_name(saved):
   good = {"state": abstract(make_state())}
   save_state = {"state": make_state(), "extra": {"ema": jnp.ones(3)}}
@@ -306,6 +311,7 @@ def test_a_step_that_was_restored_or_saved_is_not_saved_again(saved):
     saver.save(3, make_state(4), {})
 
 
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # by Orbax
 def test_background_errors_surface_at_the_next_poll(tmp_path):
   path = tmp_path / "c"
@@ -368,6 +374,7 @@ def test_directory_lost_during_the_run(tmp_path):
     opened(path)
 
 
+@pytest.mark.faults
 def test_full_disk_is_refused_before_the_save(tmp_path, monkeypatch):
   with opened(tmp_path / "c") as saver:
     saver.save(1, make_state(1), {})
@@ -412,6 +419,7 @@ time.sleep(30)
 """
 
 
+@pytest.mark.faults
 def test_kill_in_the_middle_of_a_save(tmp_path):
   source = "\n".join(
     inspect.getsource(thing) for thing in (Layer, Model, State, make_state)
@@ -504,6 +512,7 @@ def test_two_processes_save_and_agree_on_what_to_restore(tmp_path):
   assert np.array_equal(state["w"], np.arange(64).reshape(8, 8) + 4)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_memory_does_not_grow_with_saves(tmp_path):
   state, process = make_state(1, shape=(1,)), psutil.Process()
@@ -538,6 +547,7 @@ def test_a_weight_may_be_called_value(tmp_path):
   np.testing.assert_array_equal(restored["model"].value[...], np.arange(3.0))
 
 
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # by Orbax
 def test_a_jump_of_the_clock_is_not_called_a_full_disk(tmp_path, monkeypatch):
   """Orbax measures its limits in the time of day: it gives up when that is set."""
@@ -562,6 +572,7 @@ def test_a_jump_of_the_clock_is_not_called_a_full_disk(tmp_path, monkeypatch):
   assert checkpoint.list_steps(tmp_path / "c") == [1, 3]
 
 
+@pytest.mark.faults
 def test_steps_are_in_the_order_of_their_numbers_whatever_the_clock_said(saved):
   for step, seconds in ((1, 4e9), (2, 1e9)):  # the older one is from the future
     for path in (*(saved / str(step)).rglob("*"), saved / str(step)):

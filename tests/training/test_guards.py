@@ -46,6 +46,7 @@ print("stopped" if stop.requested else "ran to the end")
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_first_signal_stops_after_the_step(number):
   child = start(LOOP, 0)
@@ -56,6 +57,7 @@ def test_first_signal_stops_after_the_step(number):
   assert err.split("\n") == ["", said, ""]
 
 
+@pytest.mark.faults
 def test_second_signal_exits_at_once_but_not_within_the_grace_second():
   child = start(LOOP, 30)
   for _ in range(5):  # `timeout` signals a process, then its group
@@ -83,6 +85,7 @@ print("came back")
 """
 
 
+@pytest.mark.faults
 def test_second_signal_does_not_wait_for_a_long_call_into_c():
   child = start(BLOCKED, stdin=subprocess.PIPE)
   time.sleep(0.2)  # by now it is inside read()
@@ -134,6 +137,7 @@ assert stop.should_stop()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_processes_stop_after_the_same_step(number):
   """One process gets the signal; a process of a job never decides alone."""
@@ -178,6 +182,7 @@ print("done")
 """
 
 
+@pytest.mark.faults
 def test_watchdog_prints_stacks_and_exits_85():
   code, out, err = finish(start(HANG, 0.5, 60))
   assert (code, out) == (85, "")
@@ -201,6 +206,7 @@ def test_watchdog_ends_with_its_block():
   time.sleep(0.5)  # would end this test process
 
 
+@pytest.mark.faults
 def test_bad_steps_in_a_row():
   bad = BadSteps(3)
   for step, is_bad in enumerate([True, True, False, True, False, True, True], start=1):

@@ -40,6 +40,7 @@ def test_schedules_reach_their_marks(schedule, halfway, last):
   )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 1), (3, 3)])
 def test_the_shortest_runs_have_a_rate(schedule, num_steps, warmup_steps):

@@ -103,6 +103,7 @@ def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest(tiny):
   assert held["nu"] == {"embed", "scale"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_bad_step_changes_nothing_but_the_counters(tiny, poison):
   tiny.step.ema_decay = 0.9
@@ -159,6 +160,7 @@ def test_the_average_of_a_constant_model_is_the_model_from_step_1(tiny):
       np.testing.assert_allclose(ema, weight, rtol=1e-6)
 
 
+@pytest.mark.faults
 def test_positions_without_a_target_do_not_count(tiny):
   state, train_step = build(tiny)
   rows = batch(tiny)

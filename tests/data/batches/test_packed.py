@@ -117,6 +117,7 @@ def test_permute_is_a_permutation_that_depends_on_its_key(size):
     assert np.mean(index == order) < 0.01
 
 
+@pytest.mark.faults
 def test_every_token_is_read_once_an_epoch():
   batches = make()
   stream = batches.streams["a"]
@@ -134,6 +135,7 @@ def test_every_token_is_read_once_an_epoch():
     assert orders != sorted(orders)
 
 
+@pytest.mark.faults
 @every_objective
 def test_a_batch_does_not_depend_on_what_was_read_before(name):
   one, other = make_objective(name), make_objective(name)
@@ -266,6 +268,7 @@ def test_next_sentence_prediction_needs_a_second_document():
   assert len(make_objective("sop", [500])[0]["tokens"])
 
 
+@pytest.mark.faults
 def test_rows_keep_documents_apart():
   stream = Stream([3, 0, 20, 4])
   batches = make({"a": stream}, in_order=True, seq_len=8)
@@ -340,6 +343,7 @@ def test_tfdata_and_threads_yield_the_same_bits(name, steps):
     assert_equal(b, batches[step])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("loader", ["tfdata", "numpy"])
 def test_ids_outside_the_vocabulary_are_caught_in_the_first_batch(loader):
   batches = make(vocab_size=99)

@@ -79,6 +79,7 @@ def test_the_store_holds_every_document_once(text_config, tmp_path):
   assert report.store.tokenizer == report.tokenizer.model
 
 
+@pytest.mark.faults
 def test_duplicates_land_in_one_split(text_config, tmp_path):
   rng = random.Random(0)
   lines = [f"document {rng.randrange(60)}" for _ in range(1000)]
@@ -119,6 +120,7 @@ print("finished")
 """
 
 
+@pytest.mark.faults
 def test_killed_anywhere_the_store_comes_out_the_same(text_config, tmp_path):
   write_lines(tmp_path, 1000)
   text_config.data.shard_tokens = 20_000
@@ -228,6 +230,7 @@ def test_a_store_in_a_bucket(text_config, tmp_path, monkeypatch):
   assert len(stream.read(0, stream.num_tokens)) == stream.num_tokens
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_not_the_end(text_config, tmp_path, monkeypatch):
   write_lines(tmp_path)
   text_config.data.shard_tokens = 5000
@@ -253,6 +256,7 @@ def test_a_full_disk_is_not_the_end(text_config, tmp_path, monkeypatch):
   assert report.store.manifest["sources"]["main"]["train"]["documents"]
 
 
+@pytest.mark.faults
 def test_bad_text_is_counted(text_config, tmp_path, capsys):
   content = b"\xef\xbb\xbfgood line\n\nbad \xff byte\nNUL \x00\n" + b"more lines\n" * 9
   content += b"".join(b"another %d\n" % n for n in range(50))
@@ -268,6 +272,7 @@ def test_bad_text_is_counted(text_config, tmp_path, capsys):
   assert f"1 x {formats.EMPTY}" in printed and "lossless: " in printed
 
 
+@pytest.mark.faults
 def test_characters_without_bytes_are_counted(text_config, tmp_path):
   (tmp_path / "texts/a.txt").write_text("a few letters\n" * 50 + "x\0y \u2581\n")
   text_config.tokenizer.byte_fallback = False
@@ -278,6 +283,7 @@ def test_characters_without_bytes_are_counted(text_config, tmp_path):
   assert "warning: not lossless" in prepare.store_summary(report, 1.0)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("content", "fraction", "needle"),
   [(b"", 0.2, "no text"), (b"one document", 0.0001, "validation split")],
@@ -363,6 +369,7 @@ def test_tokenizers_of_others(corpora, text_config, tmp_path):
     build(text_config)
 
 
+@pytest.mark.faults
 def test_ids_take_two_bytes_or_four():
   sizes = {
     n: manifest.dtype_of(types.SimpleNamespace(vocab_size=n)) for n in (65536, 65537)
@@ -380,6 +387,7 @@ def test_max_documents_holds_across_units(text_config, tmp_path):
   assert sorted(texts) == sorted(stored)
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_long_document_takes_little_memory(text_config, tmp_path):
   peaks = []

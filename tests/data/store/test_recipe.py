@@ -75,6 +75,7 @@ def test_a_copy_elsewhere_with_other_times_is_the_same(lines, tmp_path):
   assert any(line.startswith("reusing") for line in prepare(lines))
 
 
+@pytest.mark.faults
 def test_times_in_the_future_are_not_trusted(lines, tmp_path):
   path = tmp_path / "texts/1.txt"
   os.utime(path, (4e9, 4e9))

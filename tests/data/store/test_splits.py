@@ -106,6 +106,7 @@ def test_names_of_sources(name, text_config):
     check_config(text_config)
 
 
+@pytest.mark.faults
 def test_files_in_two_sources_and_documents_in_both_splits(
   text_config, tmp_path, capsys
 ):
@@ -123,6 +124,7 @@ def test_files_in_two_sources_and_documents_in_both_splits(
   assert len(re.findall(r"warning: (19|20) of 2. validation documents", summary)) == 2
 
 
+@pytest.mark.faults
 def test_damaged_files_are_lost_and_counted_up_to_a_limit(text_config, tmp_path):
   whole = "".join(f"line {n} {n * n}\n" for n in range(2000))
   (tmp_path / "texts/a.txt").write_bytes(gzip.compress(whole.encode())[:-2000])

@@ -222,6 +222,7 @@ def test_held_out_by_the_text(tmp_path):
   assert none is None and again.fingerprint == validation.fingerprint
 
 
+@pytest.mark.faults
 def test_records_in_training_and_validation_are_counted(tmp_path):
   rows = [{"text": f"text {n % 8}", "label": "ab"[n % 2]} for n in range(10)]
   path = json_lines(tmp_path / "train.jsonl", rows)

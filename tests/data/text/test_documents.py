@@ -116,6 +116,7 @@ def test_reading_starts_at_any_position(kind, tmp_path, monkeypatch):
     assert read(pieces[end].position, **fields) == pieces[end + 1 :]
 
 
+@pytest.mark.faults
 def test_bad_bytes_are_repaired_and_noted(tmp_path):
   content = b"\xef\xbb\xbfgood \xff\xfe caf\xc3\xa9 \x00 \xed\xa0\x80 \xe4\xbd"
   (tmp_path / "a.txt").write_bytes(content)
@@ -137,6 +138,7 @@ def test_a_column_of_a_table(tmp_path):
     read(kind="csv", path=path, field="body")
 
 
+@pytest.mark.faults
 def test_json_lines(tmp_path):
   rows = [
     b'\xef\xbb\xbf{"text": "first"}',
@@ -187,6 +189,7 @@ def test_tail_is_the_end_of_each_file(corpora, monkeypatch):
   assert read((0, 1), tail=0.1, kind="text", path=str(path))[-1] == pieces[-1]
 
 
+@pytest.mark.faults
 def test_what_matches_nothing(tmp_path):
   for path in (tmp_path / "*.txt", tmp_path):
     with pytest.raises(errors.MissingInputError, match=r"sources\.main\.path"):
@@ -251,6 +254,7 @@ def test_names_with_brackets_are_taken_literally(tmp_path):
     assert formats.find_files("key", str(pattern)) == [str(path)]
 
 
+@pytest.mark.faults
 def test_brackets_that_match_nothing_get_a_hint(tmp_path):
   (tmp_path / "[x] 1.txt").write_text("text")
   with pytest.raises(
@@ -315,6 +319,7 @@ def test_json_nested_too_deeply_is_skipped(tmp_path):
   assert problems(found) == [formats.BAD_JSON]
 
 
+@pytest.mark.faults
 def test_a_line_of_200_megabytes_takes_little_memory(tmp_path):
   path = tmp_path / "long.txt"
   with open(path, "wb") as file:
@@ -374,6 +379,7 @@ def test_readers_agree_on_lines_and_encodings(kind, tmp_path):
     assert read_texts(kind, path) == expected
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", READERS)
 def test_no_reader_takes_another_format_for_text(kind, tmp_path, monkeypatch):
   pyarrow = pytest.importorskip("pyarrow")

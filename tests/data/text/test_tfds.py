@@ -113,6 +113,7 @@ for _ in range(2):
   assert lines == ["['A stitch in time', 'saves nine.']"] * 2
 
 
+@pytest.mark.faults
 def test_mistakes_are_named(c4, tmp_path):
   with pytest.raises(errors.ConfigError, match=r"main\.split(?s:.*)train validation"):
     read(path=c4, split="trian")
@@ -183,6 +184,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_names_the_shard_or_is_counted(damage, shards):
   kind, edit, needle, lost = DAMAGES[damage]
@@ -199,6 +201,7 @@ def test_damage_names_the_shard_or_is_counted(damage, shards):
   assert list(corpus.read(later.position)) == pieces[501:]
 
 
+@pytest.mark.faults
 def test_a_shard_with_other_records_is_refused(shards):
   path, _ = shards("tfrecord", lambda content: content + content)
   with pytest.raises(
@@ -207,6 +210,7 @@ def test_a_shard_with_other_records_is_refused(shards):
     read(path=path)
 
 
+@pytest.mark.faults
 def test_missing_shards_and_edits_of_equal_size_are_noticed(shards, c4):
   path, victim = shards("tfrecord", lambda content: flip(content, 5000))
   one, other = (open_tfds_corpus("main", source("tfds", p)) for p in (path, c4))
