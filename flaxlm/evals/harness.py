@@ -137,15 +137,21 @@ class HarnessModel(TemplateLM):
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
     """Returns the sum of log p of each text, in windows of the whole context."""
-    totals = []
-    for request in requests:
-      (text,) = request.args
-      ids, start = self.tok_encode(text), [self.prefix_token_id]
-      windows = rolling_requests(ids, start, self.max_length)
-      names = ["a window"] * len(windows)
-      total = float(sum(log_p.sum() for log_p, _ in self._score(windows, names)))
-      self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-      totals.append(total)
+    texts = [request.args[0] for request in requests]
+    windows, owners = [], []
+    for i, text in enumerate(texts):
+      start = [self.prefix_token_id]
+      found = rolling_requests(self.tok_encode(text), start, self.max_length)
+      windows += found
+      owners += [i] * len(found)
+    totals, done = [0.0] * len(texts), 0
+    for scores, _ in self._score(windows, ["a window"] * len(windows)):
+      for log_p in scores:
+        totals[owners[done]] += float(log_p)
+        done += 1
+        if done == len(owners) or owners[done] != owners[done - 1]:  # its last window
+          i = owners[done - 1]
+          self.cache_hook.add_partial("loglikelihood_rolling", (texts[i],), totals[i])
     return totals
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

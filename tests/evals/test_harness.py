@@ -77,6 +77,18 @@ def test_rolling_scores_each_token_once(judge, loaded, bpe, size):
     singles.append((text[max(0, end - 65) : first], rest))
   expected = sum(x.log_p for x in loaded.score(singles)) if singles else 0.0
   assert total == pytest.approx(expected, abs=1e-3)
+  kept = [("loglikelihood_rolling", ("text",), total)]
+  assert judge.cache_hook.added == kept * (size > 0)
+
+
+def test_texts_of_several_windows_share_batches(judge):
+  texts = ["import os\n" * 40, "", "return None", "class A:\n" * 30]
+  together = judge.loglikelihood_rolling(instances([(text,) for text in texts]))
+  apart = [judge.loglikelihood_rolling(instances([(text,)]))[0] for text in texts]
+  np.testing.assert_allclose(together, apart, atol=1e-3)
+  # bos alone is a text too: an empty one has a window.
+  kept = [key[0] for _, key, _ in judge.cache_hook.added[:4]]
+  assert kept == texts
 
 
 def test_settings_of_a_generation(judge):
