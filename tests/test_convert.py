@@ -127,6 +127,11 @@ def test_in_and_out(model_config, sentencepiece, tmp_path, one_device, capsys):
     half = leaf.astype(hf.EXPORT_DTYPES["bfloat16"]).astype(np.float32)
     np.testing.assert_array_equal(again.leaves[path], half)
 
+  kept = workdir / "huggingface/generation_config.json"
+  kept.write_text(kept.read_text().replace("7", "8"))
+  with pytest.raises(DataError, match=r"huggingface/generation_config\.json is not"):
+    run_export(workdir, tmp_path / "other")
+
 
 def test_files_of_a_tokenizer_that_is_still_theirs_are_copied(
   model_config, sentencepiece, tmp_path
@@ -159,9 +164,11 @@ def test_another_tokenizer_than_the_original_is_what_is_exported(
   source = make_source(tmp_path / "hub", model_config, leaves, sentencepiece)
   run_import(source, tmp_path / "first")
   run_export(tmp_path / "first", tmp_path / "second")
-  run_import(tmp_path / "second", tmp_path / "run")
+  run_import(tmp_path / "second", tmp_path / "third")
   other = train_tokenizer(TEXT[:30], "bpe", 300)
-  (tmp_path / "run" / "tokenizer.model").write_bytes(other)
+  config = load_run_config(tmp_path / "third")
+  config.init_from = str(tmp_path / "third")
+  save_run(tmp_path / "run", config, leaves, tokenizer=other)
   run_export(tmp_path / "run", tmp_path / "out")
   assert (tmp_path / "out" / "tokenizer.model").read_bytes() == other
   whole = json.loads((tmp_path / "out" / "tokenizer.json").read_text())

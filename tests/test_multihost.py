@@ -40,6 +40,7 @@ def get_config():
   config.mesh.fsdp = 2
   config.mesh.tensor = 2
   config.checkpoint.every = 4
+  config.guards.compare_every = 2
   config.log.every = 1
   config.log.tensorboard = False
   return config
@@ -53,6 +54,7 @@ from flaxlm.errors import DataError
 from flaxlm.parallel.agreement import agree, local_facts
 from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.one_fate import OneFate
+from flaxlm.parallel.replicas import Replicas
 from flaxlm.training.guards import Watchdog
 
 fault = os.environ.get("FAULT") or "none"
@@ -61,15 +63,22 @@ if os.environ["JAX_PROCESS_ID"] != os.environ.get("FAULTY"):
 
 def main():
   join_processes(False, 60)
+  import jax
   from jax.experimental import multihost_utils
+  mesh = jax.make_mesh((jax.device_count(),), ("data",))
+  whole = jax.NamedSharding(mesh, jax.P())
   with OneFate(), Watchdog(5) as watchdog:
     seed = 1 if fault == "config" else 0
     agree("the start", local_facts() | {"config.seed": seed})
     if fault == "absent":
       time.sleep(60)
     agree("the data", {}, seconds=2)
+    replicas = Replicas(1 if os.environ.get("FAULT") == "flip" else 0, mesh)
     for step in range(10_000):
       multihost_utils.process_allgather(np.ones(1))
+      weights = np.ones(3, np.float32) * (2 if step > 5 and fault == "flip" else 1)
+      held = jax.make_array_from_callback((3,), whole, lambda i: weights[i])
+      replicas.after(step, {"weights": held})
       watchdog.beat()
       if step == 5 and fault != "none":
         os.write(2, f"NOW {time.time()}\\n".encode())
@@ -309,6 +318,16 @@ def test_a_process_that_is_killed_ends_the_job(home):
   for i in (0, 2):
     line = f"flaxlm: process 1 of 3 ended without a word; process {i} ends with it\n"
     assert output[i] == line
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_process_whose_weights_differ_is_named_by_all(home):
+  _, codes, output = talk(home, 3, "flip", 1)
+  assert codes == [75, 75, 75], output
+  for text in output:
+    assert "weights of process 1 (on" in text or "ends with it" in text, text
+  assert any("after step 6, weights of process 1" in text for text in output)
 
 
 @pytest.mark.faults

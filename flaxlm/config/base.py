@@ -320,5 +320,6 @@ def log_knobs() -> ConfigDict:
 def guards_knobs() -> ConfigDict:
   guards = ConfigDict()
   guards.max_bad_steps = 10  # NaN or infinite steps in a row before giving up
+  guards.compare_every = 100  # steps between comparisons of replicas; 0 = never
   guards.hang_seconds = 3600  # s without progress before the run is ended; 0 = never
   return guards

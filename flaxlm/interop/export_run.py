@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 
 from flaxlm.files import write_atomically, write_directory, writing
+from flaxlm.interop.export_manifest import seal_export
 from flaxlm.interop.huggingface import write_model
 from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
 from flaxlm.json_files import read_json
@@ -81,6 +82,7 @@ def _write_files(
   with writing(f"--to={directory}"):
     for name, content in files.items():
       write_atomically(directory / name, content)
+    seal_export(directory)
   return hf, meta
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.files import write_atomically, writing
+from flaxlm.interop.export_manifest import check_export
 from flaxlm.interop.family import Family, wrong_hf_value
 from flaxlm.interop.hf_config import (
   choose_family,
@@ -87,6 +88,7 @@ def read_model(
       missing, unknown or of another shape; the message lists them.
   """
   directory = pathlib.Path(directory)
+  check_export(directory)
   hf = _read_config_json(directory / "config.json")
   family = find_family(hf.get("model_type"))
   tensors = rename_tensors(family, open_weights(directory))

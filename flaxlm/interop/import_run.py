@@ -15,9 +15,11 @@ from flaxlm.config import base
 from flaxlm.config.load import apply_overrides, config_to_json, seal_config
 from flaxlm.errors import MissingInputError, OutputError, printable
 from flaxlm.files import write_atomically, write_directory, writing
+from flaxlm.interop.export_manifest import check_export
 from flaxlm.interop.hf_config import read_class_names
 from flaxlm.interop.huggingface import Imported, read_model
 from flaxlm.models.trees import nest
+from flaxlm.runs.binding import file_sha256
 from flaxlm.runs.directory import RunFiles
 from flaxlm.tokenizer.chat_template import read_template
 from flaxlm.tokenizer.files import AnyTokenizer, file_name, load_tokenizer
@@ -88,18 +90,23 @@ def import_model(
     tokenizer = read_tokenizer(source) if with_tokenizer else None
     model = read_model(source, skip, architecture)
     config = _make_config(model, tokenizer, overrides)
-    directory = RunFiles(draft).checkpoints
-    with Checkpointer(directory, **config.checkpoint) as checkpoints:
+    with writing(f"--workdir={workdir}"):
+      _keep_files(source, draft, config, tokenizer)
+    written = RunFiles(draft)
+    with Checkpointer(written.checkpoints, **config.checkpoint) as checkpoints:
       meta = {
         "step": 0,
         "tokens": 0,
         "data_fingerprint": "imported",
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
+        "files": {
+          str(path.relative_to(draft)): file_sha256(path)
+          for path in (*written.originals.iterdir(), written.chat_template)
+          if path.is_file()
+        },
         "config": json.loads(config_to_json(config)),
       }
       checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)
-    with writing(f"--workdir={workdir}"):
-      _keep_files(source, draft, config, tokenizer)
   _print_summary(model, tokenizer, workdir)
 
 
@@ -107,6 +114,7 @@ def read_tokenizer(source: pathlib.Path) -> AnyTokenizer | None:
   """Returns the tokenizer in a directory, or None if it has no such files."""
   if not any((source / name).is_file() for name in TOKENIZER_FILES):
     return None
+  check_export(source, TOKENIZER_FILES)
   return load_tokenizer(source)
 
 

@@ -20,6 +20,7 @@ from flaxlm.parallel.agreement import agree, local_facts
 from flaxlm.parallel.joining import join_processes
 from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.one_fate import OneFate
+from flaxlm.parallel.replicas import Replicas
 from flaxlm.runs.begin import describe_checkpoint, initial_state
 from flaxlm.runs.directory import RunFiles, RunLock
 from flaxlm.runs.held_out import make_scorer
@@ -94,6 +95,7 @@ def train(
     profiler = enter(Profiler(config.log, files.profile))
     describe = functools.partial(describe_checkpoint, config, feed, start)
     saves = Saves(checkpoints, describe)
+    replicas = Replicas(config.guards.compare_every, mesh)
     evaluate_after = make_evaluation(program, feed, progress, stop, watchdog, tasks)
     if owed and not evaluate_after(first_step, state, base):
       raise stopped(files, config, first_step)
@@ -104,6 +106,8 @@ def train(
     for step, batch in enumerate(batches, first_step + 1):
       profiler.at(step)
       state, metrics = program.train_step(state, batch, base)
+      held = {"the weights": state.model, "the batch": batch, "the count": state.step}
+      replicas.after(step, held)
       progress.add(step, metrics)
       saves.poll()
       watchdog.beat()

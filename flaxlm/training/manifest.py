@@ -31,19 +31,27 @@ def find_damage(path: pathlib.Path) -> str | None:
     manifest = read_manifest(path)
     if manifest["step"] != int(path.name):
       return f"its {MANIFEST} is of step {manifest['step']}"
-    # Sizes first: a truncated file is found without reading the rest.
-    for name, (size, _) in manifest["files"].items():
-      file = path / "state" / name
-      if not file.is_file():
-        return f"state/{name} is missing"
-      if file.stat().st_size != size:
-        return f"state/{name} has {file.stat().st_size} bytes, not {size}"
-    found = hash_files(path / "state", sync=False, names=manifest["files"])
-    for name, (_, digest) in manifest["files"].items():
-      if found[name][1] != digest:
-        return f"state/{name} does not match its sha256"
+    damage = find_changed(path / "state", manifest["files"])
+    return damage and f"state/{damage}"
   except (OSError, ValueError) as error:
     return str(error)
+
+
+def find_changed(directory: pathlib.Path, files: dict[str, list]) -> str | None:
+  """Returns which file is not as `hash_files` found it, and how; None if all are.
+
+  Sizes are compared first: a truncated file is found without reading the rest.
+  """
+  for name, (size, _) in files.items():
+    file = directory / name
+    if not file.is_file():
+      return f"{name} is missing"
+    if file.stat().st_size != size:
+      return f"{name} has {file.stat().st_size} bytes, not {size}"
+  found = hash_files(directory, sync=False, names=files)
+  for name, (_, digest) in files.items():
+    if found[name][1] != digest:
+      return f"{name} does not match its sha256"
   return None
 
 
