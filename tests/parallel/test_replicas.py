@@ -45,6 +45,7 @@ def test_it_is_off_where_devices_are_simulated_and_where_there_is_one(mesh, one_
   assert Replicas(5, mesh).every == 0 == Replicas(5, one_device).every
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("spec", "dtype"),
   [(P(), np.float32), (P("fsdp"), jnp.bfloat16), (P(None, "fsdp"), np.int32)],
@@ -92,6 +93,7 @@ class Store:
     return [(key, x) for key, x in self.values.items() if key.startswith(prefix)]
 
 
+@pytest.mark.faults
 def test_processes_compare_without_waiting(mesh, monkeypatch):
   store = Store()
   jobs = [
