@@ -218,16 +218,29 @@ def read_examples(
       "TFDS data sets of format tfrecord or array_record",
     )  # fmt: skip
   features = FeaturesDict({name: features[name] for name in names})
+  checked = None  # the file whose first record has the features
   for part, number, record in read_records(parts, kind, start, on_corrupt):
     if record is None:
       yield None
       continue
     try:
+      if part.path != checked:
+        check_features(record, names)
+        checked = part.path
       example = features.deserialize_example_np(record)
     except Exception as error:  # whatever a decoder raises for bytes that it cannot use
-      reason = " ".join(str(error).split())[:200]
       raise errors.DataError(
         f"{part.path} record {number + 1} does not hold what features.json says",
-        f"{type(error).__name__}: {reason}", f"the features {' '.join(names)}",
+        " ".join(str(error).split())[:200], f"the features {' '.join(names)}",
       ) from error  # fmt: skip
     yield example
+
+
+def check_features(record: bytes, names: list[str]) -> None:
+  """Raises ValueError if an example lacks a feature: it would read as an empty one."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  found = sorted(tf_example_pb2.Example.FromString(record).features.feature)
+  tops = {name.partition("/")[0] for name in found}
+  if set(names) - tops:
+    raise ValueError(f"the features {' '.join(found)}")

@@ -219,3 +219,13 @@ def test_missing_shards_and_edits_of_equal_size_are_noticed(shards, c4):
   victim.unlink()
   with pytest.raises(errors.MissingInputError, match="00003-of-00008 cannot be read"):
     open_tfds_corpus("main", source("tfds", path))
+
+
+def test_records_without_the_features_are_named(c4, tmp_path):
+  for file in pathlib.Path(c4).iterdir():
+    (tmp_path / file.name).symlink_to(file)
+  features = (pathlib.Path(c4) / "features.json").read_text()
+  (tmp_path / "features.json").unlink()
+  (tmp_path / "features.json").write_text(features.replace('"text": {', '"body": {', 1))
+  with pytest.raises(errors.DataError, match=r"record 1 does not(?s:.*)length.* text"):
+    read(path=str(tmp_path), field="body")
