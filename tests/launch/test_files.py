@@ -1,6 +1,8 @@
 """The files of launch/ are clean and complete; compilers know their flags."""
 
+import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -127,3 +129,35 @@ def test_libtpu_knows_the_flags_for_tpus_and_compiles(hardware, topology, slices
   command = [sys.executable, "-c", COMPILE, topology, str(slices)]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-600:]
+
+
+@pytest.fixture
+def audit():
+  spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_audit_finds_a_planted_secret_and_does_not_print_it(audit):
+  key = "-----BEGIN RSA " + "PRIVATE KEY-----"
+  planted = {"a": f"x\n{key}", "b": "hf_" + "a1" * 20, "c": "s3://me:" + "pw@b/x"}
+  clean = {"d": "sk-learn-is-a-library-of-models", "e": "hf_hub_download, ghp_ and @"}
+  found = audit.secrets((planted | clean).items())
+  assert found == ["secret: a, line 2", "secret: b, line 1", "secret: c, line 1"]
+
+
+def test_the_audit_names_a_known_vulnerability_and_survives_no_network(
+  audit, monkeypatch, capsys
+):
+  vulnerable = {"id": "PYSEC-1", "fix_versions": ["2"]}
+  packages = [{"name": "a", "version": "1", "vulns": [vulnerable]}, {"name": "b"}]
+
+  def answer(text):
+    done = subprocess.CompletedProcess([], 1, text, "")
+    monkeypatch.setattr(audit.subprocess, "run", lambda *_, **__: done)
+    return audit.vulnerabilities()
+
+  text = json.dumps({"dependencies": packages})
+  assert answer(text) == ["pip-audit: a 1: PYSEC-1, mended in 2"]
+  assert answer("") == [] and "not scanned" in capsys.readouterr().out
