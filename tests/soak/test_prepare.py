@@ -63,7 +63,8 @@ def phase_of(store: pathlib.Path) -> str:
 def contents(store: pathlib.Path) -> dict[str, bytes]:
   found = [path for path in store.rglob("*") if path.is_file()]
   names = {str(path.relative_to(store)): path.read_bytes() for path in found}
-  names.pop(".lock", None)
+  for own in (".lock", ".seen.json"):  # of the host that prepared the store
+    names.pop(own, None)
   return names
 
 

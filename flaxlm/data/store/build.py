@@ -37,6 +37,7 @@ from flaxlm.data.store.recipe import (
   read_recipe,
   read_seen,
   upgrade,
+  write_recipe,
   write_seen,
 )
 from flaxlm.data.store.shards import Store
@@ -281,7 +282,7 @@ def begin(
     )
   write_seen(root, corpora)
   files.write_atomically(root / SOURCES_FILE, list_sources(corpora))
-  files.write_atomically(path, dump(recipe))
+  write_recipe(path, recipe)
 
 
 def check_sizes(manifest: dict, data: ConfigDict, root: pathlib.Path) -> None:

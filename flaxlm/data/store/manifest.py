@@ -87,6 +87,12 @@ def dump(tree: dict) -> bytes:
   return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
 
 
+def check_of(content: dict) -> str:
+  """Returns the sha256 of a tree without its key "check", which holds it."""
+  body = {key: value for key, value in content.items() if key != "check"}
+  return hashlib.sha256(dump(body)).hexdigest()
+
+
 def read_store_manifest(path) -> dict:
   """Returns the manifest at `path`; DataError if it is damaged or of another format."""
   fields = {"format": int, "fingerprint": str}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from flaxlm import errors, json_files
 from flaxlm.config.tree import flatten
-from flaxlm.data.store.manifest import SOURCES_FILE, dump
+from flaxlm.data.store.manifest import SOURCES_FILE, broken, check_of, dump
 from flaxlm.data.text.contents import Seen
 from flaxlm.data.text.documents import Corpus
 from flaxlm.files import write_atomically
@@ -64,9 +64,20 @@ def make_recipe(
   return json.loads(json.dumps(recipe))
 
 
+def write_recipe(path: pathlib.Path, recipe: dict) -> None:
+  """Writes what `read_recipe` reads."""
+  write_atomically(path, dump(recipe | {"check": check_of(recipe)}))
+
+
 def read_recipe(path: pathlib.Path) -> dict:
   """Returns the recipe in a file; DataError if it is damaged."""
-  return upgrade(json_files.read_json(path, {"sources": dict, "tokenizer": dict}))
+  recipe = json_files.read_json(path, {"sources": dict, "tokenizer": dict})
+  # Recipes of older versions have no check.
+  if recipe.pop("check", check_of(recipe)) != check_of(recipe):
+    raise broken(path, "its contents do not match their check")
+  if not all(isinstance(source, dict) for source in recipe["sources"].values()):
+    raise broken(path, "a source without settings")
+  return upgrade(recipe)
 
 
 def upgrade(recipe: dict) -> dict:

@@ -6,7 +6,6 @@ and the next call continues after the last of these.
 """
 
 import collections
-import hashlib
 import itertools
 import os
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxlm import errors, files
-from flaxlm.data.store.manifest import SPLITS, broken, dtype_of, dump
+from flaxlm.data.store.manifest import SPLITS, broken, check_of, dtype_of, dump
 from flaxlm.data.store.progress import BuildProgress
 from flaxlm.data.store.shards import ShardWriter
 from flaxlm.data.store.splits import first_documents
@@ -102,12 +101,6 @@ def read_unit(path: pathlib.Path, root: pathlib.Path, tokenizer: AnyTokenizer) -
     if found != size or not file.with_suffix(".index").exists():
       raise broken(file, f"{found} bytes with its index, not {size}")
   return unit
-
-
-def check_of(unit: dict) -> str:
-  """Returns the sha256 of the contents of a unit's JSON file."""
-  content = {key: value for key, value in unit.items() if key != "check"}
-  return hashlib.sha256(dump(content)).hexdigest()
 
 
 def check_lost(source: str, units: list[dict]) -> None:
