@@ -6,6 +6,7 @@ the same: a file that this reader does not need, or a change that means nothing,
 white space in JSON. `rng` in conftest.py says how to repeat a soak.
 """
 
+import contextlib
 import functools
 import pathlib
 import shutil
@@ -19,11 +20,14 @@ from flaxlm.config.load import config_to_json, load_config
 from flaxlm.data.store.build import build_store
 from flaxlm.data.store.shards import Store
 from flaxlm.interop.export_run import export_model
+from flaxlm.interop.huggingface import read_model
+from flaxlm.interop.import_run import read_tokenizer
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import one_device
 from flaxlm.runs.directory import load_run_config
 from flaxlm.runs.weights import restore_model
 from flaxlm.tokenizer.files import load_tokenizer
+from tests import test_end_to_end as runs
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +135,19 @@ def finish_store(home: pathlib.Path, project: pathlib.Path):
   return open_store(copy)
 
 
+def open_export(home: pathlib.Path):
+  """What an import reads from exported files."""
+  found = read_model(home / "export")
+  tokenizer = read_tokenizer(home / "export")
+  return (
+    found.fields,
+    same_leaves(found.leaves),
+    tokenizer.encode(TEXT),
+    tokenizer.bos_id,
+    tokenizer.eos_id,
+  )
+
+
 def try_door(door, expected) -> str:
   """Returns what is wrong with how a door takes damage; "" if nothing is."""
   try:
@@ -156,23 +173,29 @@ def try_door(door, expected) -> str:
   return "" if found == expected else "accepted, with another result"
 
 
+@contextlib.contextmanager
+def damaged(path: pathlib.Path, rng):
+  """Damages a file while the block runs; says how."""
+  content = path.read_bytes()
+  what, new = damage(content, rng)
+  if new is None:
+    path.unlink()
+  else:
+    path.write_bytes(new)
+  yield f"{path.name} {what}"
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(content)
+
+
 def soak(count: int, folder: pathlib.Path, door, rng, wanted=lambda name: True) -> None:
   """Damages one file of `folder` after the other, `count` times, and tries the door."""
   expected = door()
   files = sorted(p for p in folder.rglob("*") if p.is_file() and wanted(p.name))
   wrong = []
   for number in range(count):
-    path = files[number % len(files)]
-    content = path.read_bytes()
-    what, new = damage(content, rng)
-    if new is None:
-      path.unlink()
-    else:
-      path.write_bytes(new)
-    if problem := try_door(door, expected):
-      wrong.append(f"{path.relative_to(folder)} {what}: {problem}")
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
+    with damaged(files[number % len(files)], rng) as what:
+      if problem := try_door(door, expected):
+        wrong.append(f"{what}: {problem}")
   assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong)
   assert door() == expected
 
@@ -196,3 +219,40 @@ def test_store(places, rng):
 def test_unfinished_store(places, project, rng):
   door = functools.partial(finish_store, places, project)
   soak(60, places / "half", door, rng)
+
+
+def test_export(places, rng):
+  soak(100, places / "export", functools.partial(open_export, places), rng)
+
+
+def run_command(*command) -> tuple[int, str, str]:
+  """Returns the exit code of a command, and what it wrote to stdout and stderr."""
+  process = runs.start(*command)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.mark.parametrize("files", ["checkpoints", "config", "tokenizer", "store"])
+def test_by_command(places, files, rng):
+  run, store = places / "run", places / "store"
+  command = "evaluate", f"--workdir={run}", "--json", f"--config.data.store={store}"
+  if files == "checkpoints":
+    targets = [path for path in (run / files).rglob("*") if path.is_file()]
+  elif files == "config":
+    targets = [run / "config.json"]
+  elif files == "store":
+    targets = [path for path in store.rglob("*") if path.suffix in (".ids", ".json")]
+  else:
+    targets = [run / "tokenizer.model"]
+    command = "generate", f"--workdir={run}", "--max_tokens=8", "--prompt=import "
+  code, expected, err = run_command(*command)
+  assert code == 0, err
+  for _ in range(5):
+    with damaged(rng.choice(sorted(targets)), rng) as what:
+      code, out, err = run_command(*command)
+    assert "Traceback" not in err, f"{what}: {err}"
+    if code == 0:
+      assert out == expected, f"{what}: {err}"
+    else:
+      assert code in EXIT_CODES, f"{what}: exit {code}\n{err}"
+      assert "flaxlm: " in err and len(err.splitlines()) <= 8, f"{what}: {err}"
