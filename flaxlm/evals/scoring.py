@@ -6,7 +6,6 @@ places at a time. Each batch is a function of the segments alone, so an evaluati
 was killed continues with the same batches.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError
 from flaxlm.evals.requests import TextSegment
-from flaxlm.models.moe import MoeMlp
+from flaxlm.models.moe import without_capacity
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.placement import batch_sharding, local_rows, to_global
 from flaxlm.parallel.sharding import current_layout
@@ -155,7 +154,7 @@ def _score_places(
   vocab_size: int, model: Transformer, rows, places_P, targets_P, chunks
 ):
   """Returns (log p, whether greedy) of the first `chunks` x PLACES places; P each."""
-  model = _without_capacity(model)
+  model = without_capacity(model)
   x_BLD = model(rows["tokens"], rows["positions"], rows["segment_ids"]).features
   length = x_BLD.shape[1]
   is_padding_V = jnp.arange(model.config.vocab_size) >= vocab_size
@@ -177,20 +176,6 @@ def _score_places(
   shape = places_P.shape
   empty = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
   return jax.lax.fori_loop(0, chunks, step, empty)
-
-
-def _without_capacity(model: Transformer) -> Transformer:
-  """Returns the model with room for all tokens in each expert.
-
-  With limited room, the neighbours of a text would decide which tokens are dropped.
-  """
-  model = jax.tree.map(lambda x: x, model)  # the caller's stays as it is
-  for blocks in (model.first_blocks, model.blocks):
-    if blocks is not None and isinstance(blocks.mlp, MoeMlp):
-      config = blocks.mlp.config
-      moe = dataclasses.replace(config.moe, capacity_factor=0.0)
-      blocks.mlp.config = dataclasses.replace(config, moe=moe)
-  return model
 
 
 def score_segments(

@@ -17,7 +17,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.inference.sampling import Sampling, SamplingRows, sample
 from flaxlm.models.cache import KVCache
 from flaxlm.models.layers import transpose_weight
-from flaxlm.models.moe import MoeMlp
+from flaxlm.models.moe import MoeMlp, without_capacity
 from flaxlm.models.transformer import Block, Transformer
 
 PORTION = 8  # tokens per compiled call: what a reader waits for at once
@@ -64,7 +64,7 @@ def for_decoding(model: Transformer) -> Transformer:
   From a stack of layers XLA:CPU would copy each layer's part out for every token.
   `generate` does this too, unless it was done.
   """
-  model = jax.tree.map(lambda x: x, model)  # the caller's keeps its stack
+  model = without_capacity(model)  # a copy: the caller's keeps its stack
   for name in ("first_blocks", "blocks"):
     blocks = getattr(model, name)
     if blocks is not None and not isinstance(blocks, tuple):

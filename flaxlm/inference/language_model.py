@@ -28,6 +28,7 @@ from flaxlm.inference.text import (
 )
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.heads import label_scores, pool
+from flaxlm.models.moe import without_capacity
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.sharding import use_mesh
 from flaxlm.tokenizer.chat_template import ChatTemplate, encode_prompt
@@ -66,6 +67,9 @@ class LanguageModel:
   labels: tuple[str, ...] = ()
   step: int | None = None
   end_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    self.model = without_capacity(self.model)
 
   @property
   def config(self) -> TransformerConfig:

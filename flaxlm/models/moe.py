@@ -6,6 +6,7 @@ uneven the load. With `capacity_factor`, each expert takes that many times its f
 share and drops the rest (GShard, Lepikhin et al. 2020): shapes are fixed, tokens lost.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -224,6 +225,21 @@ class MoeMlp(nnx.Module):
     out_KTD = out_SD[slot_P].reshape(K, T, -1)
     dropped = jnp.sum((real_P & ~kept_P).astype(jnp.float32))
     return jnp.einsum("KTD,TK->TD", out_KTD, weight_TK.astype(x_TD.dtype)), dropped
+
+
+def without_capacity(model):
+  """Returns a Transformer with room for all tokens in each expert.
+
+  With limited room, the neighbours of a text would decide which tokens are dropped.
+  """
+  model = jax.tree.map(lambda x: x, model)  # the caller's stays as it is
+  for blocks in (model.first_blocks, model.blocks):
+    for block in blocks if isinstance(blocks, tuple) else (blocks,):
+      if block is not None and isinstance(block.mlp, MoeMlp):
+        config = block.mlp.config
+        moe = dataclasses.replace(config.moe, capacity_factor=0.0)
+        block.mlp.config = dataclasses.replace(config, moe=moe)
+  return model
 
 
 def _exchange(x_PD, sizes_E, room: int, axes: tuple, compute) -> jax.Array:

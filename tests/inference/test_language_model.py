@@ -66,6 +66,17 @@ def test_scores_are_those_of_the_definition_in_any_order(writer):
   np.testing.assert_allclose([s.log_p for s in again], [s.log_p for s in scores], 1e-5)
 
 
+def test_a_pair_alone_scores_as_beside_others_in_a_mixture_of_experts(tiny, bpe):
+  moe = tiny.model.moe
+  moe.num_experts, moe.experts_per_token, moe.expert_dim = 4, 2, 16
+  moe.capacity_factor, tiny.model.vocab_size = 0.3, bpe.vocab_size
+  model = language_model_of(tiny, bpe)
+  rng = np.random.default_rng(0)
+  pairs = [rng.integers(0, 1000, (2, 6)).tolist() for _ in range(4)]
+  together = model.score(pairs)
+  assert together[3].log_p == pytest.approx(model.score(pairs[3:])[0].log_p, rel=1e-5)
+
+
 def test_logits_are_those_of_the_model_whatever_the_padding(writer):
   ids = list(range(5, 24))
   logits = writer.logits(ids)
