@@ -17,14 +17,17 @@ from flaxlm.tokenizer.pieces import Decoder, find_special_names
 
 
 def beginning(tokenizer: AnyTokenizer) -> list[int]:
-  """Returns what the model has seen before every text: the bos token, or nothing."""
-  return [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+  """Returns what the tokenizer puts before every text: the bos token, or nothing."""
+  return list(tokenizer.begin_ids)
 
 
 def tokenize_prompt(
   tokenizer: AnyTokenizer, text: str, specials: bool = False
 ) -> list[int]:
   """Returns the ids of a prompt, after those that begin a text if there are any.
+
+  A prompt without text is the token that begins documents, also where the tokenizer
+  puts nothing before a text.
 
   Args:
     specials: the name of a special token in the text is that token. A prompt that
@@ -35,6 +38,8 @@ def tokenize_prompt(
   begin, ids = beginning(tokenizer), tokenizer.encode(text, specials)
   if not specials or ids[: len(begin)] != begin:
     ids = begin + ids
+  if not ids and tokenizer.bos_id >= 0:
+    return [tokenizer.bos_id]
   if not ids:
     needed = "a text: this tokenizer has no bos token to begin with"
     raise ConfigError("the prompt", "none", needed)

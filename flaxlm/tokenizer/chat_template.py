@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxlm import errors
-from flaxlm.tokenizer.files import AnyTokenizer, find_template
+from flaxlm.tokenizer.files import AnyTokenizer
+from flaxlm.tokenizer.files_beside import find_template
 from flaxlm.tokenizer.pieces import find_special_names
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")

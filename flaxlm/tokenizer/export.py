@@ -118,7 +118,7 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
     "sep": own.sep_id,
     "mask": own.mask_id,
   }
-  bos = {pieces[own.bos_id]: own.bos_id} if own.bos_id >= 0 else {}
+  bos = {pieces[i]: i for i in own.begin_ids}
   eos = {pieces[own.eos_id]: own.eos_id} if own.eos_id >= 0 and is_encoder else {}
   to_space = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
   decoders = [to_space] * marks + [{"type": "ByteFallback"}, {"type": "Fuse"}]

@@ -8,14 +8,20 @@ it is, and gives the ids that `transformers` gives.
 
 import hashlib
 import itertools
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from flaxlm import errors
+from flaxlm.machine import quiet_stderr
+from flaxlm.tokenizer.library import (
+  import_tokenizers,
+  library_errors,
+  read_tokenizer_json,
+  to_library,
+  unreadable,
+)
 from flaxlm.tokenizer.long_texts import (
   BLOCK_CHARACTERS,
   Window,
@@ -46,21 +52,22 @@ class FastTokenizer:
   """One tokenizer.json, given as its bytes, with the interface of `Tokenizer`."""
 
   def __init__(self, model: bytes):
-    library = import_tokenizers()
+    import_tokenizers()
     self.model = model
     self.sha256 = hashlib.sha256(model).hexdigest()
-    try:
-      tree = json.loads(model)
-      pieces, added = read_vocabulary(tree), tree["added_tokens"] or []
+    tree = read_tokenizer_json(model)
+    with library_errors():
       hidden = hide_specials(tree)
-      self._text = library.Tokenizer.from_str(json.dumps(hidden))
+      self._text = to_library(hidden)
       self._template = None  # parsed when it is needed
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise unreadable(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # the library raises nothing more specific
-      raise unreadable(str(error)) from error
-    check_numbers(hidden["added_tokens"], self._text)
-    self._can_cut = can_cut(tree)
+      check_numbers(hidden["added_tokens"], self._text)
+      self._read_vocabulary(tree)
+      self._can_cut = can_cut(tree)
+      self._find_losses(tree["added_tokens"] or [])
+
+  def _read_vocabulary(self, tree: dict) -> None:
+    """Sets the pieces, and the ids of each role."""
+    pieces, added = read_vocabulary(tree), tree["added_tokens"] or []
     self.special_tokens: dict[str, int] = {
       token["content"]: token["id"] for token in added if token["special"]
     }
@@ -73,6 +80,7 @@ class FastTokenizer:
     self.mask_id: int = ids.get("mask", -1)
     self.cls_id: int = ids.get("cls", -1)
     self.sep_id: int = ids.get("sep", -1)
+    self.begin_ids: list[int] = ids_before(tree)
     self.chat_template: str = tree["model"].get(CHAT_TEMPLATE, "")
     self.unk_id: int = unknown_id(tree["model"], pieces)
     if self.unk_id in (self.bos_id, self.eos_id):  # GPT-2 uses <|endoftext|> for all
@@ -83,18 +91,22 @@ class FastTokenizer:
     self.splits_words = decoder_steps(tree).keys() <= {"WordPiece"}
     singles = {piece for i, piece in enumerate(self._pieces) if i in pieces}
     self.byte_fallback = {bytes([byte]) for byte in range(256)} <= singles
-    first = self._text.encode("a", add_special_tokens=False).ids
-    self.adds_prefix = self.splits_words or (
-      bool(first) and self._pieces[first[0]].startswith(b" ")
-    )
-    # Other added tokens, such as tool tags, match in plain text and may take spaces.
-    probes = {
-      f"a {token['content']} b": f"it loses spaces around {token['content']}"
-      for token in added
-      if not token["special"]
-    }
-    self.loss: str = find_loss(self, LOSS_PROBES | probes)
-    self.is_lossless = not self.loss
+
+  def _find_losses(self, added: list[dict]) -> None:
+    """Tries what the tokenizer changes."""
+    with quiet_stderr(), library_errors():
+      first = self._text.encode("a", add_special_tokens=False).ids
+      self.adds_prefix = self.splits_words or (
+        bool(first) and self._pieces[first[0]].startswith(b" ")
+      )
+      # Other added tokens, such as tool tags, match in plain text and may take spaces.
+      probes = {
+        f"a {token['content']} b": f"it loses spaces around {token['content']}"
+        for token in added
+        if not token["special"]
+      }
+      self.loss: str = find_loss(self, LOSS_PROBES | probes)
+      self.is_lossless = not self.loss
 
   def control_id(self, *names: str) -> int:
     """Returns the id of the first of these special tokens that exists, or -1."""
@@ -110,11 +122,11 @@ class FastTokenizer:
     if not specials:
       return self.encode_batch([text])[0].tolist()
     if self._template is None:
-      library = import_tokenizers()
-      self._template = library.Tokenizer.from_str(self.model.decode())
+      self._template = to_library(read_tokenizer_json(self.model))
       self._template.no_padding()
       self._template.no_truncation()
-    return self._template.encode(text, add_special_tokens=False).ids
+    with library_errors():
+      return self._template.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, on all cores unless `num_threads` is 1.
@@ -123,10 +135,11 @@ class FastTokenizer:
     use that pool, which does not survive a fork.
     """
     short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
-    if num_threads == 1:
-      found = [self._text.encode(text, add_special_tokens=False) for text in short]
-    else:
-      found = self._text.encode_batch_fast(short, add_special_tokens=False)
+    with library_errors():
+      if num_threads == 1:
+        found = [self._text.encode(text, add_special_tokens=False) for text in short]
+      else:
+        found = self._text.encode_batch_fast(short, add_special_tokens=False)
     rows = iter([np.array(encoding.ids, np.int32) for encoding in found])
     return [
       next(rows)
@@ -150,12 +163,15 @@ class FastTokenizer:
         yield from itertools.starmap(self._window, group)
         continue
       given = [text for _, text in group]
-      found = self._text.encode_batch(given, add_special_tokens=False)
+      with library_errors():
+        found = self._text.encode_batch(given, add_special_tokens=False)
       for (start, text), encoding in zip(group, found, strict=True):
         yield make_window(start, text, encoding)
 
   def _window(self, start: int, text: str) -> Window:
-    return make_window(start, text, self._text.encode(text, add_special_tokens=False))
+    with library_errors():
+      encoding = self._text.encode(text, add_special_tokens=False)
+    return make_window(start, text, encoding)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`: none for special tokens, U+FFFD for bad UTF-8.
@@ -178,28 +194,6 @@ def make_window(start: int, text: str, encoding) -> Window:
   """Returns what the library found in a chunk of a text."""
   spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
   return Window(start, text, np.array(encoding.ids, np.int32), spans)
-
-
-def import_tokenizers():
-  """Imports the `tokenizers` library; ConfigError if it is not installed."""
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise errors.ConfigError(
-      "config.tokenizer.path", "a tokenizer of the `tokenizers` library, not installed",
-      "that library, or a SentencePiece .model", "pip install tokenizers",
-    ) from error  # fmt: skip
-  return tokenizers
-
-
-def unreadable(why: str) -> errors.DataError:
-  """Returns the error for a tokenizer.json that cannot be used."""
-  return errors.DataError(
-    "a tokenizer.json cannot be used",
-    " ".join(why.split())[:200],
-    "a file of the Hugging Face tokenizers library",
-    "pip install -U tokenizers, or save it again with transformers",
-  )
 
 
 def read_vocabulary(tree: dict) -> dict[int, str]:
@@ -300,6 +294,21 @@ def byte_letters() -> dict[str, bytes]:
   hidden = [byte for byte in range(256) if byte not in shown]
   letters = {chr(byte): bytes([byte]) for byte in shown}
   return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)}
+
+
+def ids_before(tree: dict) -> list[int]:
+  """Returns what a tokenizer.json puts before every text: bos, [CLS], or nothing."""
+  step = tree.get("post_processor") or {}
+  ids = []
+  for part in step.get("processors", [step] if step else []):
+    if part["type"] == "TemplateProcessing":
+      for item in part["single"]:
+        if "Sequence" in item:
+          break
+        ids += part["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    elif part["type"] in ("BertProcessing", "RobertaProcessing"):
+      ids.append(part["cls"][1])
+  return ids
 
 
 def unknown_id(model: dict, pieces: dict[int, str]) -> int:

@@ -12,6 +12,7 @@ import pathlib
 
 from flaxlm import errors
 from flaxlm.json_files import read_json
+from flaxlm.tokenizer.declared_tokens import NO_BOS, declare
 from flaxlm.tokenizer.fast import (
   CHAT_TEMPLATE,
   SPECIAL_IDS,
@@ -19,15 +20,18 @@ from flaxlm.tokenizer.fast import (
   USUAL_NAMES,
   FastTokenizer,
   fill_roles,
+  ids_before,
   read_vocabulary,
-  unreadable,
 )
+from flaxlm.tokenizer.files_beside import FilesBeside, added_token
+from flaxlm.tokenizer.library import unreadable
 from flaxlm.tokenizer.pieces import SPACE_MARK
 from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 AnyTokenizer = Tokenizer | FastTokenizer
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
+MODELS = (MODEL, "spiece.model")  # in a directory
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 # Tokenizer classes whose vocab.json is GPT-2's byte-level BPE, without "Tokenizer".
 GPT2_LIKE = ("", "GPT2", "Roberta", "Bart", "Longformer", "CodeGen", "GPTNeoX")
@@ -99,7 +103,7 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
   if file.suffix == ".txt":
     return FastTokenizer(word_piece(file, content, FilesBeside(file.parent)))
   try:
-    return Tokenizer(content)
+    tokenizer = Tokenizer(content)
   except errors.DataError as error:
     raise errors.DataError(
       f"config.tokenizer.path={path} is not a SentencePiece model",
@@ -107,6 +111,20 @@ def load_tokenizer(path: str | os.PathLike) -> AnyTokenizer:
       "a .model file of SentencePiece (not .vocab, not tiktoken's), a tokenizer.json, "
       "a vocab.json with its merges.txt, or a vocab.txt",
     ) from error
+  beside = FilesBeside(file.parent)
+  declared = declare(content, beside, puts_bos(file, content, beside))
+  return tokenizer if declared == content else Tokenizer(declared)
+
+
+def puts_bos(model: pathlib.Path, content: bytes, beside: FilesBeside) -> bool:
+  """Returns whether a SentencePiece tokenizer begins texts with bos, as Llama's does.
+
+  A tokenizer.json made from the model says so, else tokenizer_config.json may.
+  """
+  whole = model.with_name(JSON)
+  if model.name in MODELS and whole.is_file():
+    return bool(ids_before(read_json(whole)))
+  return bool(beside.settings.get("add_bos_token", not content.endswith(NO_BOS)))
 
 
 def missing_tokenizer(path: object, file: pathlib.Path) -> errors.UserError:
@@ -122,7 +140,7 @@ def missing_tokenizer(path: object, file: pathlib.Path) -> errors.UserError:
 
 def choose_file(directory: pathlib.Path) -> pathlib.Path:
   """Returns the file of a directory that is its tokenizer; see `load_tokenizer`."""
-  models = [directory / MODEL, directory / "spiece.model"]
+  models = [directory / name for name in MODELS]
   model = next((file for file in models if file.is_file()), None)
   whole = directory / JSON
   if whole.is_file():
@@ -151,78 +169,28 @@ def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
   }
 
 
-class FilesBeside:
-  """What the files beside a tokenizer say about it."""
-
-  def __init__(self, directory: pathlib.Path):
-    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    trees = [
-      read_json(directory / name) if (directory / name).is_file() else {}
-      for name in names
-    ]
-    self.where = directory / "tokenizer_config.json"
-    self.settings: dict = trees[0] | trees[1]
-    self.chat_template = find_template(directory, self.settings)
-    # Added tokens by id, each with the library's options.
-    self.tokens: dict[int, dict] = {i: added_token(t) for t, i in trees[2].items()}
-    for i, token in self.settings.get("added_tokens_decoder", {}).items():
-      self.tokens[int(i)] = added_token(token)
-
-  def names(self) -> dict[str, str | None]:
-    """Returns the named special token of each role; None means that there is none."""
-    found = {
-      role: self.settings.get(f"{role}_token", "") for role in (*SPECIAL_ROLES, "unk")
-    }
-    return {
-      role: token["content"] if isinstance(token, dict) else token
-      for role, token in found.items()
-      if token != ""
-    }
-
-  def specials(self) -> list[dict]:
-    """Returns the special tokens that are named, with their options."""
-    more = self.settings.get("additional_special_tokens") or []
-    more = more if isinstance(more, list) else []
-    named = [self.settings.get(f"{role}_token") for role in (*SPECIAL_ROLES, "unk")]
-    return [added_token(t) | {"special": True} for t in (*named, *more) if t]
-
-
-def find_template(directory: pathlib.Path, settings: dict) -> str:
-  """Returns the chat template beside a tokenizer, or ""; of several, the default."""
-  file = directory / "chat_template.jinja"
-  if file.is_file():
-    return file.read_text("utf-8")
-  found = settings.get("chat_template") or ""
-  if isinstance(found, list):
-    named = {entry["name"]: entry["template"] for entry in found}
-    return named.get("default", "")
-  return found
-
-
-def added_token(token: dict | str) -> dict:
-  """Returns a token as `added_tokens` of a tokenizer.json lists it, without its id."""
-  given = token if isinstance(token, dict) else {"content": token}
-  flags = ("single_word", "lstrip", "rstrip", "normalized")
-  flags = {flag: bool(given.get(flag, False)) for flag in flags}
-  special = bool(given.get("special", False))
-  return {"content": given["content"], **flags, "special": special}
-
-
 def keep_roles(content: bytes, tree: dict, beside: FilesBeside) -> bytes:
   """Returns a tokenizer.json that also holds the id of each role."""
   if SPECIAL_IDS in tree["model"]:
     return content  # flaxlm wrote this file
   try:
     added = tree["added_tokens"] = tree.get("added_tokens") or []
-    ids = {token["content"]: token["id"] for token in added}
     pieces = {piece: i for i, piece in read_vocabulary(tree).items()}
+    ids = pieces | {token["content"]: token["id"] for token in added}
+    known = {token["content"]: token for token in added}
+    for token in beside.declared(ids):
+      if token["content"] in known:
+        known[token["content"]]["special"] |= token["special"]
+      else:
+        added.append({"id": token["id"], **token})
+        ids[token["content"]] = token["id"]
     specials = {token["content"] for token in added if token["special"]}
-    roles = find_roles(beside, pieces | ids, specials)
+    roles = find_roles(beside, ids, specials)
   except (KeyError, TypeError, AttributeError) as error:
     raise unreadable(f"{type(error).__name__}: {error}") from error
-  for name in {name for name, i in (pieces | ids).items() if i in roles.values()}:
-    if name not in ids:
-      added.append({"id": pieces[name], **added_token(name), "special": True})
+  names = {token["content"] for token in added}
+  for name in {name for name, i in ids.items() if i in roles.values()} - names:
+    added.append({"id": ids[name], **added_token(name), "special": True})
   for token in added:
     token["special"] |= token["id"] in roles.values()
   tree["added_tokens"] = sorted(added, key=lambda token: token["id"])
@@ -379,7 +347,10 @@ def byte_level(
       f"{beside.settings['tokenizer_class']} without its tokenizer.json",
       "the tokenizer.json, which does",
     )
-  lines = merges.read_text("utf-8").replace("\r\n", "\n").split("\n")
+  try:
+    lines = merges.read_text("utf-8").replace("\r\n", "\n").split("\n")
+  except UnicodeDecodeError as error:
+    raise unreadable(f"{merges}: {error}") from error
   lines = lines[1:] if lines[0].startswith("#version") else lines
   space = bool(beside.settings.get("add_prefix_space", False))
   words = {

@@ -18,6 +18,7 @@ import numpy as np
 
 from flaxlm import errors
 from flaxlm.machine import quiet_stderr
+from flaxlm.tokenizer.declared_tokens import NO_BOS
 from flaxlm.tokenizer.long_texts import BLOCK_CHARACTERS, SafeCuts
 from flaxlm.tokenizer.pieces import (
   CHUNK_CHARACTERS,
@@ -54,6 +55,7 @@ class Tokenizer:
     self.bos_id: int = sp.bos_id()
     self.eos_id: int = sp.eos_id()
     self.unk_id: int = sp.unk_id()
+    self._adds_bos = not model.endswith(NO_BOS)
     # By name, as templates write them. A name in plain text stays text.
     self.special_tokens: dict[str, int] = {
       sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)
@@ -73,6 +75,11 @@ class Tokenizer:
     # Why decode(encode(text)) is not always the text; "" if it is.
     self.loss: str = find_loss(self)
     self.is_lossless = not self.loss
+
+  @property
+  def begin_ids(self) -> list[int]:
+    """What is put before every text: bos, or nothing."""
+    return [self.bos_id] if self._adds_bos and self.bos_id >= 0 else []
 
   def control_id(self, *names: str) -> int:
     """Returns the id of the first of these control symbols that exists, or -1."""
