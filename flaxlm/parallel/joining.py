@@ -5,6 +5,7 @@ answer a roll call at the port that JAX will use.
 """
 
 import contextlib
+import ipaddress
 import os
 import socket
 import time
@@ -14,6 +15,12 @@ import jax
 
 from flaxlm.errors import ConfigError, Preempted
 from flaxlm.parallel.processes import PeerError, name_processes
+
+# Variables of schedulers that tell of several hosts. A step of Slurm may use fewer than
+# its job has.
+_HOST_COUNTS = (
+  "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "TPU_WORKER_HOSTNAMES",
+)  # fmt: skip
 
 
 def join_processes(
@@ -49,6 +56,7 @@ def join_processes(
       raise ConfigError(names[2], f"{index} of {count}", f"0 to {names[1]} - 1")
     if not address.rpartition(":")[2].isdigit():
       raise ConfigError(names[0], address, "host:port")
+    _check_coordinator(address)
     arguments = {
       "coordinator_address": address,
       "num_processes": int(count),
@@ -64,6 +72,40 @@ def join_processes(
   )
 
 
+def _check_coordinator(address: str) -> None:
+  """Raises ConfigError if an address leads back to each of several hosts.
+
+  Every process would then wait for one of its own host. A name may do so on some hosts
+  alone: /etc/hosts often maps a host's own name to 127.0.1.1.
+  """
+  given = [name for name in _HOST_COUNTS if name in os.environ]
+  hosts = _count_hosts(given[0]) if given else 1
+  if hosts > 1 and _is_loopback(address.rpartition(":")[0]):
+    raise ConfigError(
+      "JAX_COORDINATOR_ADDRESS",
+      f"{address}, which is each host itself, in a job of {hosts} hosts",
+      "the address of the first host in the network that joins them",
+      "its name or IP address, as `hostname -I` prints it there",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+  """Returns whether a name or address leads back to this host alone."""
+  try:
+    found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
+  except OSError:  # the roll call waits for names that are not known yet
+    return False
+  return all(ipaddress.ip_address(ip.split("%")[0]).is_loopback for ip in found)
+
+
+def _count_hosts(name: str) -> int:
+  """Returns how many hosts a variable of a scheduler counts or lists; else 1."""
+  value = os.environ.get(name, "")
+  if value.isdigit():
+    return int(value)
+  return len(value.split(",")) if name == "TPU_WORKER_HOSTNAMES" else 1
+
+
 def _answer_roll_call(address, count, index, seconds, stop_requested) -> None:
   """Waits until all processes have called; raises PeerError if some do not."""
   host, _, port = address.rpartition(":")
@@ -77,9 +119,10 @@ def _answer_roll_call(address, count, index, seconds, stop_requested) -> None:
   if stop_requested():
     raise Preempted("stopped before the first step, while the processes were gathering")
   if absent:
+    here = " (this host alone can reach it)" if _is_loopback(host) else ""
     raise PeerError(
       f"{name_processes(absent)} of {count} did not arrive within {seconds:g} s",
-      f"{count - len(absent)} at {address}",
+      f"{count - len(absent)} at {address}{here}",
       f"{count} (JAX_NUM_PROCESSES) that can reach that address",
       "the logs of those missing; a longer --config.mesh.start_seconds",
     )

@@ -91,7 +91,8 @@ def train(
       say(f"nothing to do: step {first_step} of {config.num_steps} is reached")
       return
     expected = predict and predict(config, mesh)
-    progress = enter(TrainingProgress(config, workdir, first_step, compiled, expected))
+    told = first_step, compiled, expected, start.rows
+    progress = enter(TrainingProgress(config, workdir, *told))
     profiler = enter(Profiler(config.log, files.profile))
     describe = functools.partial(describe_checkpoint, config, feed, start)
     saves = Saves(checkpoints, describe)

@@ -109,7 +109,7 @@ class MetricsWriter:
       step: finished steps.
       values: numbers, or arrays of one number, by name. "train" shows loss, grad_norm
         and learning_rate first.
-      kind: "train" or "eval".
+      kind: "train", "eval", or "bad" for a step whose numbers are not finite.
       data_wait: seconds that the loop waited for data since the last "train" line.
 
     Raises:

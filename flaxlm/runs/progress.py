@@ -60,12 +60,14 @@ class TrainingProgress:
     first_step: int,
     compiled: collections.Counter,
     expected_seconds: float | None,
+    rows_read: int = 0,
   ):
     """Opens the log of a run of which `first_step` steps are done.
 
     Args:
       compiled: of `count_programs`.
       expected_seconds: per step; None if unknown.
+      rows_read: rows of the data that were read in these steps.
     """
     self.every, self.num_steps = config.log.every, config.num_steps
     self.bad_steps = BadSteps(config.guards.max_bad_steps)
@@ -81,6 +83,7 @@ class TrainingProgress:
       expected_seconds,
     )
     self._first_step, self._pending, self._waited = first_step, None, 0.0
+    self._rows_read, self._batch_size = rows_read, config.data.batch_size
     self._compiled = compiled
     # Without asynchronous dispatch, a step is done when it returns.
     asynchronous = jax.config.read("jax_cpu_enable_async_dispatch")
@@ -121,7 +124,13 @@ class TrainingProgress:
     (step, metrics), self._pending = self._pending, None
     values = jax.device_get(metrics)
     self.writer.advance(step)
-    self.bad_steps.update(step, values.pop("bad"), values["loss"])
+    is_bad = values.pop("bad")
+    if is_bad:  # which rows, so that they can be looked at
+      before = self._rows_read + (step - 1 - self._first_step) * self._batch_size
+      shown = {name: values[name] for name in ("loss", "grad_norm")}
+      rows = {"first_row": before, "rows": self._batch_size}
+      self.writer.log(step, shown | rows, "bad")
+    self.bad_steps.update(step, is_bad, values["loss"])
     first = step == self._first_step + 1
     if first or step % self.every == 0 or step == self.num_steps:
       if not values["skipped"]:  # most runs skip nothing: no column for it

@@ -186,12 +186,11 @@ class BadSteps:
     self._in_a_row.append((int(step), float(loss)))
     if len(self._in_a_row) < self.max_bad_steps:
       return
-    # Batches are a pure function of the step, so the step's number names its batch.
     shown = ", ".join(f"{s} (loss {value:g})" for s, value in self._in_a_row[:5])
     more = ", ..." if len(self._in_a_row) > 5 else ""
     raise NumericsError(
       f"{len(self._in_a_row)} steps in a row had a loss or gradient that is not finite",
-      f"steps (= batches) {shown}{more} to {self._in_a_row[-1][0]}",
+      f"steps {shown}{more} to {self._in_a_row[-1][0]}; metrics.jsonl has their rows",
       f"a finite one in config.guards.max_bad_steps={self.max_bad_steps}",
       "a lower --config.optim.peak_learning_rate, or a longer warm-up",
     )

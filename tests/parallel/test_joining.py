@@ -46,6 +46,7 @@ def test_the_missing_are_named_by_everyone_who_is_there():
     assert isinstance(error, PeerError) and error.exit_code == 75
     lines = str(error).splitlines()
     assert lines[0] == "processes 2 and 3 of 5 did not arrive within 1 s"
+    assert "(this host alone can reach it)" in lines[1]
     assert len(lines) <= 5 and "start_seconds" in lines[-1]
 
 
@@ -103,3 +104,35 @@ def test_an_environment_that_describes_no_job(
     monkeypatch.setenv("JAX_PROCESS_ID", index)
   with pytest.raises(ConfigError, match=words):
     joining.join_processes(False)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+  ("name", "value", "hosts"),
+  [
+    ("SLURM_JOB_NUM_NODES", "4", 4),
+    ("SLURM_NNODES", "2", 2),
+    ("TPU_WORKER_HOSTNAMES", "a,b,c", 3),
+  ],
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.1.1", "[::1]"])
+def test_several_hosts_do_not_wait_for_themselves(
+  monkeypatch, name, value, hosts, host
+):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"{host}:{free_port()}")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+  monkeypatch.setenv("JAX_PROCESS_ID", "1")
+  monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match=f"in a job of {hosts} hosts") as caught:
+    joining.join_processes(False)
+  assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_processes_of_one_host_may_meet_on_its_loopback(monkeypatch):
+  joining._check_coordinator("127.0.0.1:1")
+  monkeypatch.setenv("SLURM_NNODES", "2")  # of the job; this step uses one
+  monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+  joining._check_coordinator("127.0.0.1:1")
+  monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+  joining._check_coordinator("192.0.2.7:1")
+  joining._check_coordinator("no-such-host.invalid:1")

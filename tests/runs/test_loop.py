@@ -5,8 +5,10 @@ Started, killed and resumed processes are in tests/test_end_to_end.py.
 
 import json
 import shutil
+import time
 import types
 
+import jax
 import pytest
 
 from flaxlm.config.load import config_from_json, config_to_json
@@ -14,6 +16,7 @@ from flaxlm.config.tree import flatten
 from flaxlm.errors import ConfigError, DataError, Preempted
 from flaxlm.runs import loop, program
 from flaxlm.runs.directory import load_run_config
+from flaxlm.training import checkpoint
 from flaxlm.training.checkpoint import list_steps, read_meta
 
 
@@ -157,6 +160,31 @@ def test_a_stopped_run_has_saved_and_continues_where_it_was(
   config.log.every = 2
   assert run(config, tmp_path) == logged(finished[2])
   assert "changed since step 4: config.log.every 1 -> 2" in capsys.readouterr().out
+
+
+@pytest.mark.faults
+def test_a_crash_of_the_last_evaluation_costs_no_step(finished, tmp_path, monkeypatch):
+  """As when it needs more memory than training did; training resumes at step 3."""
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[2], workdir)
+  shutil.rmtree(workdir / "checkpoints/4")
+  hash_files = checkpoint.hash_files
+
+  def slowly(*arguments, **options):
+    time.sleep(0.5)  # the save is not done when the evaluation begins
+    return hash_files(*arguments, **options)
+
+  def crash(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "hash_files", slowly)
+    patch.setattr(loop, "evaluate", crash)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+      run(load_run_config(workdir), workdir)
+  assert list_steps(workdir / "checkpoints") == [3, 4]
+  assert [*logged(workdir)["eval"]] == [2]
+  assert run(load_run_config(workdir), workdir) == logged(finished[2])
 
 
 @pytest.mark.parametrize(
