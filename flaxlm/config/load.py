@@ -209,14 +209,14 @@ def _digest(stored: dict) -> str:
   return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
-def _check_seal(stored: dict) -> None:
+def _check_seal(stored: dict, where: object) -> None:
   """Removes the sha256 of a stored config; raises DataError if it is another's.
 
   Older versions stored none.
   """
   if _SEAL in stored and stored.pop(_SEAL) != _digest(stored):
     raise DataError(
-      "the stored config is damaged, or was edited",
+      f"{where} is damaged, or was edited",
       "values that do not match its sha256",
       "the values that a run stored",
       f'without its line "{_SEAL}" it is a config for a new run',
@@ -238,7 +238,7 @@ def config_from_json(
   """
   config = base.get_config()
   stored = parse_json(text, where, {"data.sources": dict})
-  _check_seal(stored)
+  _check_seal(stored, where)
   names = stored["data"]["sources"]
   config.data.sources = base.sources(**{name: base.source() for name in names})
   known = flatten(config)

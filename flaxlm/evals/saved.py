@@ -26,6 +26,7 @@ from flaxlm.evals.scoring import Predictions, Scorer
 from flaxlm.evals.tasks import Task
 from flaxlm.files import write_atomically
 from flaxlm.inference.language_model import LanguageModel
+from flaxlm.json_files import parse_json, read_json
 from flaxlm.parallel.sharding import use_mesh
 from flaxlm.runs.directory import RunFiles, split_address
 from flaxlm.training.manifest import hash_files, read_manifest
@@ -59,7 +60,7 @@ def read_result(output: pathlib.Path, weights: str, task: Task) -> dict | None:
   path = result_path(output, weights, task)
   if not path.is_file():
     return None
-  result = json.loads(path.read_bytes())
+  result = read_json(path, {"weights_sha256": str, "task_sha256": str})
   same = (result["weights_sha256"], result["task_sha256"]) == (weights, task.sha256)
   return result if same else None
 
@@ -135,8 +136,9 @@ def _kept_predictions(path: pathlib.Path, scorer: Scorer):
   if partial.is_file():
     lines = partial.read_text("utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a kill tears the last
-    if whole and json.loads(whole[0]) == shape:
-      known = [_predictions(json.loads(line)) for line in whole[1:]]
+    values = [parse_json(line, partial, finite=False) for line in whole]
+    if values and values[0] == shape:
+      known = [_predictions(value) for value in values[1:]]
   with partial.open("w", encoding="utf-8") as file:
 
     def write(value: dict) -> None:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flaxlm.config.load import config_from_json
 from flaxlm.config.tree import flatten
 from flaxlm.errors import ConfigError, DataError
+from flaxlm.json_files import parse_json
 from flaxlm.tokenizer.files import find_tokenizer
 
 # Knobs of the model that a machine or a phase of training decides.
@@ -92,8 +93,8 @@ def not_of_this_run(path: pathlib.Path, found: str, meta: dict) -> DataError:
 def describe_edit(text: bytes, meta: dict) -> str:
   """Returns how the values of a stored config differ from a checkpoint's, if at all."""
   try:
-    stored = flatten(json.loads(text))
-  except (ValueError, AttributeError, RecursionError):
+    stored = flatten(parse_json(text, "the config"))
+  except ValueError:
     return ""
   trained = flatten(meta["config"])
   known = {k: v for k, v in stored.items() if k in trained and k != "model.attention"}

@@ -16,8 +16,9 @@ from typing import Self
 from ml_collections import ConfigDict
 
 from flaxlm.config.load import apply_overrides, config_from_json
-from flaxlm.errors import MissingInputError, OutputError
+from flaxlm.errors import MissingInputError, OutputError, printable
 from flaxlm.files import write_atomically
+from flaxlm.json_files import read_json
 from flaxlm.runs import binding
 from flaxlm.training.manifest import newest_meta
 
@@ -62,7 +63,7 @@ def load_run_config(
   before = binding.of_the_model(config)
   config = apply_overrides(config, overrides)
   for line in binding.differences(binding.of_the_model(config), before):
-    print(f"flaxlm: warning: {line}", file=sys.stderr)
+    print(f"flaxlm: warning: {printable(line)}", file=sys.stderr)
   return config
 
 
@@ -82,8 +83,8 @@ def _read_config(files: RunFiles, meta: dict | None) -> ConfigDict:
     )
     return trained
   try:
-    config = config_from_json(path.read_text())
-  except ValueError as error:  # UserErrors and texts that are no UTF-8
+    config = config_from_json(path.read_bytes(), (), path)
+  except ValueError as error:
     if trained is None:
       raise
     found = binding.describe_edit(path.read_bytes(), meta) or str(error)
@@ -163,11 +164,12 @@ class RunLock:
     # The owner writes its file just after it takes the lock: give it a moment.
     for _ in range(5):
       try:
-        owner = json.loads(self.files.owner.read_text())
+        fields = dict.fromkeys(("host", "started", "command"), str)
+        owner = read_json(self.files.owner, fields | {"pid": int})
         return (
           f"in use by process {owner['pid']} on {owner['host']} "
-          f"since {owner['started']}: " + " ".join(owner["command"].split())[:120]
+          f"since {owner['started']}: " + printable(owner["command"], 120)
         )
-      except (OSError, ValueError, KeyError):
+      except (OSError, ValueError):
         time.sleep(0.1)
     return "in use by another run"

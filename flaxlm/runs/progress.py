@@ -15,6 +15,7 @@ import jax
 import psutil
 from ml_collections import ConfigDict
 
+from flaxlm.errors import printable
 from flaxlm.models.cost import flops_per_token
 from flaxlm.parallel.hardware import peak_flops
 from flaxlm.runs import metrics as reports
@@ -24,7 +25,7 @@ from flaxlm.training.guards import BadSteps
 def say(line: str) -> None:
   """Prints a line; process 0 only."""
   if jax.process_index() == 0:
-    print(line, flush=True)
+    print(printable(line, 2000), flush=True)
 
 
 @contextlib.contextmanager

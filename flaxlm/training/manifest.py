@@ -14,6 +14,7 @@ import pathlib
 import re
 
 from flaxlm.files import sync_directory, write_atomically
+from flaxlm.json_files import check_fields, parse_json
 
 MANIFEST = "MANIFEST.json"
 CHECKPOINT_FORMAT = 1
@@ -34,7 +35,7 @@ def find_damage(path: pathlib.Path) -> str | None:
     damage = find_changed(path / "state", manifest["files"])
     return damage and f"state/{damage}"
   except (OSError, ValueError) as error:
-    return str(error)
+    return " ".join(str(error).split())
 
 
 def find_changed(directory: pathlib.Path, files: dict[str, list]) -> str | None:
@@ -86,11 +87,13 @@ def read_manifest(path: pathlib.Path) -> dict:
   body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
   if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
     raise ValueError(f"{MANIFEST} does not match its own sha256")
-  manifest = json.loads(body)
+  fields = {"format": int, "step": int, "files": dict, "meta": dict}
+  manifest = parse_json(body, MANIFEST, {"format": int})
   if manifest["format"] != CHECKPOINT_FORMAT:
     raise ValueError(
       f"{MANIFEST} has format {manifest['format']}; this reads {CHECKPOINT_FORMAT}"
     )
+  check_fields(manifest, MANIFEST, fields)
   return manifest
 
 
