@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pathlib
@@ -124,6 +125,48 @@ def test_a_damaged_index_is_noticed(made, where):
   flip(path / "main/000000-train.index", where)
   with pytest.raises(errors.DataError, match=r"000000-train\.index"):
     Store(path).stream("main", "train").document_starts(0, 5)
+
+
+@pytest.mark.parametrize("bos, eos", [(0, -1), (-1, 0), (0, 0), (-1, -1)])
+def test_an_id_of_0_may_begin_or_end_a_document(bos, eos, tmp_path):
+  (tmp_path / "x").mkdir()
+  writer = ShardWriter(tmp_path, "x/0", np.dtype("<u2"))
+  for _ in range(2):
+    writer.begin(bos)
+    writer.add(np.array([7, 8]), 2)
+    writer.end(eos)
+  entry = writer.finish()
+  one = [bos] * (bos >= 0) + [7, 8] + [eos] * (eos >= 0)
+  assert np.fromfile(tmp_path / "x/0.ids", "<u2").tolist() == one * 2
+  assert (entry["documents"], entry["tokens"], entry["bytes"]) == (2, 2 * len(one), 4)
+
+
+def test_the_ids_are_on_disk_before_they_have_their_name(tmp_path, monkeypatch):
+  done = []
+  monkeypatch.setattr("flaxlm.files.sync", lambda file: done.append("sync"))
+  monkeypatch.setattr("flaxlm.files.rename", lambda old, new: done.append(str(new)))
+  writer = ShardWriter(tmp_path, "0", np.dtype("<u2"))
+  writer.add(np.array([7]), 1)
+  writer.finish()
+  assert done[:2] == ["sync", str(tmp_path / "0.ids")]
+
+
+def test_a_damaged_tokenizer_of_a_store_is_noticed(made):
+  path, _ = made
+  manifest = json.loads((path / "manifest.json").read_text())
+  manifest["tokenizer"] |= {"sha256": hashlib.sha256(b"a model").hexdigest()}
+  manifest["fingerprint"] = fingerprint_of(manifest)
+  (path / "manifest.json").write_text(json.dumps(manifest))
+  store = Store(path)
+  file = path / store._tokenizer_file
+  file.write_bytes(b"a model")
+  assert store.tokenizer == b"a model"
+  flip(file, 3)
+  with pytest.raises(errors.DataError, match="its sha256 is not the one"):
+    _ = store.tokenizer
+  file.unlink()
+  with pytest.raises(errors.DataError, match="it is missing"):
+    _ = store.tokenizer
 
 
 def test_missing_and_truncated_shards(made):
