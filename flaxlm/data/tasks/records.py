@@ -169,7 +169,7 @@ def conll_records(
     # Other white space separates nothing: a no-break space is part of a word.
     spaced = [value for value in line.split(" ") if value]
     values = line.split("\t") if "\t" in line else spaced
-    if not line.strip(" \t") or values[0] == "-DOCSTART-":
+    if not line.strip() or values[0] == "-DOCSTART-":
       if rows:
         yield Record(_sentence(rows, names, usual), file, "line", first)
       rows = []
@@ -209,7 +209,11 @@ def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
 
   def read() -> Iterator[Record]:
     for number, example in enumerate(tfds_examples(builder, split, wanted), 1):
-      fields = {name: plain(example[name], names[name]) for name in wanted}
+      try:
+        fields = {name: plain(example[name], names[name]) for name in wanted}
+      except (UnicodeDecodeError, IndexError) as error:
+        place, needed = f"{path} {split} example {number}", "text in UTF-8, known classes"
+        raise unusable(place, error, needed) from None
       yield Record(fields, f"{path} {split}", "example", number)
 
   return Records(path, names, read)
@@ -225,11 +229,15 @@ def class_names(tfds, feature) -> tuple[str, ...]:
 
 
 def plain(value, names: tuple[str, ...]) -> object:
-  """Converts TFDS values to Python types: class names for numbers, None for -1."""
+  """Converts TFDS values to Python types: class names for numbers, None for -1.
+
+  Raises:
+    UnicodeDecodeError, IndexError: bytes are no UTF-8, or there is no such class.
+  """
   if isinstance(value, dict):
     return {key: plain(item, names) for key, item in value.items()}
   if isinstance(value, bytes):
-    return value.decode(errors="replace")
+    return value.decode()
   if isinstance(value, list | tuple):
     return [plain(item, names) for item in value]
   if hasattr(value, "tolist"):  # numpy's

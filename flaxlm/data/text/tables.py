@@ -120,7 +120,7 @@ def tsv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
   """Yields (line, values); quotes have no special meaning, as in GLUE."""
   for number, line in numbered_lines(file):
     line = without_newline(line, f"{file} line {number}")
-    if line.strip(" "):
+    if line.strip() or "\t" in line:
       yield number, line.split("\t")
 
 
