@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxlm import errors
+from flaxlm.json_files import read_json
 from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.files_beside import find_template
 from flaxlm.tokenizer.pieces import find_special_names
@@ -153,11 +154,9 @@ def read_template(path: pathlib.Path) -> str:
   try:
     if path.is_dir():
       file = path / "tokenizer_config.json"
-      source = find_template(
-        path, json.loads(file.read_bytes()) if file.exists() else {}
-      )
+      source = find_template(path, read_json(file) if file.exists() else {})
     elif path.suffix == ".json":
-      source = find_template(path.parent, json.loads(path.read_bytes()))
+      source = find_template(path.parent, read_json(path))
     else:
       source = path.read_text("utf-8")
   except (OSError, ValueError) as error:

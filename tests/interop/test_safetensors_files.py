@@ -1,6 +1,7 @@
 """The safetensors library reads what we write, and the reverse."""
 
 import json
+import math
 import re
 import struct
 
@@ -180,3 +181,33 @@ def test_a_full_disk(tmp_path, monkeypatch):
   monkeypatch.setattr(safetensors_files.os, "fsync", fail)
   with pytest.raises(StorageError, match="No space left"):
     write(tmp_path)
+
+
+def test_no_byte_of_a_header_can_do_harm(tmp_path):
+  """Damage is refused, or it is in a name or dtype and every byte keeps its place."""
+  write(tmp_path)
+  path = tmp_path / "model.safetensors"
+  whole = path.read_bytes()
+  (length,) = struct.unpack("<Q", whole[:8])
+  rng = np.random.default_rng(0)
+  refused = 0
+  for i in range(600):
+    bad = bytearray(whole)
+    if i % 3 == 0:
+      bad[rng.integers(8 + length)] ^= 1 << rng.integers(8)
+    elif i % 3 == 1:
+      bad[rng.integers(8, 8 + length)] = rng.integers(256)
+    else:
+      bad = bad[: rng.integers(len(bad))]
+    path.write_bytes(bad)
+    try:
+      tensors = read_safetensors(path)
+    except DataError as error:
+      refused += 1
+      assert len(str(error).splitlines()) <= 5 and len(str(error)) < 2000
+      continue
+    spans = sum(t.dtype.itemsize * math.prod(t.shape) for t in tensors.values())
+    assert spans == len(whole) - 8 - length
+    for tensor in tensors.values():
+      tensor.read()
+  assert refused > 300
