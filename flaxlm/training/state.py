@@ -151,10 +151,12 @@ def _move_average(average, model, decay: float, number: jax.Array):
   Kingma and Ba 2015, section 3), and its readers need not know the step.
   """
   log_decay = jnp.float32(math.log(decay))
-  newest = jnp.minimum((1 - decay) / -jnp.expm1(number * log_decay), 1.0)
-  return jax.tree.map(
-    lambda a, m: a + (newest * (m - a)).astype(a.dtype), average, model
-  )
+  newest = (1 - decay) / -jnp.expm1(number * log_decay)
+
+  def move(a, m):
+    return jnp.where(number == 1, m, a + (newest * (m - a)).astype(a.dtype))
+
+  return jax.tree.map(move, average, model)
 
 
 def _gradients(loss: Callable, trained, batch, key, accumulation_steps: int):
