@@ -212,7 +212,10 @@ def open_tfds_records(task: ConfigDict, path: str, knob: str) -> Records:
       try:
         fields = {name: plain(example[name], names[name]) for name in wanted}
       except (UnicodeDecodeError, IndexError) as error:
-        place, needed = f"{path} {split} example {number}", "text in UTF-8, known classes"
+        place, needed = (
+          f"{path} {split} example {number}",
+          "text in UTF-8, known classes",
+        )
         raise unusable(place, error, needed) from None
       yield Record(fields, f"{path} {split}", "example", number)
 
