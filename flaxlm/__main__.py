@@ -20,6 +20,7 @@ COMMANDS = (
   "lm_eval",
   "generate",
   "chat",
+  "serve",
   "convert",
   "plan",
   "doctor",

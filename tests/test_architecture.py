@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "flaxlm").rglob("*.py")) + sorted(
 LEVELS = [
   {"__main__", "__init__"},
   {"library"},
-  {"planning", "interop", "evals"},
+  {"planning", "interop", "evals", "serving"},
   {"inference"},
   {"runs"},
   {"training", "data"},

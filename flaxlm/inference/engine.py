@@ -144,6 +144,7 @@ class Engine:
       min(self.context, CHUNKS[-1]),
     )
     self.made_tokens = self.read_tokens = 0
+    self.late_compiles = 0  # after `warm_up`, which promises that there are none
     self._on_mesh = functools.partial(use_mesh, mesh, rules)
     with self._on_mesh():
       self._allowed_V = jax.numpy.asarray(allowed_V)
@@ -156,6 +157,12 @@ class Engine:
   @property
   def num_slots(self) -> int:
     return len(self._texts)
+
+  @property
+  def cache_bytes(self) -> int:
+    """Memory of all slots."""
+    cache = self._slots.cache
+    return sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v)))
 
   @property
   def num_busy(self) -> int:
@@ -206,6 +213,7 @@ class Engine:
     Returns:
       whether anything is left to do.
     """
+    known = _count_programs()
     with self._on_mesh():
       self._drop_cancelled()
       if self._reading is None:
@@ -214,11 +222,12 @@ class Engine:
         self._read_chunk()
       if self._busy:
         self._make_tokens()
+    self.late_compiles += _count_programs() - known
     return bool(self.num_busy or self.num_waiting)
 
   def warm_up(self) -> None:
     """Compiles every program by using it, as requests will, until all are known."""
-    counts = {}
+    counts = 0
     for _ in range(3):  # outputs of the first round may lie elsewhere than its inputs
       before = counts
       for size, scores in itertools.product(self.sizes, (False, True)):
@@ -226,11 +235,13 @@ class Engine:
         for _ in range(2):  # the second finds the first one's prefix
           request = Request([0] * length, 1, Sampling(0.0), scores_prompt=scores)
           self.run([request])
-      counts = {name: f._cache_size() for name, f in _PROGRAMS.items()}
+      with self._on_mesh():
+        self._slots = programs.release(self._slots, np.int32(0))
+      counts = _count_programs()
       if counts == before:
         break
     self._texts = [[] for _ in self._texts]
-    self.made_tokens = self.read_tokens = 0
+    self.made_tokens = self.read_tokens = self.late_compiles = 0
 
   # How a request goes through ------------------------------------------------------
 
@@ -340,11 +351,11 @@ class Engine:
       new = tokens_PB[:count, slot].tolist()
       at = next((i for i, token in enumerate(new) if token in request.end_ids), None)
       kept = new if at is None else new[:at]
+      if request.lists:  # before the tokens: another thread may read along
+        request.listed.extend(listed, len(kept), (slot,))
       request.tokens += kept
       request.first_at = request.first_at or now
       self.made_tokens += len(kept)
-      if request.lists:
-        request.listed.extend(listed, len(kept), (slot,))
       if at is not None:
         request.finish = request.finish or "end"
         self._slots = programs.release(self._slots, np.int32(slot))
@@ -360,7 +371,7 @@ class Engine:
     request.on_change(request)
 
 
-_PROGRAMS = {
-  name: getattr(programs, name)
-  for name in ("extend", "fill", "take_prefix", "release", "make_tokens")
-}
+def _count_programs() -> int:
+  """Returns how many programs of slots.py have been compiled."""
+  names = ("extend", "fill", "take_prefix", "release", "make_tokens")
+  return sum(getattr(programs, name)._cache_size() for name in names)

@@ -1,0 +1,1 @@
+"""Serves a model over HTTP, as clients of OpenAI's API expect it."""
