@@ -54,6 +54,7 @@ SECRETS = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("secret", SECRETS)
 def test_secrets_are_masked_in_messages_and_kept_out_of_configs(secret):
   shown = str(errors.DataError(f"a {secret} b", secret, secret, secret))

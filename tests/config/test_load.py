@@ -270,6 +270,7 @@ def test_wrong_numbers_are_refused_at_once():
 CONFIG = "from flaxlm.config.base import get_config\n"
 
 
+@pytest.mark.faults
 def test_a_config_that_others_may_write_is_not_run(tmp_path):
   tmp_path.chmod(0o755)
   file, other = tmp_path / "mine.py", tmp_path / "other.py"

@@ -139,6 +139,7 @@ def audit():
   return module
 
 
+@pytest.mark.faults
 def test_the_audit_finds_a_planted_secret_and_does_not_print_it(audit):
   key = "-----BEGIN RSA " + "PRIVATE KEY-----"
   planted = {"a": f"x\n{key}", "b": "hf_" + "a1" * 20, "c": "s3://me:" + "pw@b/x"}
@@ -147,6 +148,7 @@ def test_the_audit_finds_a_planted_secret_and_does_not_print_it(audit):
   assert found == ["secret: a, line 2", "secret: b, line 1", "secret: c, line 1"]
 
 
+@pytest.mark.faults
 def test_the_audit_names_a_known_vulnerability_and_survives_no_network(
   audit, monkeypatch, capsys
 ):

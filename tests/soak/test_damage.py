@@ -206,6 +206,7 @@ def test_checkpoint(places, rng, capsys):
   soak(100, places / "run/checkpoints", door, rng)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
 def test_run_directory(places, rng, capsys, name):
   door = functools.partial(open_run, places)
@@ -221,6 +222,7 @@ def test_unfinished_store(places, project, rng):
   soak(60, places / "half", door, rng)
 
 
+@pytest.mark.faults
 def test_export(places, rng):
   soak(100, places / "export", functools.partial(open_export, places), rng)
 

@@ -40,6 +40,7 @@ def edit(path: pathlib.Path, keep_times: bool = True) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("keep_times", [True, False])
 def test_an_edit_of_equal_size_is_noticed(keep_times, lines, tmp_path):
   prepare(lines)

@@ -285,6 +285,7 @@ def test_other_encodings_of_unicode(encoding, tmp_path):
   assert whole_documents(found) == [text] and not problems(found)
 
 
+@pytest.mark.faults
 def test_what_is_no_text_is_refused(tmp_path):
   rng = random.Random(0)
   noise = bytes(rng.randrange(256) for _ in range(4000))
@@ -419,6 +420,7 @@ def test_bad_utf16_is_noted_as_bad_utf8_is(tmp_path):
       read(kind="csv", path=str(tmp_path / "a"), field="good text")
 
 
+@pytest.mark.faults
 def test_bad_utf8_in_parquet_is_repaired(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
