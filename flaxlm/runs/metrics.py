@@ -20,7 +20,7 @@ import numpy as np
 
 from flaxlm.console import duration, live_bar, short_number
 from flaxlm.errors import StorageError
-from flaxlm.files import try_again
+from flaxlm.files import try_again, writing
 from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.records import drop_lines_after, format_record
 
@@ -74,12 +74,10 @@ class MetricsWriter:
     if not self._primary:
       return
     files = RunFiles(workdir)
-    try:
+    with writing(files.metrics):
       drop_lines_after(files.metrics, first_step)
       # Unbuffered: a full disk is noticed in the write, not when the file is closed.
       self._file = files.metrics.open("ab", buffering=0)
-    except OSError as error:
-      raise _cannot_write(files.metrics, error) from error
     if tensorboard:
       self._try_events(lambda: self._open_events(files.tensorboard, first_step))
     if self._stream.isatty():

@@ -50,9 +50,11 @@ def choose_attention(
   device, attention = mesh.devices.flat[0], config.model.attention
   if attention != "auto" or device.platform not in choice.FUSED:
     return attention
-  begun = kernel_file.read_text().strip() if kernel_file.is_file() else ""
+  begun = (
+    kernel_file.read_text(errors="replace").strip() if kernel_file.is_file() else ""
+  )
   kernel = begun.rpartition(": ")[2]
-  if begun == describe_kernel(kernel, mesh):
+  if begun == describe_kernel(kernel, mesh) and kernel in choice.ATTENTION_CHOICES:
     return kernel
   measured = choice.load_measured(device.device_kind, jax.__version__)
   return choice.choose_backend(attention_case(config, device.platform), measured)

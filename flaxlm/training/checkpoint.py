@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flaxlm.errors import ConfigError, MissingInputError, StorageError, UserError
-from flaxlm.files import rename
+from flaxlm.files import rename, writing
 from flaxlm.models.trees import PyTree, named_leaves, nest
 from flaxlm.training.manifest import (
   CHECKPOINT_FORMAT,
@@ -78,6 +78,8 @@ class Checkpointer:
       keep_last: newest checkpoints to keep.
       keep_every: steps; checkpoints at multiples of it are never deleted; 0 = none.
       every: steps between two saves.
+    Raises:
+      OutputError, StorageError: it cannot be written.
     """
     _silence_echoes()
     self.directory = pathlib.Path(directory).absolute()
@@ -91,11 +93,9 @@ class Checkpointer:
       ocp.PyTreeCheckpointHandler(use_compression=False)
     )
     if jax.process_index() == 0:
-      try:
+      with writing(self.directory):
         self.directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.directory)
-      except OSError as error:
-        raise _storage_error(f"{self.directory} cannot be opened", error) from error
 
   def __enter__(self) -> Self:
     return self

@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from flaxlm import files
-from flaxlm.errors import StorageError
+from flaxlm.errors import OutputError, StorageError
 from flaxlm.runs import metrics
 from flaxlm.runs.metrics import MetricsWriter
 
@@ -129,8 +129,10 @@ def test_broken_tensorboard_warns_once_and_the_run_goes_on(
 
 
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
-  with pytest.raises(StorageError, match=r"metrics\.jsonl"):
-    writer(tmp_path / "missing")
+  (tmp_path / "other/metrics.jsonl").mkdir(parents=True)
+  for workdir in (tmp_path / "missing", tmp_path / "other"):
+    with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be written"):
+      writer(workdir)
   (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
   monkeypatch.setattr(metrics, "drop_lines_after", lambda *_: None)
   monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))

@@ -9,6 +9,7 @@ import pytest
 from flaxlm.config import base
 from flaxlm.config.load import config_from_json, config_to_json
 from flaxlm.config.tree import flatten
+from flaxlm.errors import OutputError
 from flaxlm.kernels.attention import choice
 from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.program import open_feed
@@ -95,6 +96,9 @@ def test_a_resumed_run_keeps_its_kernel(tiny, gpu, tmp_path):
   assert choose_attention(tiny, gpu, file) == "cudnn"  # a new run
   file.write_text(f"H, jax {jax.__version__}: xla\n")
   assert choose_attention(tiny, gpu, file) == "xla"
+  for damaged in (f"H, jax {jax.__version__}: xlb\n", ""):
+    file.write_text(damaged)
+    assert choose_attention(tiny, gpu, file) == "cudnn"
   file.write_text("another card, jax 1: xla\n")
   assert choose_attention(tiny, gpu, file) == "cudnn"
   gpu.card.platform = "cpu"
@@ -118,6 +122,17 @@ def test_a_run_stores_what_another_machine_can_use(tiny, gpu, tmp_path):
   # The next start of this run, after the doctor has found something faster.
   measure([("cudnn", 1.0), ("xla", 2.0)])
   assert resolve(tiny, gpu, feed, files.kernel) == config
+
+
+@pytest.mark.faults
+def test_files_that_cannot_be_written_are_named_before_anything_is_compiled(
+  tiny, one_device, tmp_path
+):
+  files, feed = RunFiles(tmp_path), open_feed(tiny, one_device)
+  config = resolve(tiny, one_device, feed, files.kernel)
+  files.config.mkdir()
+  with pytest.raises(OutputError, match=r"config\.json"):
+    store_run(files, tiny, config, one_device, feed)
 
 
 def test_a_kernel_that_was_not_chosen_is_not_stored(tiny, one_device, tmp_path):

@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flaxlm.errors import ConfigError, MissingInputError, StorageError
+from flaxlm.errors import ConfigError, MissingInputError, OutputError, StorageError
 from flaxlm.models import trees
 from flaxlm.training import checkpoint
 from flaxlm.training.checkpoint import Checkpointer
@@ -370,7 +370,7 @@ def test_directory_lost_during_the_run(tmp_path):
     with pytest.raises(StorageError, match=f"step {step}"):
       saver.save(step, make_state(step), {})
   saver.close()
-  with pytest.raises(StorageError, match="cannot be opened"):
+  with pytest.raises(OutputError, match="cannot be written"):
     opened(path)
 
 
