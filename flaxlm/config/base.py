@@ -75,9 +75,10 @@ def data_knobs() -> ConfigDict:
   data.num_threads = 2  # parallel batch reads
   data.prefetch = 4  # batches kept ready
   data.sources = sources(main=source())
-  # hash of each document | tail of each text file | auto: tail of few documents
+  # hash of each document | tail of each file | auto: tail if the documents are few
   data.split = "auto"
-  data.validation_fraction = 0.01  # of the documents (hash) or characters (tail)
+  # Of the documents (hash), or of the characters or records of each file (tail).
+  data.validation_fraction = 0.01
   data.shard_tokens = 16_777_216  # tokens per shard of the store, about
   data.on_corrupt = "stop"  # at a damaged record or file: stop | skip (1% at most)
   return data

@@ -204,10 +204,10 @@ def check_sources(data: ConfigDict) -> None:
         f"config.data.sources.{name}.path", "''",
         f"where the {source.kind} documents are", "'texts/**/*.txt'",
       )  # fmt: skip
-    if data.split == "tail" and source.kind not in ("text", "stdlib"):
+    if data.split == "tail" and source.kind == "tfds":
       raise errors.ConfigError(
-        "config.data.split", f"tail, with {name}.kind={source.kind}",
-        "sources of kind text: tail is the end of each text file", "hash",
+        "config.data.split", f"tail, with {name}.kind=tfds",
+        "sources in files: tail is the end of each file", "auto",
       )  # fmt: skip
 
 

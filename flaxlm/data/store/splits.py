@@ -41,9 +41,10 @@ def choose_splits(
 
 def choose_split(source: ConfigDict, corpus: Corpus, fraction: float) -> str:
   """Returns hash if it gives both splits enough documents, or if there is no tail."""
-  if not fraction or source.kind not in ("text", "stdlib"):
+  if not fraction or source.kind == "tfds":
     return "hash"
-  if source.document == "file" and len(corpus.files) < 2 * ENOUGH:
+  one_each = source.kind in ("text", "stdlib") and source.document == "file"
+  if one_each and len(corpus.files) < 2 * ENOUGH:
     return "tail"
   counts, _ = count_documents(corpus, fraction, source.max_documents, ENOUGH)
   return "hash" if min(counts["train"], counts["validation"]) >= ENOUGH else "tail"
@@ -61,11 +62,14 @@ def describe_split(name: str, kind: str, corpus: Corpus, fraction: float) -> str
 
 
 def check_documents(data: ConfigDict, corpora: dict[str, Corpus], recipe: dict) -> None:
-  """Raises DataError if a source has no text, or none for a split by hash."""
+  """Raises DataError if a source has no text, or one of its splits has none."""
   for name, corpus in corpora.items():
     source = recipe["sources"][name]
-    by_hash = source["validation"] == "hash" and not source["validation_split"]
-    fraction = data.validation_fraction if by_hash else 0.0
+    # A text that is not empty has a tail, and TFDS has other splits: the first words
+    # suffice.
+    has_both = source["validation"] == "tail" and source["kind"] in ("text", "stdlib")
+    has_both |= bool(source["validation_split"])
+    fraction = 0.0 if has_both else data.validation_fraction
     most = source["max_documents"]
     counts, problems = count_documents(corpus, fraction, most, 1)
     if not counts.total():
@@ -129,7 +133,7 @@ def no_tokens(
     f"{given} ({found})" if found else given,
     "text in both",
     "a larger config.data.validation_fraction, smaller documents "
-    f"(config.data.sources.{source}.document), or config.data.split=tail",
+    f"(config.data.sources.{source}.document), or config.data.split=auto",
   )
 
 

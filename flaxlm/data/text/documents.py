@@ -9,6 +9,7 @@ the cuts between pieces. tfds.py opens TFDS data sets as a Corpus too.
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -90,8 +91,9 @@ def open_source(
   """Opens the source `name` of config.data.sources, of any kind but tfds.
 
   Args:
-    tail: the fraction of each text file, at its end, that is its validation split, as
-      in nanoGPT; 0 leaves the split to `split_of`.
+    tail: the fraction of each file, at its end, that is its validation split, as in
+      nanoGPT: of the characters of a text, of the records of a table. 0 leaves the
+      split to `split_of`.
     on_corrupt: stop at a damaged file, or skip the rest of it, which is counted.
     known: files that need not be read to know their contents, unless they changed.
 
@@ -165,22 +167,39 @@ def read_splits(
 ) -> Iterator[tuple[str, DocumentParts]]:
   """Yields (split, documents) of a file: with split "", or its head and its tail."""
   if source.kind == "jsonl":
-    yield "", json_documents(file, source.field)
+    read = functools.partial(json_documents, file, source.field)
   elif source.kind == "parquet":
-    yield "", parquet_documents(file, source.field)
+    read = functools.partial(parquet_documents, file, source.field)
   elif source.kind in ("csv", "tsv"):
-    yield "", table_documents(file, source.kind, source.field)
-  elif source.kind in ("text", "stdlib") and not tail:
-    yield "", text_documents(text_chunks(file), source.document)
+    read = functools.partial(table_documents, file, source.kind, source.field)
   elif source.kind in ("text", "stdlib"):
-    # A damaged file ends here: nobody knows where its tail begins.
-    total = sum(len(text) for text, _ in text_chunks(file))
-    middle = int(total * (1 - tail))
-    for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
-      chunks = slice_chunks(text_chunks(file), start, stop)
-      yield split, text_documents(chunks, source.document)
+    yield from split_text(file, source.document, tail)
+    return
   else:
     raise ValueError(f"no reader for a source of kind {source.kind}")
+  if not tail:
+    yield "", read()
+    return
+  # A damaged file ends here: nobody knows where its tail begins.
+  total = sum(1 for _ in read())
+  held_out = max(0, min(max(1, round(total * tail)), total - 1))
+  records = iter(read())  # a record is a whole document
+  yield "train", itertools.islice(records, total - held_out)
+  yield "validation", records
+
+
+def split_text(
+  file: str, unit: str, tail: float
+) -> Iterator[tuple[str, DocumentParts]]:
+  """Yields the splits of a text file; a fraction `tail` of its characters is a tail."""
+  if not tail:
+    yield "", text_documents(text_chunks(file), unit)
+    return
+  total = sum(len(text) for text, _ in text_chunks(file))
+  middle = int(total * (1 - tail))
+  for split, start, stop in (("train", 0, middle), ("validation", middle, total)):
+    chunks = slice_chunks(text_chunks(file), start, stop)
+    yield split, text_documents(chunks, unit)
 
 
 def lose_rest(

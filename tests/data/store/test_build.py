@@ -325,9 +325,9 @@ def test_only_preparing_needs_the_path_of_a_source(text_config):
     build(text_config)
 
 
-def test_tail_is_for_text_files(text_config):
+def test_tail_is_for_files(text_config):
   text_config.data.split = "tail"
-  text_config.data.sources.main.kind = "jsonl"
+  text_config.data.sources.main.kind = "tfds"
   with pytest.raises(errors.ConfigError, match=r"config\.data\.split"):
     build(text_config)
 

@@ -59,6 +59,26 @@ def test_many_documents_are_split_by_hash(text_config, tmp_path):
   assert "source main: 0.2 of the documents, by hash, for validation" in said
 
 
+@pytest.mark.parametrize(
+  ("count", "fraction", "held_out"), [(2, 0.01, 1), (8, 0.25, 2), (30, 0.1, 3)]
+)
+def test_few_records_are_validated_on_the_last(
+  count, fraction, held_out, text_config, tmp_path
+):
+  lines = [f'{{"text": "record {n}"}}\n' for n in range(count)]
+  (tmp_path / "texts/a.jsonl").write_text("".join(lines))
+  (tmp_path / "texts/b.jsonl").write_text("".join(lines[:1]))  # all of it is trained on
+  main = text_config.data.sources.main
+  main.kind, main.path = "jsonl", str(tmp_path / "texts/*.jsonl")
+  text_config.data.validation_fraction = fraction
+  text_config.data.split = "tail" if count == 30 else "auto"
+  found, _ = prepared(text_config)
+  assert found["recipe"]["sources"]["main"]["validation"] == "tail"
+  entry = found["sources"]["main"]
+  assert entry["validation"]["documents"] == held_out
+  assert entry["train"]["documents"] == count + 1 - held_out
+
+
 def test_each_source_has_its_own_split(text_config, tmp_path):
   write_books(tmp_path, 1)
   (tmp_path / "a.jsonl").write_text(
@@ -94,9 +114,10 @@ def test_refusals_come_before_a_tokenizer_is_trained(
   main = untrained.data.sources.main
   main.path = str(tmp_path / "texts" / name)
   main.kind = name[2:].replace("txt", "text")
-  untrained.data.split = "hash"
-  with pytest.raises(errors.DataError, match=needle):
-    prepared(untrained)
+  for split in ("hash", "auto") if text == '{"text": "one"}' else ("hash",):
+    untrained.data.split = split
+    with pytest.raises(errors.DataError, match=needle):
+      prepared(untrained)
 
 
 @pytest.mark.parametrize("name", ["a.b", "a b", "", "a/b", "../a"])
