@@ -82,8 +82,8 @@ class Labels:
     """Returns the class that a number stands for; None if it stands for none."""
     if not self.numbered or self._are_numbers():  # such names are not positions
       return None
-    whole = name.isascii() and name.isdecimal() and int(name) < len(self.names)
-    return int(name) if whole else None
+    whole = name.isascii() and name.isdecimal() and _is_number(name)
+    return int(name) if whole and int(name) < len(self.names) else None
 
   def _are_numbers(self) -> bool:
     return all(map(_is_number, self.names))

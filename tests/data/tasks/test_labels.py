@@ -61,6 +61,12 @@ def test_numbers_stand_for_classes_that_somebody_has_numbered(names):
     numbers([3], owned(("5", "6", "7", "8")))
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "-0", "\uff11", "+1", "1e0", "2"])
+def test_what_only_looks_like_the_number_of_a_class_is_none(value):
+  with pytest.raises(DataError, match="unknown label"):
+    numbers([value], Labels(("pos", "neg")))
+
+
 def test_numbers_are_never_matched_with_sorted_names(tmp_path):
   train = label_file(tmp_path / "train.jsonl", ["neg", "pos"])
   other = label_file(tmp_path / "other.jsonl", [1, 0])
