@@ -16,7 +16,12 @@ from ml_collections import ConfigDict
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
 from flaxlm.json_files import read_json
-from flaxlm.runs.directory import RunFiles, load_run_config, split_address
+from flaxlm.runs.directory import (
+  RunFiles,
+  find_originals,
+  load_run_config,
+  split_address,
+)
 
 
 class Found(NamedTuple):
@@ -82,6 +87,7 @@ def _is_hugging_face(directory: pathlib.Path) -> bool:
 
 def _load_run(workdir: pathlib.Path, step: int | None, config: ConfigDict, mesh):
   from flaxlm.inference.language_model import LanguageModel
+  from flaxlm.interop.end_of_text import find_end_ids
   from flaxlm.parallel.mesh import one_device
   from flaxlm.runs.weights import restore_model
   from flaxlm.tokenizer.chat_template import ChatTemplate
@@ -94,15 +100,16 @@ def _load_run(workdir: pathlib.Path, step: int | None, config: ConfigDict, mesh)
   own = RunFiles(workdir).chat_template
   source = own.read_text("utf-8") if own.is_file() else ""
   source = source or (tokenizer.chat_template if tokenizer else "")
+  template = ChatTemplate(source) if source else None
   return LanguageModel(
     model,
     tokenizer,
     mesh,
     rules,
-    template=ChatTemplate(source) if source else None,
+    template=template,
     labels=tuple(config.task.labels),
     step=meta["step"],
-    end_ids=_end_ids(_kept_files(config, workdir)),
+    end_ids=find_end_ids(_kept_files(config, workdir), tokenizer, template),
   )
 
 
@@ -111,20 +118,8 @@ def _kept_files(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | Non
 
   A fine-tuned run has those of the run that it started from, which may be gone.
   """
-  from flaxlm.interop.export_run import find_originals
-
   with contextlib.suppress(MissingInputError):
     return find_originals(config, workdir)
-
-
-def _end_ids(directory: pathlib.Path | None) -> tuple[int, ...]:
-  """Returns all tokens that end a text, as the files of a model list them."""
-  found = []
-  for name in ("generation_config.json", "config.json"):
-    if directory is not None and (directory / name).is_file():
-      ids = read_json(directory / name).get("eos_token_id")
-      found += ids if isinstance(ids, list) else [ids]
-  return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
 def _load_hugging_face(directory: pathlib.Path, mesh):
@@ -132,6 +127,7 @@ def _load_hugging_face(directory: pathlib.Path, mesh):
 
   from flaxlm.config import base
   from flaxlm.inference.language_model import LanguageModel
+  from flaxlm.interop.end_of_text import find_end_ids
   from flaxlm.interop.huggingface import make_model, read_model
   from flaxlm.interop.import_run import (
     find_chat_template,
@@ -150,12 +146,13 @@ def _load_hugging_face(directory: pathlib.Path, mesh):
   model = jax.device_put(model, shardings_of(target))
   source = tokenizer.chat_template if tokenizer else ""
   source = source or find_chat_template(directory)
+  template = ChatTemplate(source) if source else None
   return LanguageModel(
     model,
     tokenizer,
     mesh,
     rules,
-    template=ChatTemplate(source) if source else None,
+    template=template,
     labels=label_names(found),
-    end_ids=_end_ids(directory),
+    end_ids=find_end_ids(directory, tokenizer, template),
   )

@@ -4,25 +4,29 @@ A run that was imported keeps the family, special ids and tokenizer files of its
 original, as far as they are still true of it.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 
 from flaxlm.files import write_atomically, write_directory, writing
+from flaxlm.interop.end_of_text import (
+  GENERATION_FILE,
+  find_end_ids,
+  generation_config,
+)
 from flaxlm.interop.export_manifest import seal_export
 from flaxlm.interop.huggingface import write_model
 from flaxlm.interop.import_run import TOKENIZER_FILES, read_tokenizer
 from flaxlm.json_files import read_json
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import one_device
-from flaxlm.runs.directory import RunFiles, load_run_config, split_address
+from flaxlm.runs.directory import RunFiles, find_originals
 from flaxlm.runs.weights import restore_model
+from flaxlm.tokenizer.chat_template import ChatTemplate
 from flaxlm.tokenizer.export import export_files
 from flaxlm.tokenizer.files import AnyTokenizer, find_tokenizer, open_tokenizer
 from flaxlm.training.stored_leaves import StoredLeaves
 
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_GENERATION_FILE = "generation_config.json"
 
 
 def export_model(
@@ -73,27 +77,20 @@ def _write_files(
   if family:
     like["model_type"] = family
   hf = write_model(directory, config.model.to_dict(), leaves, dtype, like)
-  if originals and (originals / _GENERATION_FILE).is_file():
-    files[_GENERATION_FILE] = (originals / _GENERATION_FILE).read_bytes()
-  elif config.model.head == "lm":
+  if config.model.head == "lm" or (
+    originals and (originals / GENERATION_FILE).exists()
+  ):
     generation = {key: i for key, i in hf.items() if key in _GENERATION_KEYS}
-    text = json.dumps(generation | {"_from_model_config": True}, indent=2) + "\n"
-    files[_GENERATION_FILE] = text.encode()
+    files[GENERATION_FILE] = generation_config(
+      originals,
+      generation | {"_from_model_config": True},
+      find_end_ids(originals, tokenizer, _chat_template(workdir, tokenizer)),
+    )
   with writing(f"--to={directory}"):
     for name, content in files.items():
       write_atomically(directory / name, content)
     seal_export(directory)
   return hf, meta
-
-
-def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
-  """Returns the original's files, kept by this run or the one that it started from."""
-  while not (RunFiles(workdir).originals / "config.json").is_file():
-    if not config.init_from:
-      return None
-    workdir = split_address(config.init_from)[0]
-    config = load_run_config(workdir)
-  return RunFiles(workdir).originals
 
 
 def _read_leaves(
@@ -133,6 +130,15 @@ def _tokenizer_files(
       return tokenizer, files
   files = export_files(tokenizer.model, model.max_len, template, not model.causal)
   return tokenizer, files
+
+
+def _chat_template(
+  workdir: pathlib.Path, tokenizer: AnyTokenizer | None
+) -> ChatTemplate | None:
+  file = RunFiles(workdir).chat_template
+  source = file.read_text("utf-8") if file.is_file() else ""
+  source = source or (tokenizer.chat_template if tokenizer else "")
+  return ChatTemplate(source) if source else None
 
 
 def _special_token_keys(tokenizer: AnyTokenizer | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from flaxlm.config.load import apply_overrides, config_from_json
 from flaxlm.errors import MissingInputError, OutputError, printable
-from flaxlm.files import write_atomically
+from flaxlm.files import rename, write_atomically
 from flaxlm.json_files import read_json
 from flaxlm.runs import binding
 from flaxlm.training.manifest import newest_meta
@@ -92,6 +93,32 @@ def _read_config(files: RunFiles, meta: dict | None) -> ConfigDict:
   if meta is not None:
     binding.check_stored(path, config, meta)
   return config
+
+
+def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the original's files, kept by this run or the one that it started from."""
+  while not (RunFiles(workdir).originals / "config.json").is_file():
+    if not config.init_from:
+      return None
+    workdir = split_address(config.init_from)[0]
+    config = load_run_config(workdir)
+  return RunFiles(workdir).originals
+
+
+def keep_originals(files: RunFiles, init_from: str) -> None:
+  """Copies the original's small files to a run that starts from another run.
+
+  They say which tokens end a text, and are exported again: the other run may be gone.
+  """
+  if not init_from or files.originals.exists():
+    return
+  workdir = split_address(init_from)[0]
+  originals = find_originals(load_run_config(workdir), workdir)
+  if originals:
+    draft = files.originals.with_name(f"{files.originals.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(originals, draft)
+    rename(draft, files.originals)
 
 
 def split_address(address: str) -> tuple[pathlib.Path, int | None]:

@@ -17,7 +17,7 @@ from flaxlm.config.rules import attention_case
 from flaxlm.data.feed import Feed
 from flaxlm.files import write_atomically, writing
 from flaxlm.kernels.attention import choice
-from flaxlm.runs.directory import RunFiles, load_run_config
+from flaxlm.runs.directory import RunFiles, keep_originals, load_run_config
 from flaxlm.tokenizer.files import file_name
 
 
@@ -105,3 +105,4 @@ def _write_files(files, asked, config, mesh, feed: Feed, done: bool) -> None:
     write_atomically(files.chat_template, feed.chat_template.source)
   if feed.tokenizer:
     write_atomically(files.workdir / file_name(feed.tokenizer), feed.tokenizer)
+  keep_originals(files, "" if done else config.init_from)
