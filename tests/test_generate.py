@@ -25,7 +25,7 @@ def ask(monkeypatch, capsys):
 
   def run(pieces, *flags, finish=("",)):
     class Model:
-      class config:  # noqa: N801
+      class config:
         max_len = 64
 
       def stream(self, prompts, **options):

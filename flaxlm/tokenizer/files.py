@@ -159,11 +159,14 @@ def are_the_same(model: pathlib.Path, whole: pathlib.Path) -> bool:
   except errors.DataError:  # files of tiktoken have this name too
     return False
   tree = read_json(whole)
-  added = tree["added_tokens"] or []
-  specials = {token["content"]: token["id"] for token in added if token["special"]}
+  try:
+    added = tree.get("added_tokens") or []
+    specials = {token["content"]: token["id"] for token in added if token["special"]}
+    pieces = read_vocabulary(tree) | {token["id"]: token["content"] for token in added}
+    spaces = {i: piece.replace(" ", SPACE_MARK) for i, piece in pieces.items()}
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise unreadable(f"{whole}: {type(error).__name__}: {error}") from error
   unknown = {own.piece(own.unk_id)} if own.unk_id >= 0 else set()
-  pieces = read_vocabulary(tree) | {token["id"]: token["content"] for token in added}
-  spaces = {i: piece.replace(" ", SPACE_MARK) for i, piece in pieces.items()}
   return specials.keys() - unknown <= own.special_tokens.keys() and spaces == {
     i: own.piece(i) for i in range(own.vocab_size)
   }

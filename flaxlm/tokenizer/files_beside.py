@@ -109,9 +109,12 @@ def find_template(directory: pathlib.Path, settings: dict) -> str:
     return file.read_text("utf-8")
   found = settings.get("chat_template") or ""
   if isinstance(found, list):
-    found = {entry["name"]: entry["template"] for entry in found}.get("default", "")
+    named = [entry for entry in found if isinstance(entry, dict)]
+    default = [entry for entry in named if entry.get("name") == "default"]
+    found = default[-1].get("template") if default else "" if named else found
   if not isinstance(found, str):
-    raise TypeError(f"a chat_template that is a {type(found).__name__}")
+    where, needed = f"{directory}: chat_template", "a text, or several by name"
+    raise DataError(f"{where} cannot be used", found, needed)
   return found
 
 

@@ -315,3 +315,13 @@ def test_where_a_template_is_found(byte_bpe, own, bpe, tmp_path):
   for path in (tmp_path / "none", tmp_path / "none.json"):
     with pytest.raises(errors.MissingInputError, match="holds no template"):
       open_template(str(path), own)
+
+
+@pytest.mark.parametrize(
+  "value", [5, [5], [{"name": 5}], [{"name": "default"}], {"a": 1}]
+)
+def test_a_template_of_another_kind_is_no_template(value, tmp_path):
+  file = tmp_path / "tokenizer_config.json"
+  file.write_text(json.dumps({"chat_template": value}))
+  with pytest.raises(errors.MissingInputError, match="holds no template"):
+    chat_template.read_template(tmp_path)
