@@ -354,7 +354,7 @@ def check_chat(packages: pathlib.Path, work: pathlib.Path):
     assert answer == expected, (answer, expected)
     pair = tuple(whole[0, :before].tolist()), tuple(whole[0, before:].tolist())
     (found,) = ours.score([pair])
-    assert abs(found.log_p - log_p) < 1e-3, (found, log_p)
+    assert abs(found.log_p - log_p) < 1e-4, (found, log_p)
   yield f"{'smollm2 answers':28} {asked[0]['content']} {answer}"
 
 
