@@ -149,7 +149,7 @@ def test_all_processes_stop_after_the_same_step(number):
     subprocess.Popen(
       [sys.executable, "-u", "-c", DISTRIBUTED, str(port), str(index)],
       stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
       text=True,
       env=environment,
     )
@@ -158,12 +158,13 @@ def test_all_processes_stop_after_the_same_step(number):
   while "ready" not in children[1].stdout.readline():
     assert children[1].poll() is None
   children[1].send_signal(number)
-  stopped = [
-    [x for x in c.communicate(timeout=30)[0].splitlines() if "stop" in x]
-    for c in children
-  ]
+  texts = [c.communicate(timeout=30) for c in children]
+  stopped = [[x for x in out.splitlines() if "stop" in x] for out, _ in texts]
   assert [c.returncode for c in children] == [0, 0]
   assert stopped[0] == stopped[1] and len(stopped[0]) == 1
+  # Only the process that got no signal of its own says why it stops, once.
+  said = [err.count("SIGTERM: all processes stop after step") for _, err in texts]
+  assert said == [1, 0]
 
 
 HANG = """
