@@ -25,6 +25,7 @@ from flaxlm.interop.import_run import read_tokenizer
 from flaxlm.models.trees import named_leaves
 from flaxlm.parallel.mesh import one_device
 from flaxlm.runs.directory import load_run_config
+from flaxlm.runs.records import read_log
 from flaxlm.runs.weights import restore_model
 from flaxlm.tokenizer.files import load_tokenizer
 from tests import test_end_to_end as runs
@@ -148,6 +149,19 @@ def open_export(home: pathlib.Path):
   )
 
 
+def find_wrong_records(path: pathlib.Path, logged: dict) -> list[dict]:
+  """Returns what a reader of the log would take for records that were never logged."""
+  damaged: list[int] = []
+  records = [record for _, record in read_log(path, damaged)] if path.exists() else []
+  keys = [(record["step"], record.get("kind")) for record in records]
+  assert len(set(keys)) == len(keys)
+  return [
+    record
+    for key, record in zip(keys, records, strict=True)
+    if key not in logged or not record.items() >= logged[key].items()
+  ]
+
+
 def try_door(door, expected) -> str:
   """Returns what is wrong with how a door takes damage; "" if nothing is."""
   try:
@@ -225,6 +239,14 @@ def test_unfinished_store(places, project, rng):
 @pytest.mark.faults
 def test_export(places, rng):
   soak(100, places / "export", functools.partial(open_export, places), rng)
+
+
+def test_log(places, rng):
+  path = places / "run/metrics.jsonl"
+  logged = {(row["step"], row["kind"]): row for _, row in read_log(path, [])}
+  assert len(logged) == 26
+  door = functools.partial(find_wrong_records, path, logged)
+  soak(50, places / "run", door, rng, lambda name: name == path.name)
 
 
 def run_command(*command) -> tuple[int, str, str]:
