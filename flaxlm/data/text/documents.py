@@ -342,7 +342,10 @@ def parquet_documents(path: str, field: str) -> DocumentParts:
   from pyarrow import parquet
 
   try:
-    with open_binary(path) as file, parquet.ParquetFile(file) as table:
+    with (
+      open_binary(path) as file,
+      parquet.ParquetFile(file, page_checksum_verification=True) as table,
+    ):
       if field not in table.schema_arrow.names:
         raise no_field(path, field, table.schema_arrow.names)
       for batch in table.iter_batches(batch_size=256, columns=[field]):

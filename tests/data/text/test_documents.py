@@ -421,6 +421,20 @@ def test_bad_utf16_is_noted_as_bad_utf8_is(tmp_path):
 
 
 @pytest.mark.faults
+def test_a_flipped_byte_in_parquet_is_noticed_if_it_has_checksums(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path, lines = tmp_path / "a.parquet", [f"line {n}" for n in range(500)]
+  parquet.write_table(
+    pyarrow.table({"text": lines}), path, compression="none", write_page_checksum=True
+  )
+  content = path.read_bytes()
+  path.write_bytes(content.replace(b"line 77", b"line 7x", 1))
+  with pytest.raises(errors.DataError, match=r"a\.parquet cannot be read to its end"):
+    read(kind="parquet", path=str(path))
+
+
 def test_bad_utf8_in_parquet_is_repaired(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
