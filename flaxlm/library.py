@@ -22,6 +22,7 @@ from flaxlm.runs.directory import (
   load_run_config,
   split_address,
 )
+from flaxlm.training.manifest import list_steps
 
 
 class Found(NamedTuple):
@@ -73,7 +74,10 @@ def load_model(
 
 def _is_hugging_face(directory: pathlib.Path) -> bool:
   """Returns whether the config.json of a directory is not that of a run."""
-  config = RunFiles(directory).config
+  files = RunFiles(directory)
+  config = files.config
+  if list_steps(files.checkpoints):  # a run, whatever became of its config.json
+    return False
   try:
     return "model_type" in read_json(config)
   except OSError as error:

@@ -17,6 +17,7 @@ from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop.export_run import export_model
 from flaxlm.interop.import_run import import_model
+from flaxlm.library import find_model
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves, nest
@@ -35,6 +36,7 @@ def save_run(config, workdir, tokenizer=None, step=7):
   workdir.mkdir(parents=True)
   with Checkpointer(files.checkpoints, **config.checkpoint) as checkpoints:
     meta = {"step": step, "tokenizer_sha256": tokenizer.sha256 if tokenizer else ""}
+    meta["config"] = json.loads(config_to_json(config))
     checkpoints.save(step, {"model": nest(named_leaves(model))}, meta)
   files.config.write_text(config_to_json(config))
   if tokenizer:
@@ -120,6 +122,20 @@ def test_what_is_no_model_is_refused(saved, tmp_path):
   shutil.copyfile(saved / "exported/config.json", tmp_path / "config.json")
   with pytest.raises(MissingInputError, match="weights"):
     flaxlm.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [None, b"{", b"\xff", b"[1]"])
+def test_a_run_stays_a_run_whatever_became_of_its_config(saved, tmp_path, damage):
+  shutil.copytree(saved / "run", tmp_path / "run")
+  config = tmp_path / "run/config.json"
+  if damage is None:
+    config.unlink()
+    assert find_model(tmp_path / "run").config.data.seq_len == 32
+    return
+  config.write_bytes(damage)
+  with pytest.raises(DataError, match="not the config that its checkpoints") as caught:
+    find_model(tmp_path / "run")
+  assert "remove config.json" in str(caught.value)
 
 
 def test_all_end_tokens_of_a_model_end_its_texts(saved, tmp_path):

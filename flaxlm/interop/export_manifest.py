@@ -21,11 +21,16 @@ from flaxlm.training.manifest import (
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
-def seal_export(directory: pathlib.Path) -> None:
-  """Writes the manifest of all files in `directory`, once they are complete."""
+def seal_export(directory: pathlib.Path, step: int) -> None:
+  """Writes the manifest of all files in `directory`, once they are complete.
+
+  Args:
+    step: of the checkpoint that was exported.
+  """
   names = [path.name for path in directory.iterdir() if path.name[0] != "."]
   files = hash_files(directory, sync=True, names=sorted(names))
-  write_manifest(directory, {"format": CHECKPOINT_FORMAT, "files": files})
+  manifest = {"format": CHECKPOINT_FORMAT, "step": step, "meta": {}, "files": files}
+  write_manifest(directory, manifest)
 
 
 def check_export(directory: pathlib.Path, names: Iterable[str] | None = None) -> None:

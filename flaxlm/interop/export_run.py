@@ -89,7 +89,7 @@ def _write_files(
   with writing(f"--to={directory}"):
     for name, content in files.items():
       write_atomically(directory / name, content)
-    seal_export(directory)
+    seal_export(directory, meta["step"])
   return hf, meta
 
 

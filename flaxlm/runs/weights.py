@@ -21,6 +21,7 @@ from flaxlm.runs.directory import RunFiles, load_run_config, split_address
 from flaxlm.tokenizer.files import find_tokenizer
 from flaxlm.training import lora
 from flaxlm.training.checkpoint import read_meta, restore_for_inference
+from flaxlm.training.manifest import list_steps
 from flaxlm.training.state import with_shardings
 
 _HEADS = ("head/", "pair_head/")  # may be missing in the other run, or left over
@@ -87,7 +88,8 @@ def class_labels(config) -> Labels:
   if task.kind not in ("classify", "tag") or not config.init_from:
     return asked
   workdir, step = split_address(config.init_from)
-  if not RunFiles(workdir).config.is_file():
+  files = RunFiles(workdir)
+  if not files.config.is_file() and not list_steps(files.checkpoints):
     return asked  # a run that goes on needs it no more; a new one is refused later
   source = load_run_config(workdir)
   names, classes = source.task.labels, source.model.num_labels

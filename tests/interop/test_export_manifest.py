@@ -21,7 +21,7 @@ def exported(tmp_path_factory, make_tiny):
   hf.write_model(directory, fields, leaves, max_shard=40_000)
   (directory / "tokenizer_config.json").write_text("{}")
   (directory / ".draft.lock").write_text("")
-  seal_export(directory)
+  seal_export(directory, 3)
   return directory
 
 
