@@ -43,7 +43,7 @@ def check_export(directory: pathlib.Path, names: Iterable[str] | None = None) ->
   if not (directory / MANIFEST).is_file():
     return
   try:
-    files = read_manifest(directory)["files"]
+    files = read_manifest(directory, {"files": dict})["files"]
   except (OSError, ValueError, KeyError) as error:
     raise _changed(directory, str(error)) from error
   if names is None:

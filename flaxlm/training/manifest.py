@@ -17,6 +17,7 @@ from flaxlm.files import sync_directory, write_atomically
 from flaxlm.json_files import check_fields, parse_json
 
 MANIFEST = "MANIFEST.json"
+_FIELDS = {"step": int, "files": dict, "meta": dict}  # of a checkpoint
 CHECKPOINT_FORMAT = 1
 
 
@@ -76,9 +77,11 @@ def newest_meta(directory: str | os.PathLike) -> dict | None:
   return None
 
 
-def read_manifest(path: pathlib.Path) -> dict:
+def read_manifest(path: pathlib.Path, fields: dict[str, type] = _FIELDS) -> dict:
   """Returns what `write_manifest` wrote.
 
+  Args:
+    fields: that it must have, besides its format.
   Raises:
     ValueError: it does not match its own sha256, or has another format.
     OSError: it cannot be read.
@@ -87,7 +90,6 @@ def read_manifest(path: pathlib.Path) -> dict:
   body, _, last = data.removesuffix(b"\n").rpartition(b"\n")
   if not data.endswith(b"\n") or hashlib.sha256(body).hexdigest().encode() != last:
     raise ValueError(f"{MANIFEST} does not match its own sha256")
-  fields = {"format": int, "step": int, "files": dict, "meta": dict}
   manifest = parse_json(body, MANIFEST, {"format": int})
   if manifest["format"] != CHECKPOINT_FORMAT:
     raise ValueError(
