@@ -20,6 +20,7 @@ from typing import IO
 
 from flaxlm import errors
 from flaxlm.data.text import remote
+from flaxlm.data.text.contents import unreadable_source
 from flaxlm.machine import quiet_stderr
 
 READ_BYTES = 1 << 20  # bytes read at a time
@@ -154,8 +155,40 @@ def open_binary(path: str) -> IO[bytes]:
   """Opens a local or remote file for reading, without decompressing it."""
   if remote.is_remote(path):
     with remote.reaching(path):
-      return remote.path(path).open("rb")
+      return io.BufferedReader(_Remote(path, remote.path(path).open("rb")), READ_BYTES)
   return open(path, "rb")
+
+
+class _Remote(io.RawIOBase):
+  """A remote file, whose reading ends in a StorageError if the network fails.
+
+  Libraries raise what they like; nothing of it may pass for damage of the file.
+  """
+
+  def __init__(self, address: str, file: IO[bytes]):
+    self._address, self._file = address, file
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    with remote.reaching(self._address):
+      data = self._file.read(len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    with remote.reaching(self._address):
+      self._file.seek(offset, whence)
+      return self._file.tell()
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
 
 
 class _Recoded(io.RawIOBase):
@@ -256,8 +289,13 @@ def _open_decompressed(path: str) -> Iterator[IO[bytes]]:
       yield file
 
 
-def damaged_file(path: str, error: Exception, needed: str) -> DamagedFile:
-  """Returns the error for a file whose reading failed with `error`."""
+def damaged_file(path: str, error: Exception, needed: str) -> errors.UserError:
+  """Returns the error for a file whose reading failed with `error`.
+
+  If the system failed, not the file, it is no DamagedFile.
+  """
+  if isinstance(error, OSError) and error.errno is not None:
+    return unreadable_source(path, error)
   given = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
   return DamagedFile(f"{path} cannot be read to its end", given, needed)
 

@@ -1,5 +1,7 @@
 import bz2
+import errno
 import gzip
+import io
 import json
 import lzma
 import os
@@ -8,13 +10,14 @@ import random
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 
 import pytest
 
 from flaxlm import errors
 from flaxlm.config.base import source
-from flaxlm.data.text import documents, formats
+from flaxlm.data.text import documents, formats, remote
 
 
 def read(position=(0, 0), tail=0.0, **fields) -> list[documents.TextPiece]:
@@ -457,3 +460,35 @@ def test_damage_after_the_first_stream_is_no_end(suffix, tmp_path):
     path.write_bytes(parts[0] + rest)
     with pytest.raises(errors.DataError, match="cannot be read to its end"):
       read(kind="text", path=str(path))
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "csv", "parquet"])
+def test_a_failing_disk_or_network_is_no_damage(kind, tmp_path, monkeypatch):
+  """What skip loses has to be the same each time, so damage of the file alone."""
+  path = tmp_path / "a"
+  if kind == "parquet":
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+  else:
+    path.write_text(READERS[kind][1])
+
+  class Broken(io.FileIO):
+    def readinto(self, buffer):
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    readall = read = lambda self, size=-1: self.readinto(None)
+
+  class NoRoute(io.FileIO):
+    read = lambda self, size=-1: 1 / 0  # noqa: E731
+
+  address = types.SimpleNamespace(open=lambda mode: NoRoute(path))
+  monkeypatch.setattr(remote, "path", lambda _: address)
+  opened = {"disk": lambda _: Broken(path), "gs://x/a": formats.open_binary}
+  for name, opener in opened.items():
+    for module in (formats, documents):
+      monkeypatch.setattr(module, "open_binary", lambda _, o=opener, n=name: o(n))
+    corpus = documents.open_source("main", source(kind, str(path)), 0.0, "skip")
+    with pytest.raises(errors.StorageError):
+      list(corpus.read((0, 0)))
