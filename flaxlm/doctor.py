@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{name:12}  {value}", flush=True)
   found["attention"] = _check_attention()
   if args.json:
-    with files.writing(f"--json={args.json}"):
-      files.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found, indent=1) + "\n"
+    files.write_output(args.json, text, f"--json={args.json}")
   if not all(row["conforms"] for row in found["attention"].values() if row["checked"]):
     sys.exit(1)
 

@@ -101,6 +101,30 @@ def writing(name: object) -> Iterator[None]:
     raise storage_failure(name, error, writing=True) from error
 
 
+def write_output(path: str | os.PathLike, text: str, name: object) -> None:
+  """Writes a file that a user names, whole or not at all.
+
+  A device or a pipe, such as /dev/stdout, is written to and stays what it is; so does
+  a link.
+
+  Args:
+    name: as in `writing`.
+  """
+  path = pathlib.Path(path)
+  with writing(name):
+    if _is_device(path):
+      with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+    else:
+      write_atomically(path.resolve(), text)
+
+
+def _is_device(path: pathlib.Path) -> bool:
+  """Returns whether a path is no place for a file; /dev/stdout may stand for one."""
+  other = path.exists() and not path.is_file() and not path.is_dir()
+  return other or (path.is_relative_to("/dev") and path.exists())
+
+
 def check_output(path: str | os.PathLike, name: object, parents: bool = False) -> None:
   """Raises OutputError unless `path` can be written; for use before long work.
 
@@ -110,9 +134,12 @@ def check_output(path: str | os.PathLike, name: object, parents: bool = False) -
   """
   path = pathlib.Path(path).absolute()
   with writing(name):
+    if _is_device(path):
+      with path.open("a"):
+        return
     if not parents and path.is_dir():
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    folder = path if parents else path.parent
+    folder = path if parents else path.resolve().parent
     while parents and not os.path.lexists(folder):
       folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell

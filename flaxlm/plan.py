@@ -28,11 +28,9 @@ def main(argv: list[str] | None = None) -> None:
   if args.calibrate:
     from flaxlm.planning import calibrate
 
-    name = f"--calibration={args.calibration}"
-    files.check_output(args.calibration, name)
+    files.check_output(args.calibration, f"--calibration={args.calibration}")
     measured = calibrate.measure(list(loaded.values()))
-    with files.writing(name):
-      calibrate.save_calibration(measured, args.calibration)
+    calibrate.save_calibration(measured, args.calibration)
     print(f"measured this machine: {args.calibration}, --hardware=this")
     return
   if args.scaling:
@@ -48,7 +46,8 @@ def _show(found: list[tuple], args) -> None:
   from flaxlm.planning.page import plan_page
 
   if args.html:
-    _write_page(args.html, "\n".join(plan_page(plan) for plan, _ in found))
+    page = "\n".join(plan_page(plan) for plan, _ in found)
+    files.write_output(args.html, page, f"--html={args.html}")
   if args.json:
     print(
       json.dumps([table.plan_to_json(plan) | more for plan, more in found], indent=2)
@@ -73,12 +72,8 @@ def _scale(loaded: dict, args) -> None:
   for name, found in series.items():
     print(f"{name}, the same rows per chip:\n{scaling.scaling_table(found)}")
   if args.html:
-    _write_page(args.html, scaling_page("weak scaling, predicted", series))
-
-
-def _write_page(file: str, page: str) -> None:
-  with files.writing(f"--html={file}"):
-    files.write_atomically(file, page)
+    page = scaling_page("weak scaling, predicted", series)
+    files.write_output(args.html, page, f"--html={args.html}")
 
 
 def _hardware_of(path: str, config, args):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 
 import pytest
 
@@ -118,6 +119,19 @@ def test_what_the_system_refuses_has_a_name_and_an_exit_code(bad_places):
   for number, kind in ((28, StorageError), (5, StorageError), (30, OutputError)):
     with pytest.raises(kind, match="x"), files.writing("x"):
       raise OSError(number, os.strerror(number))
+
+
+def test_devices_and_links_stay_what_they_are(tmp_path, capfd):
+  (tmp_path / "link").symlink_to(tmp_path / "file")
+  for path in (tmp_path / "link", pathlib.Path("/dev/stdout")):
+    files.check_output(path, path)
+    files.write_output(path, "text", path)
+    assert path.is_symlink()
+  assert (tmp_path / "file").read_text() == "text"
+  assert capfd.readouterr().out == "text"
+  with pytest.raises(StorageError, match="No space left"):
+    files.write_output("/dev/full", "x" * 100_000, "--html=/dev/full")
+  assert pathlib.Path("/dev/full").is_char_device()
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

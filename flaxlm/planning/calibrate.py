@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxlm import machine
 from flaxlm.errors import ConfigError, MissingInputError
-from flaxlm.files import write_atomically
+from flaxlm.files import write_output
 from flaxlm.json_files import read_json
 from flaxlm.parallel import AXES
 from flaxlm.parallel.hardware import (
@@ -97,7 +97,7 @@ def measurement_key(op: Op, dtype: str) -> tuple:
 
 def save_calibration(measured: dict, path: str | os.PathLike) -> None:
   """Writes what `measure` returned as JSON."""
-  write_atomically(path, json.dumps(measured, indent=1) + "\n")
+  write_output(path, json.dumps(measured, indent=1) + "\n", f"--calibration={path}")
 
 
 def measured_hardware(measured: dict) -> Hardware:
