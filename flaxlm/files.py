@@ -121,8 +121,9 @@ def write_output(path: str | os.PathLike, text: str, name: object) -> None:
 
 def _is_device(path: pathlib.Path) -> bool:
   """Returns whether a path is no place for a file; /dev/stdout may stand for one."""
-  other = path.exists() and not path.is_file() and not path.is_dir()
-  return other or (path.is_relative_to("/dev") and path.exists())
+  if str(path) in ("/dev/stdout", "/dev/stderr") or path.is_relative_to("/dev/fd"):
+    return True
+  return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_output(path: str | os.PathLike, name: object, parents: bool = False) -> None:
