@@ -11,7 +11,11 @@ import time
 import psutil
 
 _VARIABLE = "FLAXLM_STARTED_BY_TESTS"
-_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+_HELPERS = (  # they end with the process that started them
+  "multiprocessing.resource_tracker",
+  "multiprocessing.forkserver",
+  "tokenizer/template_worker.py",
+)
 
 
 def mark_children() -> None:

@@ -8,7 +8,6 @@ names, the ids are those of `apply_chat_template`.
 
 import datetime
 import itertools
-import json
 import pathlib
 import re
 import secrets
@@ -21,6 +20,7 @@ from flaxlm.json_files import read_json
 from flaxlm.tokenizer.files import AnyTokenizer
 from flaxlm.tokenizer.files_beside import find_template
 from flaxlm.tokenizer.pieces import find_special_names
+from flaxlm.tokenizer.template_process import TemplateFault, templates
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 # The default: ChatML, after the bos that every document begins with.
@@ -40,11 +40,27 @@ class Turn(NamedTuple):
 
 
 class ChatTemplate:
-  """A compiled chat template; `now` is the date that it writes, if it writes one."""
+  """A chat template; `now` is the date that it writes, if it writes one.
+
+  It is rendered in another process, with limits: see template_worker.py.
+
+  Raises:
+    ConfigError: it is not Jinja2, or jinja2 is not installed.
+  """
 
   def __init__(self, source: str, now: datetime.datetime = TEMPLATE_DATE):
-    self.source = source
-    self._compiled = compile_template(source, now)
+    self.source, self._now = source, now.isoformat()
+    try:
+      templates.compile(source, self._now)
+    except ImportError as error:
+      raise errors.ConfigError(
+        "config.task.chat_template", "a Jinja2 template, without jinja2",
+        "that library", "pip install jinja2",
+      ) from error  # fmt: skip
+    except TemplateFault as error:
+      raise errors.ConfigError(
+        "config.task.chat_template", f"{source[:60]!r}.. ({error})", "a Jinja2 template"
+      ) from error
 
   def render(
     self, messages: list[dict], tokenizer: AnyTokenizer, prompt: bool = False
@@ -52,75 +68,36 @@ class ChatTemplate:
     """Returns the text of a conversation; `prompt` adds the assistant's next header.
 
     Raises:
-      DataError: the template refuses the messages.
+      DataError: the template refuses the messages, or fails.
     """
-    import jinja2
+    return self.render_all([(messages, prompt)], tokenizer)[0]
 
+  def render_all(
+    self, conversations: list[tuple[list[dict], bool]], tokenizer: AnyTokenizer
+  ) -> list[str]:
+    """Returns the text of each (messages, prompt); see `render`."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
-    tokens = {
+    common = {
+      "tools": None,
+      "documents": None,
       "bos_token": names.get(tokenizer.bos_id, ""),
       "eos_token": names.get(tokenizer.eos_id, ""),
       "pad_token": names.get(tokenizer.pad_id, ""),
       "unk_token": names.get(tokenizer.unk_id, ""),
     }
+    variables = [
+      common | {"messages": messages, "add_generation_prompt": prompt}
+      for messages, prompt in conversations
+    ]
     try:
-      return self._compiled.render(
-        messages=messages,
-        tools=None,
-        documents=None,
-        add_generation_prompt=prompt,
-        **tokens,
-      )
-    except (jinja2.TemplateError, TypeError) as error:
-      roles = " ".join(message["role"] for message in messages[:8])
+      return templates.render(self.source, self._now, variables)
+    except TemplateFault as error:
+      roles = " ".join(message["role"] for message in conversations[-1][0][:8])
       raise errors.DataError(
         "the chat template refuses a conversation",
         f"{roles or 'no messages'} ({error})",
         "messages that config.task.chat_template takes",
       ) from error
-
-
-def compile_template(source: str, now: datetime.datetime):
-  """Compiles untrusted Jinja2, with the functions that `transformers` offers."""
-  try:
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-  except ImportError as error:
-    raise errors.ConfigError(
-      "config.task.chat_template", "a Jinja2 template, without jinja2",
-      "that library", "pip install jinja2",
-    ) from error  # fmt: skip
-
-  class Generation(jinja2.ext.Extension):
-    """Ignores {% generation %}, which some templates put around what is learnt."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-      next(parser.stream)
-      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-  def refuse(message):
-    raise jinja2.TemplateError(message)
-
-  def to_json(value, indent=None, **options):
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[Generation, jinja2.ext.loopcontrols],
-  )
-  environment.filters["tojson"] = to_json  # the built-in one escapes HTML
-  environment.globals["raise_exception"] = refuse
-  environment.globals["strftime_now"] = now.strftime
-  try:
-    return environment.from_string(source)
-  except jinja2.TemplateError as error:
-    raise errors.ConfigError(
-      "config.task.chat_template", f"{source[:60]!r}.. ({error})", "a Jinja2 template"
-    ) from error
 
 
 def open_template(path: str, tokenizer: AnyTokenizer) -> ChatTemplate:
@@ -253,10 +230,15 @@ def find_turns(
 ) -> list[Turn]:
   """Returns where the assistant speaks in the text of a conversation."""
   names, turns = special_names(tokenizer), []
-  for number, message in enumerate(messages):
-    if message["role"] != "assistant":
-      continue
-    prompt = template.render(messages[:number], tokenizer, prompt=True)
+  spoken = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+  wanted = [pair for i in spoken for pair in ((i, True), (i + 1, False))]
+  rendered = iter(
+    template.render_all([(messages[:i], p) for i, p in wanted], tokenizer)
+    if wanted
+    else []
+  )
+  for number in spoken:
+    message, prompt, until = messages[number], next(rendered), next(rendered)
     start, content = len(prompt), message["content"].strip()
     at = text.find(content, start) if text.startswith(prompt) else -1
     if at < 0:
@@ -269,7 +251,7 @@ def find_turns(
     stop = at + len(content)
     # A turn ends with the first special token after its content, if there is one before
     # the next turn. Templates without special tokens end it with their own text.
-    shared = common_prefix(text, template.render(messages[: number + 1], tokenizer))
+    shared = common_prefix(text, until)
     following = [end for _, end in find_special_names(text, names) if end > stop]
     is_own = following and (following[0] <= shared or shared < stop)
     turns.append(Turn(start, following[0] if is_own else max(shared, stop)))
