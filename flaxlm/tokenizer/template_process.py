@@ -108,6 +108,8 @@ class TemplateProcess:
       stderr=subprocess.DEVNULL,
     )
     self._owner = os.getpid()
+    atexit.unregister(self.close)
+    atexit.register(self.close)
 
   def _read_line(self) -> bytes:
     """Returns a line of the process; b"" if it ends, or says nothing for too long."""
@@ -122,4 +124,3 @@ class TemplateProcess:
 
 
 templates = TemplateProcess()
-atexit.register(templates.close)
