@@ -54,7 +54,14 @@ def test_the_wheel_holds_the_package_alone(wheel):
   }  # fmt: skip
   shipped = {f"flaxlm/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
   code = {str(path.relative_to(ROOT)) for path in (ROOT / "flaxlm").rglob("*.py")}
-  assert {name for name in names if name.startswith("flaxlm/")} == shipped | code
+  data = {  # task files and the page of the server
+    str(path.relative_to(ROOT))
+    for kind in ("json", "html")
+    for path in (ROOT / "flaxlm").rglob(f"*.{kind}")
+  }
+  assert "flaxlm/evals/task_files/blimp.json" in data
+  own = {name for name in names if name.startswith("flaxlm/")}
+  assert own == shipped | code | data
   (folder,) = {name.split("/")[0] for name in names} - {"flaxlm"}
   metadata = zipfile.ZipFile(wheel).read(f"{folder}/METADATA").decode()
   assert "License-Expression: Apache-2.0" in metadata and "# flaxlm" in metadata
