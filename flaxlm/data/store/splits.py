@@ -70,6 +70,10 @@ def check_documents(data: ConfigDict, corpora: dict[str, Corpus], recipe: dict) 
     has_both = source["validation"] == "tail" and source["kind"] in ("text", "stdlib")
     has_both |= bool(source["validation_split"])
     fraction = 0.0 if has_both else data.validation_fraction
+    if source["validation_split"]:
+      held_out = corpus.read((1, 0))
+      if not any(piece.text for piece in held_out):
+        raise no_tokens(name, "validation", {"train": 0, "validation": 0}, {})
     most = source["max_documents"]
     counts, problems = count_documents(corpus, fraction, most, 1)
     if not counts.total():

@@ -42,10 +42,7 @@ def see_files(
     MissingInputError, StorageError: a file cannot be read.
   """
   new = [path for path in paths if path not in known and not remote.is_remote(path)]
-  try:
-    size = sum(map(os.path.getsize, new))
-  except OSError as error:
-    raise unreadable_source(error.filename, error) from error
+  size = sum(map(size_of, new))
   if size > WORTH_A_LINE:
     log(f"reading {len(new):,} files of {size / 1e9:.1f} GB for their sha256")
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -70,6 +67,17 @@ def see(path: str, known: Seen | None = None) -> Seen:
         found = (*found[:3], "")
       file.seek(0)
       return Seen(*found, hashlib.file_digest(file, "sha256").hexdigest())
+  except OSError as error:
+    raise unreadable_source(path, error) from error
+
+
+def size_of(path: str) -> int:
+  """Returns the size of a file in bytes, without reading it."""
+  if remote.is_remote(path):
+    with remote.reaching(path):
+      return remote.path(path).stat().length
+  try:
+    return os.path.getsize(path)
   except OSError as error:
     raise unreadable_source(path, error) from error
 

@@ -25,6 +25,7 @@ from flaxlm.data.text.contents import (
   fingerprint_of_contents,
   hash_listing,
   see_files,
+  size_of,
 )
 from flaxlm.data.text.formats import (
   BAD_JSON,
@@ -112,11 +113,25 @@ def open_source(
   else:
     files, base = find_files(f"{key}.path", source.path), ""
   names = [os.path.relpath(f, base) if base else os.path.basename(f) for f in files]
+  old = hash_listing(zip(names, map(size_of, files), strict=True))
+  if source.max_documents:
+    files = files[: count_needed_files(files, source)]
   seen = dict(zip(files, see_files(files, known or {}, log), strict=True))
   sizes = [file.size for file in seen.values()]
-  old = hash_listing(zip(names, sizes, strict=True))
-  corpus = Corpus(files, sizes, seen, names, old, iter)
+  corpus = Corpus(files, sizes, seen, names[: len(files)], old, iter)
   return with_tail(corpus, source, tail, on_corrupt)
+
+
+def count_needed_files(files: list[str], source: ConfigDict) -> int:
+  """Returns how many files hold the first `source.max_documents` documents."""
+  left = source.max_documents
+  for number, file in enumerate(files):
+    for _, parts in lose_rest(read_splits(file, source, 0.0)):
+      for _, end, _ in parts:
+        left -= end
+        if not left:
+          return number + 1
+  return len(files)
 
 
 def with_tail(

@@ -5,6 +5,7 @@ its examples come in the stored order, so a position is the number of an example
 """
 
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -15,7 +16,13 @@ from ml_collections import ConfigDict
 from flaxlm import errors
 from flaxlm.data.lazy_tensorflow import import_tensorflow
 from flaxlm.data.text import remote
-from flaxlm.data.text.contents import Seen, check_unchanged, hash_listing, see_files
+from flaxlm.data.text.contents import (
+  Seen,
+  check_unchanged,
+  hash_listing,
+  see_files,
+  size_of,
+)
 from flaxlm.data.text.documents import (
   Corpus,
   TextPiece,
@@ -68,7 +75,9 @@ def open_tfds_corpus(
       else:
         yield record_text(example[source.field])
 
-  return make_corpus(source.path, splits, parts, old, read, known or {}, log)
+  paths = needed_paths(parts, source.max_documents)
+  seen = dict(zip(paths, see_files(paths, known or {}, log), strict=True))
+  return make_corpus(source.path, splits, parts, seen, old, read)
 
 
 def open_array_records(
@@ -111,14 +120,23 @@ def split_parts(builder, split: str) -> list[Part]:
   ]
 
 
+def needed_paths(parts: list[list[Part]], most: int) -> list[str]:
+  """Returns the files of all splits, or those of the first `most` examples."""
+  paths, left = {}, most or float("inf")
+  for part in itertools.chain.from_iterable(parts):
+    if left > 0:
+      paths[part.path] = None
+    left -= part.take
+  return list(paths)
+
+
 def make_corpus(
   path: str,
   splits: list[str],
   parts: list[list[Part]],
+  seen: dict[str, Seen],
   old: str | None,
   read: Callable[[int, int], DocumentParts],
-  known: dict[str, Seen],
-  log: Callable[[str], None],
 ) -> Corpus:
   """Returns a corpus with one "file" per split; of two, the second is for validation.
 
@@ -127,8 +145,6 @@ def make_corpus(
     read: returns the examples of (number of a split, number of the first one).
   """
   split_names = ("train", "validation") if len(splits) > 1 else ("",)
-  paths = list(dict.fromkeys(part.path for own in parts for part in own))
-  seen = dict(zip(paths, see_files(paths, known, log), strict=True))
 
   def read_from(position=(0, 0)) -> Iterator[TextPiece]:
     for number in range(position[0], len(splits)):
@@ -136,15 +152,18 @@ def make_corpus(
       split = (split_names[number], read(number, skip))
       yield from to_pieces([split], number, skip, skip)
       for part in parts[number]:
-        check_unchanged(part.path, seen[part.path])
+        if part.path in seen:
+          check_unchanged(part.path, seen[part.path])
 
-  files = [(os.path.basename(p), seen[p].size) for own in parts for p, *_ in own]
+  if old is None:
+    files = [(os.path.basename(p), size_of(p)) for own in parts for p, *_ in own]
+    old = hash_listing([splits, files])
   return Corpus(
     files=[f"{path} {split}" for split in splits],
-    sizes=[sum(seen[part.path].size for part in own) for own in parts],
+    sizes=[sum(seen[p.path].size for p in own if p.path in seen) for own in parts],
     seen=seen,
-    names=[os.path.basename(path) for path in paths],
-    old_fingerprint=old or hash_listing([splits, files]),
+    names=[os.path.basename(path) for path in seen],
+    old_fingerprint=old,
     read=read_from,
   )
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -15,12 +16,12 @@ from flaxlm.data.text import contents
 
 @pytest.fixture
 def lines(text_config, tmp_path):
-  """Builds a small store, some of whose files are long enough to have a middle."""
+  """A config over files, two of which are long enough to have a middle."""
   folder = tmp_path / "texts"
   for number in range(3):
-    text = "".join(f"line {n} of {number}\n" for n in range(3000 * number + 9))
+    ends = "." * (1 + 30_000 * bool(number))
+    text = "".join(f"line {n} of {number}{ends}\n" for n in range(9))
     (folder / f"{number}.txt").write_text(text)
-  text_config.data.sources.main.max_documents = 100
   text_config.tokenizer.train_bytes = 2000
   return text_config
 
@@ -77,6 +78,16 @@ def test_a_copy_elsewhere_with_other_times_is_the_same(lines, tmp_path):
 
 
 @pytest.mark.faults
+def test_only_the_files_that_are_needed_count(lines, tmp_path):
+  lines.data.sources.main.max_documents = 18
+  prepare(lines)
+  edit(tmp_path / "texts/2.txt")
+  assert any(line.startswith("reusing") for line in prepare(lines))
+  edit(tmp_path / "texts/1.txt")
+  with pytest.raises(errors.ConfigError, match=r"which are 1\.txt"):
+    prepare(lines)
+
+
 def test_times_in_the_future_are_not_trusted(lines, tmp_path):
   path = tmp_path / "texts/1.txt"
   os.utime(path, (4e9, 4e9))
@@ -177,8 +188,8 @@ def test_damaged_files_of_a_preparation_are_named(name, damage, lines, tmp_path)
   if name != "manifest.json":
     (tmp_path / "store/manifest.json").unlink()
   if damage == "flip":
-    damage = path.read_bytes().replace(b'"documents": 1', b'"documents": 2')
-    damage = damage.replace(b'"validation": "hash"', b'"validation": "tail"')
+    damage = re.sub(rb'("documents"|"shard_tokens"): \d', rb"\1: 7", path.read_bytes())
+    assert damage != path.read_bytes()
   path.write_bytes(damage)
   with pytest.raises(errors.DataError) as caught:
     prepare(lines)
