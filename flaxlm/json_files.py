@@ -16,6 +16,7 @@ from flaxlm.errors import DataError
 
 MAX_BYTES = 64 << 20  # large tokenizers have 35 MB, indexes of large models 10 MB
 MAX_DEPTH = 100  # far below Python's limit of recursion
+_MAX_CONTAINERS = 4_000_000  # each takes 60 to 250 bytes, and as few as 3 in the file
 _MAX_DIGITS = 40  # of a whole number; transformers writes int(1e30) for "no limit"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {
@@ -67,6 +68,8 @@ def parse_json(
     raise _unreadable(where, f"more than {limit:,} bytes")
   try:
     text = text.decode() if isinstance(text, bytes) else text
+    if text.count("[") + text.count("{") > _MAX_CONTAINERS:
+      raise ValueError(f"more than {_MAX_CONTAINERS:,} objects and arrays")
     hooks = {"parse_float": _parse_float, "parse_constant": _refuse} if finite else {}
     value = json.loads(
       text, object_pairs_hook=_make_object, parse_int=_parse_int, **hooks

@@ -22,6 +22,7 @@ REFUSED = {
   "infinity by size": ('{"a": 1e999}', "1e999, which is not finite"),
   "a huge number": ('{"a": ' + "9" * 5000 + "}", "5000 digits"),
   "an array": ("[1]", "an array"),
+  "arrays without end": ('{"a":[' + "[]," * 4_000_001 + "1]}", "objects and arrays"),
   "a number": ("5", "a whole number"),
   "null": ("null", "null"),
   "nothing": ("", "Expecting value"),

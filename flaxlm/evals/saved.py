@@ -24,7 +24,7 @@ from flaxlm.evals.run import (
 )
 from flaxlm.evals.scoring import Predictions, Scorer
 from flaxlm.evals.tasks import Task
-from flaxlm.files import write_atomically
+from flaxlm.files import write_atomically, writing
 from flaxlm.inference.language_model import LanguageModel
 from flaxlm.json_files import parse_json, read_json
 from flaxlm.parallel.sharding import use_mesh
@@ -79,7 +79,8 @@ def evaluate_saved(
     output: directory of the results; it is made if need be.
     on_batch: called after each batch that was computed.
   """
-  output.mkdir(parents=True, exist_ok=True)
+  with writing(output):
+    output.mkdir(parents=True, exist_ok=True)
   scorers: dict[int, Scorer] = {}
   for task in tasks:
     result = read_result(output, weights, task)
