@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     help="a web page that may call this server, as https://example.org",
   )  # fmt: skip
   parser.add_argument(
-    "--chat_template", default="", help="a file or a name, for a model without one"
+    "--chat_template", default="", help="a Jinja2 file, for a model without one"
   )
   parser.add_argument(
     "--strict", action="store_true", help="refuse fields that nobody knows"

@@ -49,7 +49,7 @@ class Texts:
     if self.model.template is None:
       message = (
         "this model has no chat template: it continues texts, see /v1/completions; "
-        "or serve it with --chat_template=chatml"
+        "or serve it with --chat_template=FILE"
       )
       raise ApiError(message, "messages", "no_chat_template")
     try:
