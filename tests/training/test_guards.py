@@ -126,10 +126,11 @@ import jax
 port, index = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-print("ready")
 for step in range(1, 500):
   assert not stop.should_stop()
   time.sleep(0.02)
+  if step == 60:  # long enough to agree on a stop that nobody asked for
+    print("still running")
   if stop.should_stop(step):
     print("stopped at", step)
     break
@@ -155,8 +156,8 @@ def test_all_processes_stop_after_the_same_step(number):
     )
     for index in range(2)
   ]
-  while "ready" not in children[1].stdout.readline():
-    assert children[1].poll() is None
+  while "still running" not in (line := children[1].stdout.readline()):
+    assert "stop" not in line and children[1].poll() is None
   children[1].send_signal(number)
   texts = [c.communicate(timeout=30) for c in children]
   stopped = [[x for x in out.splitlines() if "stop" in x] for out, _ in texts]
