@@ -10,6 +10,7 @@ exported model loads in `transformers` with from_pretrained.
 """
 
 import pathlib
+import re
 
 from flaxlm import cli
 from flaxlm.errors import ConfigError
@@ -50,6 +51,12 @@ def main(argv: list[str] | None = None) -> None:
   if args.direction == "import":
     if not args.source:
       raise ConfigError("--from", "nothing", "a directory", "--from=models/a")
+    for pattern in args.skip:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        needed = f"a regular expression ({error})"
+        raise ConfigError("--skip", pattern, needed, r"--skip='^cls\.'") from None
     from flaxlm.interop.import_run import find_source, import_model
 
     source = find_source(args.source)

@@ -375,6 +375,8 @@ def test_a_damaged_checkpoint_is_not_exported(model_config, tmp_path):
 def test_arguments(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="--from cannot be used"):
     convert.main(["import", f"--workdir={tmp_path}"])
+  with pytest.raises(ConfigError, match="--skip cannot be used"):
+    convert.main(["import", "--from=x", f"--workdir={tmp_path}", "--skip=["])
   with pytest.raises(ConfigError, match="--to cannot be used"):
     convert.main(["export", f"--workdir={tmp_path}"])
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -146,11 +146,16 @@ def check_value(name: str, key: str, value: object) -> None:
   if needed:
     raise ConfigError(name, value, needed)
   for text in value if isinstance(value, tuple) else (value,):
-    if isinstance(text, str) and "\0" in text:
-      raise ConfigError(name, text, "a text without NUL characters")
+    if isinstance(text, str) and not _is_plain(text):
+      raise ConfigError(name, text, "UTF-8 without NUL characters")
     if isinstance(text, str) and SECRET.search(text):
       needed = "no password or token: a config is stored, printed and shared"
       raise ConfigError(name, text, needed, "credentials in the environment")
+
+
+def _is_plain(text: str) -> bool:
+  """Returns whether a text can be a path and be stored; an argument may be no UTF-8."""
+  return "\0" not in text and text.encode(errors="replace").decode() == text
 
 
 def number_needed(key: str, value: object) -> str:

@@ -26,6 +26,7 @@ from flaxlm.config.tree import flatten, set_value
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.json_files import check_fields, parse_json
 
+_TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser raises
 # Keys that older versions stored and that no longer choose anything.
 _RETIRED = ("step.chunk_size",)
 _SEAL = "sha256"  # the key of a stored config's check
@@ -130,10 +131,13 @@ def _run_config_file(file: pathlib.Path) -> ConfigDict:
   try:
     with _clone_importable():
       spec.loader.exec_module(module)
-      return module.get_config()
+      config = module.get_config()
   finally:
     for name in [name for name in sys.modules if name.startswith(package.__name__)]:
       del sys.modules[name]
+  if not isinstance(config, ConfigDict):
+    raise TypeError(f"get_config() returned a {type(config).__name__}, no ConfigDict")
+  return config
 
 
 @contextlib.contextmanager
@@ -187,7 +191,7 @@ def _parse_value(key: str, text: str, current: object) -> object:
       )
       return tuple(item for item in value if item != "")
     return text
-  except (KeyError, ValueError, OverflowError, SyntaxError):
+  except (KeyError, ValueError, TypeError, ArithmeticError, *_TOO_DEEP, SyntaxError):
     names = {bool: "true or false", int: "a whole number", float: "a number"}
     needed = names.get(kind, "values separated by commas")
     raise ConfigError(f"config.{key}", text, needed, f"{current}") from None

@@ -303,3 +303,21 @@ def test_a_stored_config_runs_nothing_whoever_may_write_it(tmp_path):
   file.write_text(config_to_json(base.get_config()))
   file.chmod(0o666)
   load_config(file)
+
+
+@pytest.mark.parametrize(
+  "value",
+  ["(5)", "[" * 5000, "(" * 5000 + ")" * 5000, "(1/0)", "[a]", "({},)", "-" * 5000,
+   "\udcff", "a,\udcff"],
+)  # fmt: skip
+def test_lists_that_are_none_are_refused(value):
+  with pytest.raises(ConfigError, match=r"task\.labels"):
+    load_config("quickstart", [f"task.labels={value}" if value[0] != "-" else
+                               f"task.labels=({value}1,)"])  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ["return 5", "return None", "return {}", "import x.y"])
+def test_a_config_file_that_gives_no_config_is_named(body, tmp_path):
+  (tmp_path / "mine.py").write_text(f"def get_config():\n  {body}\n")
+  with pytest.raises(ConfigError, match=r"mine\.py"):
+    load_config(tmp_path / "mine.py")
