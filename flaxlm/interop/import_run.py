@@ -19,8 +19,7 @@ from flaxlm.interop.export_manifest import check_export
 from flaxlm.interop.hf_config import read_class_names
 from flaxlm.interop.huggingface import Imported, read_model
 from flaxlm.models.trees import nest
-from flaxlm.runs.binding import file_sha256
-from flaxlm.runs.directory import RunFiles
+from flaxlm.runs.directory import RunFiles, hash_kept
 from flaxlm.tokenizer.chat_template import read_template
 from flaxlm.tokenizer.files import AnyTokenizer, file_name, load_tokenizer
 from flaxlm.training.checkpoint import Checkpointer, list_steps
@@ -92,18 +91,14 @@ def import_model(
     config = _make_config(model, tokenizer, overrides)
     with writing(f"--workdir={workdir}"):
       _keep_files(source, draft, config, tokenizer)
-    written = RunFiles(draft)
-    with Checkpointer(written.checkpoints, **config.checkpoint) as checkpoints:
+    directory = RunFiles(draft).checkpoints
+    with Checkpointer(directory, **config.checkpoint) as checkpoints:
       meta = {
         "step": 0,
         "tokens": 0,
         "data_fingerprint": "imported",
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
-        "files": {
-          str(path.relative_to(draft)): file_sha256(path)
-          for path in (*written.originals.iterdir(), written.chat_template)
-          if path.is_file()
-        },
+        "files": hash_kept(draft),
         "config": json.loads(config_to_json(config)),
       }
       checkpoints.save(0, {"model": nest(to_jax(model.leaves))}, meta)

@@ -5,7 +5,6 @@ Weights for step 0 are those of config.init_from, or random.
 
 import dataclasses
 import functools
-import hashlib
 import json
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from flaxlm.runs.binding import (
   name_checkpoint,
   trained_config,
 )
-from flaxlm.runs.directory import RunFiles
 from flaxlm.runs.program import Program
 from flaxlm.runs.progress import say
 from flaxlm.runs.weights import initial_model
@@ -40,6 +38,9 @@ class Start(NamedTuple):
   base_name: str | None  # of the checkpoint that these come from
   step: int  # finished steps
   rows: int  # of the training data that were read
+  files: (
+    dict | None
+  )  # what `hash_kept` returned when the run began; None: not yet known
 
   def rows_after(self, step: int, batch_size: int) -> int:
     """Returns how many rows were read when `step` steps are finished."""
@@ -59,10 +60,11 @@ def initial_state(
   restored = restore(checkpoints, program.target, feed, config)
   fresh, adapting = restored is None, config.lora.rank > 0
   if fresh:
-    start = Start(program.init(jax.random.key(config.seed)), None, None, 0, 0)
+    start = Start(program.init(jax.random.key(config.seed)), None, None, 0, 0, None)
   else:
     state, before = restored
-    start = Start(state, None, before.get("base"), before["step"], rows_read(before))
+    base, step, files = before.get("base"), before["step"], before.get("files")
+    start = Start(state, None, base, step, rows_read(before), files)
   if not config.init_from or not (fresh or adapting):
     return start
   model, meta = initial_model(config, mesh, config.mesh.rules.to_dict())
@@ -94,17 +96,14 @@ def rows_read(meta: dict) -> int:
 
 def describe_checkpoint(config, feed: Feed, start: Start, step: int) -> dict:
   """Returns the `meta` of a checkpoint of the run that began with `start`."""
-  rows, files = start.rows_after(step, config.data.batch_size), {}
-  if feed.chat_template:
-    source = feed.chat_template.source.encode()
-    files[RunFiles("").chat_template.name] = hashlib.sha256(source).hexdigest()
+  rows = start.rows_after(step, config.data.batch_size)
   meta = {
     "step": step,
     "rows": rows,
     "tokens": rows * config.data.seq_len,
     "data_fingerprint": feed.fingerprint,
     "tokenizer_sha256": feed.tokenizer_sha256,
-    "files": files,
+    "files": start.files,
     "config": json.loads(config_to_json(config)),
   }
   if feed.examples:

@@ -95,6 +95,20 @@ def _read_config(files: RunFiles, meta: dict | None) -> ConfigDict:
   return config
 
 
+def hash_kept(workdir: str | os.PathLike) -> dict[str, str]:
+  """Returns {name: sha256} of the small files that a run keeps beside its tokenizer.
+
+  A checkpoint names them, and `load_run_config` compares them.
+  """
+  files = RunFiles(workdir)
+  paths = [files.chat_template, *files.originals.glob("*")]
+  return {
+    str(path.relative_to(files.workdir)): binding.file_sha256(path)
+    for path in sorted(paths)
+    if path.is_file()
+  }
+
+
 def find_originals(config, workdir: pathlib.Path) -> pathlib.Path | None:
   """Returns the original's files, kept by this run or the one that it started from."""
   while not (RunFiles(workdir).originals / "config.json").is_file():

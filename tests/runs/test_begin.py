@@ -7,6 +7,7 @@ import pytest
 from flaxlm.errors import DataError
 from flaxlm.runs import begin
 from flaxlm.runs.begin import Start, describe_checkpoint, rows_read
+from flaxlm.runs.directory import RunFiles, hash_kept
 
 
 def feed(**changes):
@@ -15,7 +16,7 @@ def feed(**changes):
 
 
 def start(**changes) -> Start:
-  return Start(None, None, None, 0, 0)._replace(**changes)
+  return Start(None, None, None, 0, 0, {})._replace(**changes)
 
 
 def test_rows_are_counted_over_changes_of_the_batch_size(tiny):
@@ -58,10 +59,18 @@ def test_weights_and_data_of_two_tokenizers_do_not_meet():
     begin._check_tokenizer("a" * 64, feed(tokenizer_sha256="b" * 64), "runs/a")
 
 
-def test_a_checkpoint_names_the_template_and_the_weights_under_adapters(tiny):
-  one = feed()
-  one.chat_template = types.SimpleNamespace(source="{{ x }}")
-  meta = describe_checkpoint(tiny, one, start(base_name="step 4, abc"), 5)
-  assert list(meta["files"]) == ["chat_template.jinja"]
+def test_a_checkpoint_names_the_kept_files_and_the_weights_under_adapters(
+  tiny, tmp_path
+):
+  files = RunFiles(tmp_path)
+  files.chat_template.write_text("{{ x }}")
+  files.originals.mkdir()
+  (files.originals / "generation_config.json").write_text("{}")
+  began = start(files=hash_kept(tmp_path), base_name="step 4, abc")
+  meta = describe_checkpoint(tiny, feed(), began, 5)
+  assert list(meta["files"]) == [
+    "chat_template.jinja",
+    "huggingface/generation_config.json",
+  ]
   assert meta["base"] == "step 4, abc"
   assert "base" not in describe_checkpoint(tiny, feed(), start(), 5)
