@@ -22,6 +22,7 @@ from flaxlm.runs.binding import (
   name_checkpoint,
   trained_config,
 )
+from flaxlm.runs.directory import hash_kept
 from flaxlm.runs.program import Program
 from flaxlm.runs.progress import say
 from flaxlm.runs.weights import initial_model
@@ -41,6 +42,10 @@ class Start(NamedTuple):
   files: (
     dict | None
   )  # what `hash_kept` returned when the run began; None: not yet known
+
+  def with_files(self, workdir) -> "Start":
+    """Returns this with the hashes of the run's files, which are all there by now."""
+    return self if self.files is not None else self._replace(files=hash_kept(workdir))
 
   def rows_after(self, step: int, batch_size: int) -> int:
     """Returns how many rows were read when `step` steps are finished."""

@@ -6,9 +6,9 @@ A checkpoint is saved before anything that could fail.
 """
 
 import contextlib
-import functools
 import pathlib
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -22,7 +22,7 @@ from flaxlm.parallel.mesh import axis_sizes, make_mesh
 from flaxlm.parallel.one_fate import OneFate
 from flaxlm.parallel.replicas import Replicas
 from flaxlm.runs.begin import describe_checkpoint, initial_state
-from flaxlm.runs.directory import RunFiles, RunLock, hash_kept
+from flaxlm.runs.directory import RunFiles, RunLock
 from flaxlm.runs.held_out import make_scorer
 from flaxlm.runs.program import Program, build_program, open_feed, use_config_mesh
 from flaxlm.runs.progress import Profiler, TrainingProgress, count_programs, say
@@ -94,10 +94,8 @@ def train(
     told = first_step, compiled, expected, start.rows
     progress = enter(TrainingProgress(config, workdir, *told))
     profiler = enter(Profiler(config.log, files.profile))
-    if start.files is None:
-      start = start._replace(files=hash_kept(workdir))
-    describe = functools.partial(describe_checkpoint, config, feed, start)
-    saves = Saves(checkpoints, describe)
+    start = start.with_files(workdir)
+    saves = Saves(checkpoints, partial(describe_checkpoint, config, feed, start))
     replicas = Replicas(config.guards.compare_every, mesh)
     evaluate_after = make_evaluation(program, feed, progress, stop, watchdog, tasks)
     if owed and not evaluate_after(first_step, state, base):
