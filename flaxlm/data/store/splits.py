@@ -65,15 +65,19 @@ def check_documents(data: ConfigDict, corpora: dict[str, Corpus], recipe: dict) 
   """Raises DataError if a source has no text, or one of its splits has none."""
   for name, corpus in corpora.items():
     source = recipe["sources"][name]
-    # A text that is not empty has a tail, and TFDS has other splits: the first words
-    # suffice.
-    has_both = source["validation"] == "tail" and source["kind"] in ("text", "stdlib")
-    has_both |= bool(source["validation_split"])
-    fraction = 0.0 if has_both else data.validation_fraction
     if source["validation_split"]:
       held_out = corpus.read((1, 0))
       if not any(piece.text for piece in held_out):
-        raise no_tokens(name, "validation", {"train": 0, "validation": 0}, {})
+        raise errors.DataError(
+          f"the validation split of source {name} has no tokens",
+          f"config.data.sources.{name}.validation_split={source['validation_split']}",
+          "examples with text",
+        )  # fmt: skip
+    # Any text has a tail, so there is no need to read as far as that.
+    is_text = source["kind"] in ("text", "stdlib")
+    has_tail = source["validation"] == "tail" and is_text
+    has_both = has_tail or source["validation_split"]
+    fraction = 0.0 if has_both else data.validation_fraction
     most = source["max_documents"]
     counts, problems = count_documents(corpus, fraction, most, 1)
     if not counts.total():

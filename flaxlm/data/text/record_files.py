@@ -42,7 +42,7 @@ def read_records(
     on_corrupt: stop or skip.
 
   Raises:
-    DataError: a record or file is damaged, or a file has too few records.
+    DataError: a record or file is damaged, or a file has another number of records.
   """
   if kind == "tfrecord":
     reader = _tfrecords
