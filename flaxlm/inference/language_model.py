@@ -123,7 +123,7 @@ class LanguageModel:
     The two are encoded together. Spaces at the end of the context belong to the
     continuation, as in lm-eval. If one token spans the whole continuation and the end
     of the context, the two are encoded apart. An empty context is the token that begins
-    a text, or else the one that ends it.
+    documents, or else the one that ends them.
 
     Raises:
       DataError: the continuation has no tokens.
@@ -137,7 +137,8 @@ class LanguageModel:
     if not after:
       raise DataError("a continuation has no tokens", f"{continuation!r:.60}", "a text")
     first = beginning(tokenizer) + first
-    return first or [tokenizer.eos_id] * (tokenizer.eos_id >= 0), after
+    ends = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i >= 0]
+    return first or ends[:1], after
 
   def score(
     self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]

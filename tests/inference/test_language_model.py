@@ -15,6 +15,7 @@ from flaxlm.models.heads import label_scores
 from flaxlm.models.transformer import Transformer
 from flaxlm.parallel.mesh import one_device
 from flaxlm.tokenizer.chat_template import ChatTemplate
+from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 
 def language_model_of(config, tokenizer, **fields) -> LanguageModel:
@@ -98,6 +99,12 @@ def test_a_pair_is_cut_where_its_tokens_are(writer, bpe):
   )
   assert writer.encode_pair("def ", "main") == writer.encode_pair("def", " main")
   assert writer.encode_pair("", "main") == (begin, bpe.encode("main"))
+  bare = dataclasses.replace(writer, tokenizer=Tokenizer(bpe.model))
+  bare.tokenizer._adds_bos = False  # as in SmolLM2, which has a bos token
+  assert bare.encode_pair("def", " main")[0] == bpe.encode("def")
+  assert bare.encode_pair("", "main")[0] == begin
+  bare.tokenizer.bos_id = -1
+  assert bare.encode_pair("", "main")[0] == [bpe.eos_id]
   # One token spans the join: the two are encoded apart.
   before, after = "retu", "rn"
   assert len(bpe.encode("return")) <= len(bpe.encode("retu"))
