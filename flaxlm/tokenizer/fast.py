@@ -148,6 +148,21 @@ class FastTokenizer:
       for text in texts
     ]
 
+  def encode_following(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
+    """Returns the ids of texts that continue others: no space is put before them.
+
+    They are encoded after a newline, whose ids are removed. A text that joins it is
+    encoded as if it were the first.
+    """
+    line = self.encode("\n")
+    rows = self.encode_batch(["\n" + text for text in texts], num_threads)
+    return [
+      row[len(line) :]
+      if row[: len(line)].tolist() == line
+      else self.encode_batch([text])[0]
+      for text, row in zip(texts, rows, strict=True)
+    ]
+
   def encode_long(self, texts: Iterable[str], num_threads=1) -> Iterator[np.ndarray]:
     """Yields the ids (int32) of one text that arrives in parts; see long_texts.py."""
     if self._can_cut:

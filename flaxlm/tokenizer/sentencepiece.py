@@ -108,6 +108,12 @@ class Tokenizer:
     """Returns the ids (int32) of each text, computed by `num_threads` threads."""
     return self._encode([self._chunks(text) for text in texts], num_threads)
 
+  def encode_following(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
+    """Returns the ids of texts that continue others: no space is put before them."""
+    return self._encode(
+      [self._chunks(text, first=False) for text in texts], num_threads
+    )
+
   def encode_long(self, texts: Iterable[str], num_threads=1) -> Iterator[np.ndarray]:
     """Yields the ids (int32) of one text that arrives in parts; see long_texts.py."""
     rest, first = "", True

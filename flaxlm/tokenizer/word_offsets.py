@@ -16,6 +16,7 @@ import numpy as np
 
 CACHED_WORDS = 1 << 20  # words whose ids are kept
 SPACE_PROBE = ("it", "is", "as", "a", "word")
+FOLLOWING = "\ufdd0"  # before a surface: never a character of a text
 SPACED_WORD = re.compile(r"\s*\S+")
 IDEOGRAPH = re.compile(
   "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -46,6 +47,11 @@ class WordEncoder:
     self.space = " "
     if whole != self._joined(" ") and whole == self._joined(""):
       self.space = ""
+    # It would also be added before a word that follows a newline.
+    lines = tokenizer.encode("it\nis") != tokenizer.encode("it") + tokenizer.encode(
+      "\nis"
+    )
+    self._adds_to_lines = not self.space and lines
 
   def _joined(self, space: str) -> list[int]:
     words = [SPACE_PROBE[0], *(space + word for word in SPACE_PROBE[1:])]
@@ -62,17 +68,28 @@ class WordEncoder:
     if len(self._ids) > CACHED_WORDS:
       self._ids = {}
     new = [surface for surface in dict.fromkeys(surfaces) if surface not in self._ids]
-    if new:
-      ids = self.tokenizer.encode_batch(new, self.num_threads)
-      for surface, row in zip(new, ids, strict=True):
-        self._ids[surface] = np.asarray(row, np.int32)
+    following = [s for s in new if s.startswith(FOLLOWING)]
+    first = [s for s in new if not s.startswith(FOLLOWING)]
+    if first:
+      self._keep(first, self.tokenizer.encode_batch(first, self.num_threads))
+    if following:
+      texts = [surface[len(FOLLOWING) :] for surface in following]
+      ids = self.tokenizer.encode_following(texts, self.num_threads)
+      self._keep(following, ids)
+
+  def _keep(self, surfaces: list[str], ids: Sequence) -> None:
+    for surface, row in zip(surfaces, ids, strict=True):
+      self._ids[surface] = np.asarray(row, np.int32)
 
   def surfaces(self, text: str) -> list[str]:
     """Returns the words of a text as they are encoded: with the space before them."""
     found = SPACED_WORD.findall(text)
     if self.space:
       return found
-    return found[:1] + [word.removeprefix(" ") for word in found[1:]]
+    mark = FOLLOWING if self._adds_to_lines else ""
+    return found[:1] + [
+      word[1:] if word.startswith(" ") else mark + word for word in found[1:]
+    ]
 
   def locate(self, text: str) -> Located:
     """Encodes a text; spaces after the last word have no tokens."""
@@ -82,7 +99,7 @@ class WordEncoder:
     ids, starts, ends = [], [], []
     for match, surface in zip(matches, surfaces, strict=True):
       row = self._ids[surface]
-      word = surface.lstrip()
+      word = surface.removeprefix(FOLLOWING).lstrip()
       begin = match.end() - len(word)
       spans = self._locate_pieces(row.tolist(), word)
       ids.append(row)

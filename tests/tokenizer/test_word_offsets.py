@@ -94,3 +94,37 @@ def test_a_tokenizer_that_adds_the_space_itself(keeps_spaces, english):
   assert [i for row in encoder.encode(text.split()) for i in row] == tok.encode(text)
   for token, a, b in zip(*located, strict=True):
     assert text[a:b] == tok.pieces()[token].decode().strip()
+
+
+@pytest.mark.parametrize("form", ["model", "json"])
+def test_a_dummy_prefix_is_put_before_the_first_word_alone(form, english):
+  """Llama's tokenizer puts a space before a text, not before each of its lines."""
+  import io
+
+  import sentencepiece
+
+  from flaxlm.tokenizer.export import to_tokenizer_json
+  from flaxlm.tokenizer.files import open_tokenizer
+  from flaxlm.tokenizer.sentencepiece import sample_lines
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(sample_lines([english], 50_000)), model_writer=model,
+    vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2,
+    normalization_rule_name="identity", remove_extra_whitespaces=False,
+  )  # fmt: skip
+  content = model.getvalue()
+  tok = open_tokenizer(content if form == "model" else to_tokenizer_json(content))
+  encoder = word_offsets.WordEncoder(tok)
+  assert encoder.space == ""
+  for text in [
+    "it is",
+    "\nit",
+    " it",
+    "it\nis\n\n\tas  a\nword",
+    english[:1000].strip(),
+  ]:
+    located = encoder.locate(text)
+    assert located.ids.tolist() == tok.encode(text)
+    ends = [text[a:b] for a, b in zip(located.starts, located.ends, strict=True)]
+    assert "".join(ends) == "".join(text.split())
