@@ -1,6 +1,7 @@
 """`flaxlm evaluate --tasks`: flags without effect are refused, results are readable."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +30,32 @@ def test_flags_that_say_nothing_are_refused(flags, wrong):
 def test_missing_data_is_named_before_the_model_is_loaded(tmp_path):
   with pytest.raises(MissingInputError, match=r"copa\.jsonl"):
     evaluate.main(["--workdir=nowhere", "--tasks=copa", f"--task_data={tmp_path}"])
+
+
+def test_each_checkpoint_is_evaluated_though_some_are_deleted(
+  tmp_path, monkeypatch, capsys
+):
+  (tmp_path / "checkpoints/20").mkdir(parents=True)
+  done = []
+
+  def run(workdir, step, *rest):
+    done.append(step)
+    if step in (10, 20):
+      raise MissingInputError("no checkpoint", step)
+
+  monkeypatch.setattr(evaluate, "_run", run)
+  monkeypatch.setattr(
+    evaluate, "load_run_config", lambda *_: SimpleNamespace(num_steps=30)
+  )
+  steps = iter([[10], [10, 15], [20, 30]])
+  monkeypatch.setattr("flaxlm.training.checkpoint.list_steps", lambda _: next(steps))
+  monkeypatch.setattr("flaxlm.evals.tasks.open_task", lambda *_: "task")
+  monkeypatch.setattr(evaluate, "_WATCH_SECONDS", 0.0)
+  command = [f"--workdir={tmp_path}", "--tasks=copa", "--watch"]
+  with pytest.raises(MissingInputError):  # step 20 is there: that is no deletion
+    evaluate.main(command)
+  assert done == [10, 15, 20]
+  assert capsys.readouterr().out.startswith("step 10: deleted before")
 
 
 RESULT = {

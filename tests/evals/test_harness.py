@@ -1,5 +1,6 @@
 """lm-eval gets the numbers of single requests, and of its `hf` model on our export."""
 
+import dataclasses
 import json
 import types
 
@@ -125,8 +126,6 @@ def test_an_unfinished_message_stays_open(judge, loaded):
 
 
 def test_a_model_that_predicts_no_text_is_refused(loaded):
-  import dataclasses
-
   masked = types.SimpleNamespace(
     config=dataclasses.replace(loaded.config, head="mlm", causal=False)
   )
@@ -160,3 +159,36 @@ def test_a_run_of_lm_eval_on_files(loaded, judge, tmp_path, monkeypatch):
   log_p = np.array([x.log_p for x in loaded.loglikelihood(pairs)]).reshape(20, 2)
   right = (log_p.argmax(axis=1) == np.arange(20) % 2).mean()
   assert found["results"]["mine"]["acc,none"] == pytest.approx(right)
+
+
+@pytest.mark.slow
+def test_the_hf_model_says_the_same_of_our_export(make_tiny, bpe, tmp_path):
+  pytest.importorskip("torch", reason="pip: parity")
+  pytest.importorskip("transformers", reason="pip: parity")
+  from lm_eval.models.huggingface import HFLM
+
+  import flaxlm
+  from flaxlm.interop.export_run import export_run
+  from flaxlm.runs.loop import train
+  from flaxlm.training.guards import StopSignal
+
+  config = make_tiny()
+  config.model.vocab_size, config.model.max_len, config.num_steps = 1000, 64, 2
+  run, exported = tmp_path / "run", tmp_path / "exported"
+  with StopSignal() as stop:
+    train(config, run, stop)
+  (run / "tokenizer.model").write_bytes(bpe.model)
+  export_run(run, exported)
+  theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
+  ours = HarnessModel(flaxlm.load(run))
+  ours.set_cache_hook(Hook())
+  pairs = [pair for pair in PAIRS if pair != ("(self, sel", "f")]
+  found = ours.loglikelihood(instances(pairs), disable_tqdm=True)
+  expected = theirs.loglikelihood(instances(pairs), disable_tqdm=True)
+  for (log_p, greedy), (their_log_p, their_greedy) in zip(found, expected, strict=True):
+    assert log_p == pytest.approx(their_log_p, abs=1e-4)
+    assert greedy == their_greedy
+  texts = instances([("import os\n" * 50,), ("return None",)])
+  ours_rolling = ours.loglikelihood_rolling(texts, disable_tqdm=True)
+  their_rolling = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+  np.testing.assert_allclose(ours_rolling, their_rolling, rtol=1e-6, atol=1e-4)

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from flaxlm.evals.requests import MaskedWords, encode_pairs
 from flaxlm.evals.run import fitting_length, prepare_task, run_task
 from flaxlm.evals.scoring import Scorer
 from flaxlm.evals.tasks import Item, Task, TaskFile
@@ -97,6 +98,29 @@ def test_what_was_learnt_is_known_and_its_contrary_is_not(untrained, bpe):
   assert right["metrics"]["acc"] == 1.0
   assert right["metrics"]["bits_per_byte"] < 0.1
   assert judge(model, bpe, facts_task(gold=1))["metrics"]["acc"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_masked_model_is_scored_token_by_token(make_tiny, bpe):
+  config = make_tiny()
+  config.model.vocab_size, config.model.causal = 1024, False
+  config.model.head, config.model.head_norm = "mlm", True
+  with use_mesh(one_device(), config.mesh.rules.to_dict()):
+    model = Transformer(TransformerConfig(**config.model), nnx.Rngs(0))
+    task = facts_task(count=5)
+    result = judge(model, bpe, task)
+    words = MaskedWords(bpe)
+    for item, nats in zip(task.items, result["items"]["nats"], strict=True):
+      (request,), _ = encode_pairs(bpe, [item.options[0]])
+      total = 0.0
+      for segment in words.segments(request, 32):
+        row = jnp.asarray(segment.tokens)[None]
+        positions = jnp.arange(row.shape[1])[None]
+        features = model(row, positions, jnp.ones_like(row)).features
+        logits = model.logits(features)[0, segment.places[0], : bpe.vocab_size]
+        total -= float(jax.nn.log_softmax(logits)[segment.targets[0]])
+      assert nats == pytest.approx(total, abs=1e-4)
+  assert result["method"] == "pll" and result["metrics"]["n"] == 5
 
 
 def test_contexts_that_lose_their_beginning_are_counted(untrained, bpe):
