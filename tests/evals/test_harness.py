@@ -168,17 +168,18 @@ def test_the_hf_model_says_the_same_of_our_export(make_tiny, bpe, tmp_path):
   from lm_eval.models.huggingface import HFLM
 
   import flaxlm
-  from flaxlm.interop.export_run import export_run
+  from flaxlm.interop.export_run import export_model
+  from flaxlm.runs.directory import load_run_config
   from flaxlm.runs.loop import train
   from flaxlm.training.guards import StopSignal
 
   config = make_tiny()
-  config.model.vocab_size, config.model.max_len, config.num_steps = 1000, 64, 2
+  config.model.vocab_size, config.model.max_len, config.num_steps = 1000, 64, 4
   run, exported = tmp_path / "run", tmp_path / "exported"
   with StopSignal() as stop:
     train(config, run, stop)
   (run / "tokenizer.model").write_bytes(bpe.model)
-  export_run(run, exported)
+  export_model(load_run_config(run), run, exported)
   theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
   ours = HarnessModel(flaxlm.load(run))
   ours.set_cache_hook(Hook())
