@@ -156,7 +156,7 @@ def build_locally(
   with locked(root):
     if (root / "manifest.json").exists():
       return reuse(root, recipe, corpora, log)
-    begin(root, recipe, corpora, log)
+    recipe = begin(root, recipe, corpora, log)
     if not find_tokenizer(root):
       check_documents(data, corpora, recipe)
       describe_sources(data, corpora, recipe, log)
@@ -263,13 +263,19 @@ def begin(
   recipe: dict,
   corpora: dict[str, Corpus],
   log: Callable[[str], None],
-) -> None:
-  """Claims an empty directory for this recipe, or continues what the recipe began."""
+) -> dict:
+  """Claims an empty directory for this recipe, or continues what the recipe began.
+
+  Returns:
+    the recipe of the store: that which began it does not claim contents that an older
+    version did not record.
+  """
   path = root / "recipe.json"
   if path.exists() and find_tokenizer(root):
-    check_recipe(root, read_recipe(path), recipe, corpora, log)
+    begun = read_recipe(path)
+    check_recipe(root, begun, recipe, corpora, log)
     log(f"continuing {root}")
-    return
+    return begun
   # Without a tokenizer there is nothing to keep: a corrected recipe replaces the old.
   kept = ("recipe.json", SOURCES_FILE, SEEN_FILE, MODEL, JSON)
   ours = {".lock", *kept, *(f"{name}.tmp" for name in kept)} - {MODEL, JSON}
@@ -283,6 +289,7 @@ def begin(
   write_seen(root, corpora)
   files.write_atomically(root / SOURCES_FILE, list_sources(corpora))
   write_recipe(path, recipe)
+  return recipe
 
 
 def check_sizes(manifest: dict, data: ConfigDict, root: pathlib.Path) -> None:

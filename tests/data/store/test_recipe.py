@@ -169,6 +169,15 @@ def test_stores_of_older_versions_are_reused(lines, tmp_path):
     prepare(lines)
 
 
+def test_a_preparation_of_an_older_version_is_continued(lines, tmp_path):
+  prepare(lines)
+  make_old(tmp_path / "store", "tail")
+  (tmp_path / "store/manifest.json").unlink()
+  said = prepare(lines)
+  assert "recorded no contents" in said[0] and said[1].startswith("continuing")
+  assert "recorded no contents" in prepare(lines)[0]  # and it does not claim them now
+
+
 def test_auto_keeps_the_split_of_an_older_store(lines, tmp_path):
   lines.data.split = "tail"
   prepare(lines)
