@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
   find_model(args.workdir, args.step, overrides)
   # JAX is imported only now: --help and a wrong key have been answered.
   machine.keep_freed_memory()
+  from flaxlm.inference.sampling import Sampling
+
+  with cli.naming_flags(args):  # before a large model is read
+    Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   model = load_model(args.workdir, args.step, overrides=overrides)
   prompts = [text for text in args.prompt or [""] for _ in range(args.num_samples)]
   with cli.naming_flags(args):

@@ -123,7 +123,9 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(talk, monkeypatch):
 def test_flags_are_refused_by_their_names(talk):
   class Strict(Model):
     def stream(self, prompts, **options):
-      raise ConfigError("temperature", options["temperature"], "a number")
+      raise ConfigError("max_tokens", options["max_tokens"], "a whole number")
 
+  with pytest.raises(ConfigError, match=r"^--max_tokens cannot"):
+    talk(Strict(), "a\n", "--max_tokens=0")
   with pytest.raises(ConfigError, match=r"^--temperature cannot"):
-    talk(Strict(), "a\n", f"--temperature={np.nan}")
+    talk(None, "a\n", f"--temperature={np.nan}")  # before the model is read

@@ -30,8 +30,8 @@ def ask(monkeypatch, capsys):
 
       def stream(self, prompts, **options):
         asked.update(options, prompts=prompts)
-        if options["temperature"] < 0:
-          raise ConfigError("temperature", options["temperature"], "0 or more", "0.8")
+        if options["max_tokens"] < 1:
+          raise ConfigError("max_tokens", options["max_tokens"], "1 or more", "5")
         return Writing(pieces, list(finish))
 
     monkeypatch.setattr(generate, "load_model", lambda *_, **__: Model())
@@ -64,7 +64,9 @@ def test_a_full_context_is_said_beside_the_text(ask):
 
 
 def test_flags_are_refused_by_their_names(ask):
-  with pytest.raises(ConfigError, match=r"^--temperature cannot.*\n.*-1.*\n.*\n.*0\.8"):
-    ask([], "--temperature=-1")
+  with pytest.raises(ConfigError, match=r"^--max_tokens cannot.*\n.*0\n.*1 or.*\n.*5"):
+    ask([], "--max_tokens=0")
+  with pytest.raises(ConfigError, match=r"^--top_p cannot"):
+    ask([], "--top_p=0")
   with pytest.raises(ConfigError, match=r"^--num_samples"):
     ask([], "--num_samples=0")
