@@ -162,6 +162,23 @@ def test_a_stopped_run_has_saved_and_continues_where_it_was(
   assert "changed since step 4: config.log.every 1 -> 2" in capsys.readouterr().out
 
 
+def test_a_resumed_run_reads_on_after_the_rows_that_it_has_read(
+  finished, tmp_path, monkeypatch
+):
+  class Read(Exception):
+    pass
+
+  def read_train(feed, *arguments):
+    raise Read(*arguments)
+
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[2], workdir)
+  monkeypatch.setattr("flaxlm.data.feed.Feed.read_train", read_train)
+  with pytest.raises(Read) as caught:
+    run(load_run_config(workdir, ["data.batch_size=16", "num_steps=6"]), workdir)
+  assert caught.value.args == (4, 6, 4 * 8)
+
+
 @pytest.mark.faults
 def test_a_crash_of_the_last_evaluation_costs_no_step(finished, tmp_path, monkeypatch):
   """As when it needs more memory than training did; training resumes at step 3."""
