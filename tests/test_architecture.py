@@ -59,7 +59,7 @@ WITHOUT_A_MIRROR = {
   "test_readme", "test_real_runs",
   "interop/test_real_weights", "launch/test_cloud", "launch/test_files",
   "launch/test_machines", "models/test_families", "parallel/test_attention_on_a_mesh",
-  "parallel/test_memory_of_steps", "planning/test_shipped",
+  "parallel/test_memory_of_steps", "planning/test_shipped", "serving/test_page",
   "soak/test_damage", "soak/test_kills", "soak/test_prepare",
 }  # fmt: skip
 
