@@ -105,7 +105,7 @@ def open_array_records(
   folder = os.path.dirname(parts[0][0].path)
   try:
     return FeaturesDict.from_config(folder), parts
-  except (OSError, ValueError, KeyError) as error:
+  except Exception as error:  # whatever TFDS raises for JSON that is none of its own
     raise errors.MissingInputError(
       f"{key}.path: nothing says what the records hold",
       f"{folder}/features.json: {type(error).__name__}", "the features.json of TFDS",
@@ -210,9 +210,19 @@ def open_builder(key: str, path: str):
 
 def check_tfds_split(builder, key: str, split: str, path: str) -> None:
   """Raises ConfigError if the data set has no such split; slices of one are splits."""
-  if re.match(r"\w*", split)[0] not in {*builder.info.splits, "all"}:
-    known = " ".join(builder.info.splits)
-    raise errors.ConfigError(key, repr(split), f"a split of {path}", known)
+  known = builder.info.splits
+  if re.match(r"\w*", split)[0] not in {*known, "all"}:
+    raise errors.ConfigError(key, repr(split), f"a split of {path}", " ".join(known))
+  try:
+    _ = known[split].file_instructions
+  except Exception as error:  # whatever TFDS raises for a slice that it cannot take
+    reason = " ".join(str(error).split())[:200]
+    raise errors.ConfigError(
+      key,
+      f"{split!r}: {reason}",
+      f"a split of {path}, or a slice of one",
+      "train[:90%]",
+    ) from error
 
 
 def tfds_examples(builder, split: str, names: list[str]) -> Iterator[dict]:

@@ -117,6 +117,9 @@ for _ in range(2):
 def test_mistakes_are_named(c4, tmp_path):
   with pytest.raises(errors.ConfigError, match=r"main\.split(?s:.*)train validation"):
     read(path=c4, split="trian")
+  for bad in ("train[5%:10", "train[:5000]"):
+    with pytest.raises(errors.ConfigError, match=r"main\.split(?s:.*)or a slice"):
+      read(path=c4, split=bad)
   with pytest.raises(errors.ConfigError, match=r"main\.validation_split"):
     read(path=c4, validation_split="test")
   with pytest.raises(errors.DataError, match="'body'"):
@@ -219,6 +222,16 @@ def test_missing_shards_and_edits_of_equal_size_are_noticed(shards, c4):
   victim.unlink()
   with pytest.raises(errors.MissingInputError, match="00003-of-00008 cannot be read"):
     open_tfds_corpus("main", source("tfds", path))
+
+
+@pytest.mark.parametrize("content", ["", "null", "[" * 100_000, '{"x": 1}', None])
+def test_damaged_features_are_named(content, c4, tmp_path):
+  for file in pathlib.Path(c4).glob("c4-*"):
+    (tmp_path / file.name).symlink_to(file)
+  if content is not None:
+    (tmp_path / "features.json").write_text(content)
+  with pytest.raises(errors.MissingInputError, match=r"features\.json"):
+    read(path=str(tmp_path / "c4-{split}.array_record*"))
 
 
 def test_records_without_the_features_are_named(c4, tmp_path):
