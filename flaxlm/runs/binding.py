@@ -16,7 +16,7 @@ from flaxlm.config.load import config_from_json
 from flaxlm.config.tree import flatten
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.json_files import parse_json
-from flaxlm.tokenizer.files import find_tokenizer
+from flaxlm.tokenizer.files import MODEL, find_tokenizer
 
 # Knobs of the model that a machine or a phase of training decides.
 _FREE = {
@@ -125,11 +125,11 @@ def check_base(init_from: str, needed: str | None, base: dict) -> None:
 
 
 def check_files(workdir: pathlib.Path, meta: dict) -> None:
-  """Raises DataError if the tokenizer or another small file of a run has changed."""
+  """Raises DataError if the tokenizer or another small file of a run is not its own."""
   named = dict(meta.get("files", {}))  # older versions name none
-  tokenizer = find_tokenizer(workdir)
-  if meta.get("tokenizer_sha256") and tokenizer:
-    named[tokenizer.name] = meta["tokenizer_sha256"]
+  if meta.get("tokenizer_sha256"):
+    tokenizer = find_tokenizer(workdir)
+    named[tokenizer.name if tokenizer else MODEL] = meta["tokenizer_sha256"]
   for name, sha256 in named.items():
     path = workdir / name
     found = file_sha256(path) if path.is_file() else "no such file"

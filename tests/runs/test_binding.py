@@ -139,9 +139,10 @@ def test_another_tokenizer_or_template_is_refused(files, name):
   load_run_config(files.workdir)
 
 
-def test_a_template_that_was_lost_is_noticed(files):
-  files.chat_template.unlink()
-  assert "no such file" in refusal(files)
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja"])
+def test_a_file_that_was_lost_is_noticed(files, name):
+  (files.workdir / name).unlink()
+  assert name in refusal(files) and "no such file" in refusal(files)
 
 
 def test_a_run_of_an_older_version_is_read(files, tiny):
