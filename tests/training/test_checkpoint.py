@@ -434,7 +434,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
     for phase in phases
   }
   for phase, child in children.items():
-    assert child.wait(60) == -signal.SIGKILL
+    assert child.wait(180) == -signal.SIGKILL
     path = tmp_path / phase
     left = entries(path)
     if phase in ("commit", "rename"):

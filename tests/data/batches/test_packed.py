@@ -9,7 +9,7 @@ import pytest
 
 from flaxlm.data.batches import masking, token_frequencies
 from flaxlm.data.batches.masking import Objective, SpecialIds
-from flaxlm.data.batches.order import MIXTURE_BLOCK, permute, shares
+from flaxlm.data.batches.order import MIXTURE_BLOCK, derive_key, permute, shares
 from flaxlm.data.batches.packed import Batches
 from flaxlm.data.batches.read_ahead import one_ahead, read_ahead
 from flaxlm.data.batches.synthetic import SyntheticBatches
@@ -115,6 +115,27 @@ def test_permute_is_a_permutation_that_depends_on_its_key(size):
   if size >= 1000:  # neighbours are separated, and few stay in place
     assert np.corrcoef(index, order)[0, 1] == pytest.approx(0, abs=0.1)
     assert np.mean(index == order) < 0.01
+
+
+def test_the_order_of_rows_is_that_of_older_versions():
+  """A run that goes on with a newer version must not read its rows in another order."""
+  assert permute(np.arange(12), 12, 7).tolist() == [
+    8,
+    6,
+    4,
+    1,
+    3,
+    9,
+    5,
+    0,
+    11,
+    2,
+    7,
+    10,
+  ]
+  assert permute(np.array([0, 999]), 1000, 12345678901).tolist() == [963, 25]
+  assert derive_key(3, 1, 2) == 13844653756248576476
+  assert shares([1, 2, 4]).tolist() == [146, 293, 585]
 
 
 @pytest.mark.faults
