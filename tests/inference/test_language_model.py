@@ -192,6 +192,24 @@ def test_an_answer_ends_with_the_turn(writer, bpe, monkeypatch):
   assert script.allowed_V[bpe.cls_id] and not script.allowed_V[bpe.sep_id]
 
 
+def test_a_full_conversation_forgets_its_oldest_turns_if_asked(
+  writer, bpe, monkeypatch
+):
+  plain = "{% for m in messages %}{{ m.content + ',' }}{% endfor %}"
+  model = dataclasses.replace(writer, template=ChatTemplate(plain))
+  said = [("system", "self"), *[("user", "import"), ("assistant", "return")] * 12]
+  messages = [{"role": r, "content": c} for r, c in [*said, ("user", "class")]]
+  monkeypatch.setattr(text, "generate", script := Scripted([bpe.eos_id]))
+  assert model.chat(messages, when_full="continue") == ""
+  (ids,) = script.prompts
+  assert 0 < len(ids) <= writer.config.max_len // 2
+  kept = bpe.decode(ids)
+  assert kept.startswith("self,import,return,") and kept.endswith("return,class,")
+  monkeypatch.undo()
+  with pytest.raises(ConfigError, match="the prompt"):
+    model.chat(messages)
+
+
 def test_an_encoder_fills_masks_and_embeds_and_writes_nothing(tiny, bpe):
   tiny.model.causal, tiny.model.head, tiny.model.num_segment_types = False, "mlm", 2
   tiny.model.vocab_size = bpe.vocab_size + 24
