@@ -314,6 +314,7 @@ def test_another_class_and_other_heads_are_read_when_the_user_says_so(
 WRONG_SIZES = (0, -1, 10**9, 1e26, "many", [2], None, True)
 
 
+@pytest.mark.faults
 def test_sizes_that_the_files_do_not_have_are_refused_at_once(model_config, tmp_path):
   (tmp_path / "hub").mkdir()
   leaves = random_leaves(model_config)

@@ -224,6 +224,7 @@ def test_this_machine_is_planned_for_when_it_was_measured(
   assert "config on this" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flag", ["--html", "--calibration"])
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(flag, tmp_path):
   (tmp_path / "file").write_text("")

@@ -183,6 +183,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     write(tmp_path)
 
 
+@pytest.mark.faults
 def test_no_byte_of_a_header_can_do_harm(tmp_path):
   """Damage is refused, or it is in a name or dtype and every byte keeps its place."""
   write(tmp_path)

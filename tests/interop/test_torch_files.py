@@ -291,6 +291,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", HOSTILE)
 def test_values_that_take_for_ever_are_refused_at_once(case, tmp_path, monkeypatch):
   monkeypatch.setattr(torch_files, "_MAX_INSTRUCTIONS", 100_000)
@@ -303,6 +304,7 @@ def test_values_that_take_for_ever_are_refused_at_once(case, tmp_path, monkeypat
   assert time.process_time() - started < 5 and len(str(caught.value)) < 1000
 
 
+@pytest.mark.faults
 def test_a_description_is_read_up_to_a_size(tmp_path):
   path = tmp_path / "x.bin"
   with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -88,6 +88,7 @@ def test_only_the_files_that_are_needed_count(lines, tmp_path):
     prepare(lines)
 
 
+@pytest.mark.faults
 def test_times_in_the_future_are_not_trusted(lines, tmp_path):
   path = tmp_path / "texts/1.txt"
   os.utime(path, (4e9, 4e9))

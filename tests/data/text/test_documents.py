@@ -438,6 +438,7 @@ def test_a_flipped_byte_in_parquet_is_noticed_if_it_has_checksums(tmp_path):
     read(kind="parquet", path=str(path))
 
 
+@pytest.mark.faults
 def test_bad_utf8_in_parquet_is_repaired(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
