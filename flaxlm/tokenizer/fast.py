@@ -29,7 +29,13 @@ from flaxlm.tokenizer.long_texts import (
   join,
   overlapping,
 )
-from flaxlm.tokenizer.pieces import CHUNK_CHARACTERS, LOSS_PROBES, Decoder, find_loss
+from flaxlm.tokenizer.pieces import (
+  CHUNK_CHARACTERS,
+  LOSS_PROBES,
+  Decoder,
+  find_loss,
+  require_unicode,
+)
 
 SPECIAL_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")
 # Keys inside "model" for what other files say: the id of each role and the template.
@@ -125,6 +131,7 @@ class FastTokenizer:
       self._template = to_library(read_tokenizer_json(self.model))
       self._template.no_padding()
       self._template.no_truncation()
+    require_unicode([text])
     with library_errors():
       return self._template.encode(text, add_special_tokens=False).ids
 
@@ -134,6 +141,7 @@ class FastTokenizer:
     The library sizes its thread pool by the cores that it may use. One thread does not
     use that pool, which does not survive a fork.
     """
+    require_unicode(texts)
     short = [text for text in texts if len(text) <= CHUNK_CHARACTERS]
     with library_errors():
       if num_threads == 1:

@@ -7,9 +7,11 @@ Where a text may be cut without changing its ids is the business of long_texts.p
 import codecs
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
+
+from flaxlm.errors import DataError
 
 # Characters of a document that are read or encoded as one string, where possible.
 CHUNK_CHARACTERS = 1 << 16
@@ -22,6 +24,22 @@ LOSS_PROBES = {  # texts that show what a tokenizer changes
   "\U0001f9ea\u0000\ue000": "unknown characters are lost: it has no byte fallback",
   f"a{SPACE_MARK}b": "it turns U+2581 into a space",
 }
+
+
+def require_unicode(texts: Iterable[str]) -> None:
+  """Raises DataError if a text has half of a surrogate pair, which no tokenizer reads.
+
+  Python makes them of bytes on a command line that are no UTF-8, and of JSON's escapes.
+  """
+  for text in texts:
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise DataError(
+        "a text cannot be tokenised",
+        f"half of a surrogate pair at character {error.start}",
+        "Unicode, such as UTF-8 on a command line",
+      ) from None
 
 
 def cut(text: str, limit: int, whole_lines: bool = False) -> Iterator[str]:

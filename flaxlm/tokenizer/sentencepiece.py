@@ -27,6 +27,7 @@ from flaxlm.tokenizer.pieces import (
   cut,
   find_loss,
   find_special_names,
+  require_unicode,
 )
 
 # In the order of their ids in tokenizers that are trained here; user symbols follow.
@@ -106,6 +107,7 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:
     """Returns the ids (int32) of each text, computed by `num_threads` threads."""
+    require_unicode(texts)
     return self._encode([self._chunks(text) for text in texts], num_threads)
 
   def encode_following(self, texts: Sequence[str], num_threads=1) -> list[np.ndarray]:

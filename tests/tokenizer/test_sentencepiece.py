@@ -5,7 +5,8 @@ import pytest
 import sentencepiece
 
 from flaxlm import errors
-from flaxlm.tokenizer.files import load_tokenizer
+from flaxlm.tokenizer.export import export_files
+from flaxlm.tokenizer.files import load_tokenizer, open_tokenizer
 from flaxlm.tokenizer.pieces import Decoder, cut
 from flaxlm.tokenizer.sentencepiece import Tokenizer, sample_lines, train_tokenizer
 
@@ -200,3 +201,12 @@ def test_sample_is_spread_evenly_and_bounded():
   assert lines == sample_lines(iter(texts), 60_000)
   assert sample_lines(["a\0b\u2581c\n\n"], 100) == ["a", "b", "c"]
   assert sample_lines([], 100) == []
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff b"])
+def test_half_of_a_surrogate_pair_is_refused(bpe, text):
+  files = export_files(bpe.model, 64, "", False)
+  for tokenizer in (bpe, open_tokenizer(files["tokenizer.json"])):
+    for encode in (tokenizer.encode, lambda t: tokenizer.encode(t, True)):  # noqa: B023
+      with pytest.raises(errors.DataError, match="half of a surrogate pair"):
+        encode(text)
