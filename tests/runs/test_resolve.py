@@ -124,6 +124,21 @@ def test_a_run_stores_what_another_machine_can_use(tiny, gpu, tmp_path):
   assert resolve(tiny, gpu, feed, files.kernel) == config
 
 
+def test_a_run_keeps_the_small_files_of_the_model_that_it_starts_from(
+  tiny, one_device, tmp_path
+):
+  parent, files = RunFiles(tmp_path / "imported"), RunFiles(tmp_path / "tuned")
+  for folder in (parent.originals, files.workdir):
+    folder.mkdir(parents=True)
+  (parent.originals / "config.json").write_text('{"eos_token_id": [1, 2]}')
+  parent.config.write_text(config_to_json(tiny))
+  tiny.init_from = str(parent.workdir / "checkpoints" / "0")
+  feed = open_feed(tiny, one_device)
+  config = resolve(tiny, one_device, feed, files.kernel)
+  store_run(files, tiny, config, one_device, feed)
+  assert (files.originals / "config.json").read_text() == '{"eos_token_id": [1, 2]}'
+
+
 @pytest.mark.faults
 def test_files_that_cannot_be_written_are_named_before_anything_is_compiled(
   tiny, one_device, tmp_path
