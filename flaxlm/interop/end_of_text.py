@@ -22,17 +22,24 @@ def find_end_ids(
 
   Those that generation_config.json and config.json in `directory` list, and the one
   that ends the assistant's turn in `template`.
+
+  Raises:
+    DataError: a file lists what is no id.
   """
   found = []
   for name in (GENERATION_FILE, "config.json"):
     if directory is not None and (directory / name).is_file():
       ids = read_json(directory / name).get("eos_token_id")
-      found += ids if isinstance(ids, list) else [ids]
+      ids = ids if isinstance(ids, list) else [ids] * (ids is not None)
+      if not all(type(i) is int for i in ids):
+        what = f"{directory / name}: eos_token_id cannot be used"
+        raise DataError(what, f"{ids!r:.60}", "ids of tokens: whole numbers")
+      found += ids
   if tokenizer and template:
     # A template that does not take a plain conversation has no such token.
     with contextlib.suppress(DataError):
       found += end_of_turn(tokenizer, template)[0]
-  return tuple(dict.fromkeys(i for i in found if type(i) is int and i >= 0))
+  return tuple(dict.fromkeys(i for i in found if i >= 0))  # -1 is none
 
 
 def generation_config(

@@ -7,6 +7,7 @@ import pytest
 
 from flaxlm.config import base
 from flaxlm.config.load import config_to_json
+from flaxlm.errors import DataError
 from flaxlm.interop.end_of_text import find_end_ids, generation_config
 from flaxlm.runs.directory import RunFiles, find_originals, keep_originals
 from flaxlm.tokenizer.chat_template import CHATML, ChatTemplate
@@ -80,3 +81,10 @@ def test_runs_keep_what_they_started_from(tmp_path):
   keep_originals(third, "gone")  # has them already
   keep_originals(RunFiles(tmp_path / "d"), "")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
+
+
+@pytest.mark.parametrize("ids", ["</s>", [2, "</s>"], {"a": 1}, 2.5, True, [[1]]])
+def test_what_is_no_id_is_refused_by_its_file(tmp_path, ids):
+  write(tmp_path, generation_config={"eos_token_id": ids}, config={})
+  with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id"):
+    find_end_ids(tmp_path, None, None)
