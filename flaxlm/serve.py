@@ -8,8 +8,10 @@ needs a key: --api_key_file, or FLAXLM_API_KEY. All programs are compiled before
 says that it is well. SIGTERM ends it after the requests that it has.
 """
 
+import contextlib
 import os
 import pathlib
+import signal
 
 from flaxlm import cli, machine
 from flaxlm.errors import ConfigError, MissingInputError, UserError
@@ -133,6 +135,12 @@ def _serve(uvicorn, server, args) -> None:
   )  # fmt: skip
 
   class Running(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self):  # uvicorn's own raises them again: no exit code of 0
+      for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, self.handle_exit)
+      yield
+
     async def startup(self, sockets=None):
       await super().startup(sockets)
       if self.started:

@@ -98,11 +98,17 @@ def make_engine(writer):
 
 
 @pytest.fixture(scope="session")
-def served(writer, make_engine):
-  """The server that most tests share."""
+def one_server(writer, make_engine):
   server = Server(writer, "tiny", make_engine(), strict=True, max_waiting=500)
   with running(server) as found:
     yield found
+
+
+@pytest.fixture(scope="module")
+def served(one_server):
+  """The server that most tests share; each file of tests forgets programs."""
+  one_server.server.engine.warm_up()
+  return one_server
 
 
 @pytest.fixture(autouse=True)
