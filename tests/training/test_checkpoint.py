@@ -299,6 +299,18 @@ def test_retention(tmp_path):
   assert entries(path) == ["12"]
 
 
+def test_what_a_failed_save_left_is_no_hindrance_to_the_next(tmp_path):
+  path = tmp_path / "c"
+  with opened(path) as saver:
+    saver.save(1, make_state(1), {})
+    saver.wait()
+    for name in ("2.unfinished", "1.deleted"):  # as of a save that failed just now
+      (path / name / "state").mkdir(parents=True)
+    saver.save(2, make_state(2), {})
+  assert entries(path) == ["1", "2"]
+  assert_equal(latest(path)[0], host(make_state(2)))
+
+
 def test_a_step_that_was_restored_or_saved_is_not_saved_again(saved):
   with opened(saved) as saver:
     saver.restore_latest(abstract(make_state()))
