@@ -7,7 +7,8 @@ was killed continues with the same batches.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from flaxlm.parallel.placement import batch_sharding, local_rows, to_global
 from flaxlm.parallel.sharding import current_layout
 
 PLACES = 128  # whose logits exist at once
-_PACKED_TOGETHER = 8  # batches whose segments are sorted, so that rows are full
+_PACKED_TOGETHER = 2  # batches whose segments are sorted, so that rows are full
 
 
 class Predictions(NamedTuple):
@@ -51,43 +52,45 @@ class Scores(NamedTuple):
   padding: float  # share of the places in the batches that hold no token
 
 
-def pack_rows(lengths: Sequence[int], length: int, batch_rows: int) -> list[list[int]]:
-  """Returns the numbers of the segments in each row.
+def pack_rows(
+  lengths: Sequence[int], length: int, batch_rows: int
+) -> Iterator[list[int]]:
+  """Yields the numbers of the segments in each row.
 
-  Each row takes what fits, longest first, among the segments of about eight batches:
-  so early segments are in early batches.
+  Each row takes what fits, longest first, among the segments of about two batches. So
+  early segments are in early batches, and nothing waits until all are packed.
   """
-  rows, start = [], 0
-  while start < len(lengths):
-    stop, tokens = start, 0
-    while stop < len(lengths) and tokens < _PACKED_TOGETHER * batch_rows * length:
-      tokens, stop = tokens + lengths[stop], stop + 1
-    open_rows, room = [], []
-    for i in sorted(range(start, stop), key=lambda i: (-lengths[i], i)):
+  waiting, start = [], 0
+  while waiting or start < len(lengths):
+    tokens = sum(lengths[i] for i in waiting)
+    while start < len(lengths) and tokens < _PACKED_TOGETHER * batch_rows * length:
+      waiting.append(start)
+      tokens, start = tokens + lengths[start], start + 1
+    rows, room = [], []
+    for i in sorted(waiting, key=lambda i: (-lengths[i], i)):
       at = next((r for r, left in enumerate(room) if left >= lengths[i]), len(room))
       if at == len(room):
-        open_rows.append([])
+        rows.append([])
         room.append(length)
-      open_rows[at].append(i)
+      rows[at].append(i)
       room[at] -= lengths[i]
-    rows += open_rows
-    start = stop
-  return rows
+    # The last row is the emptiest: what it holds is packed with what comes.
+    waiting = rows.pop() if start < len(lengths) else []
+    yield from rows
 
 
 def pack_batches(
   segments: Sequence[TextSegment], batch_rows: int, length: int
-) -> list[Batch]:
-  """Returns the segments in batches of `batch_rows` rows of `length` tokens."""
+) -> Iterator[Batch]:
+  """Yields the segments in batches of `batch_rows` rows of `length` tokens."""
   rows = pack_rows([len(s.tokens) for s in segments], length, batch_rows)
-  batches = []
-  for first in range(0, len(rows), batch_rows):
+  while own := list(itertools.islice(rows, batch_rows)):
     arrays = {
       name: np.zeros((batch_rows, length), np.int32)
       for name in ("tokens", "segment_ids", "positions")
     }
     places, targets, owners = [], [], []
-    for r, row in enumerate(rows[first : first + batch_rows]):
+    for r, row in enumerate(own):
       at = 0
       for number, i in enumerate(row, 1):
         segment = segments[i]
@@ -100,8 +103,7 @@ def pack_batches(
         owners.append(np.full(len(segment.places), i))
         at = here.stop
     joined = (np.concatenate(parts).astype(np.int32) for parts in (places, targets))
-    batches.append(Batch(arrays, *joined, np.concatenate(owners)))
-  return batches
+    yield Batch(arrays, *joined, np.concatenate(owners))
 
 
 class Scorer:
@@ -147,7 +149,7 @@ class Scorer:
     segment = TextSegment(
       np.zeros(1, np.int32), np.zeros(1, int), np.zeros(1, np.int32)
     )
-    self(model, pack_batches([segment], self.batch_rows, self.length)[0])
+    self(model, next(pack_batches([segment], self.batch_rows, self.length)))
 
 
 def _score_places(
