@@ -44,8 +44,9 @@ def check_export(directory: pathlib.Path, names: Iterable[str] | None = None) ->
     return
   try:
     files = read_manifest(directory, {"files": dict})["files"]
-  except (OSError, ValueError, KeyError) as error:
-    raise _changed(directory, str(error)) from error
+  except (OSError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise _changed(directory, reason) from error
   if names is None:
     found = {path.name for pattern in _WEIGHTS for path in directory.glob(pattern)}
     if more := sorted(found - files.keys()):

@@ -96,6 +96,9 @@ def read_manifest(path: pathlib.Path, fields: dict[str, type] = _FIELDS) -> dict
       f"{MANIFEST} has format {manifest['format']}; this reads {CHECKPOINT_FORMAT}"
     )
   check_fields(manifest, MANIFEST, fields)
+  for name, entry in manifest.get("files", {}).items():
+    if not isinstance(entry, list) or [*map(type, entry)] != [int, str]:
+      raise ValueError(f"{MANIFEST} has no size and sha256 of {name}")
   return manifest
 
 

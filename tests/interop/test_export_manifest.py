@@ -6,7 +6,12 @@ import pytest
 from flaxlm.errors import DataError
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop.export_manifest import check_export, seal_export
-from flaxlm.training.manifest import MANIFEST
+from flaxlm.training.manifest import (
+  CHECKPOINT_FORMAT,
+  MANIFEST,
+  find_damage,
+  write_manifest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +79,12 @@ def test_the_tokenizer_is_checked_by_itself(directory):
   check_export(directory, ["tokenizer.json", "config.json"])
   with pytest.raises(DataError, match=r"tokenizer_config\.json"):
     check_export(directory, ["tokenizer.json", "tokenizer_config.json"])
+
+
+@pytest.mark.parametrize("files", [[], {"config.json": 5}, {"config.json": ["x", 1]}])
+def test_a_manifest_that_says_something_else_is_refused(directory, files):
+  write_manifest(directory, {"format": CHECKPOINT_FORMAT, "files": files})
+  with pytest.raises(DataError, match="is not as it was exported") as caught:
+    check_export(directory)
+  assert "\\n" not in str(caught.value)
+  assert find_damage(directory)
