@@ -168,7 +168,9 @@ def write_directory(path: str | os.PathLike, name: object) -> Iterator[pathlib.P
   needed = "a new or empty directory"
   with writing(name):
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-      raise OutputError(f"{name} cannot be written", f"{path}, not empty", needed)
+      has = [entry.name for entry in path.iterdir()] if path.is_dir() else ["a file"]
+      given = f"{path}, not empty: {' '.join(sorted(has)[:3])}"
+      raise OutputError(f"{name} cannot be written", given, needed)
     draft.mkdir(parents=True, exist_ok=True)
     left = [entry.name for entry in draft.iterdir()]
     if left and _DRAFT_LOCK not in left:

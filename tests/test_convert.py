@@ -12,7 +12,13 @@ from flax import nnx
 
 from flaxlm import convert
 from flaxlm.config.load import config_to_json
-from flaxlm.errors import ConfigError, DataError, MissingInputError, OutputError
+from flaxlm.errors import (
+  ConfigError,
+  DataError,
+  MissingInputError,
+  OutputError,
+  StorageError,
+)
 from flaxlm.interop import huggingface as hf
 from flaxlm.interop import import_run
 from flaxlm.interop.hf_config import find_family, read_config, write_config
@@ -315,7 +321,9 @@ WRONG_SIZES = (0, -1, 10**9, 1e26, "many", [2], None, True)
 
 
 @pytest.mark.faults
-def test_sizes_that_the_files_do_not_have_are_refused_at_once(model_config, tmp_path):
+def test_sizes_that_the_files_do_not_have_are_refused_at_once(
+  model_config, tmp_path, monkeypatch
+):
   (tmp_path / "hub").mkdir()
   leaves = random_leaves(model_config)
   whole = hf.write_model(tmp_path / "hub", model_config.model.to_dict(), leaves)
@@ -333,6 +341,11 @@ def test_sizes_that_the_files_do_not_have_are_refused_at_once(model_config, tmp_
       with pytest.raises(DataError):
         hf.read_model(tmp_path / "hub")
   assert time.process_time() - started < 20
+  edit_config(tmp_path / "hub", **whole)
+  hf.read_model(tmp_path / "hub")
+  monkeypatch.setattr(hf, "host_memory", lambda: 1000.0)
+  with pytest.raises(StorageError, match="too large to read here"):
+    hf.read_model(tmp_path / "hub")
 
 
 LINEAR = {"rope_type": "linear"}

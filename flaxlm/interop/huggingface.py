@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from flaxlm.errors import ConfigError, DataError, MissingInputError
+from flaxlm.errors import ConfigError, DataError, MissingInputError, StorageError
 from flaxlm.files import write_atomically, writing
 from flaxlm.interop.export_manifest import check_export
 from flaxlm.interop.family import Family, wrong_hf_value
@@ -39,6 +39,7 @@ from flaxlm.interop.weight_layout import (
 )
 from flaxlm.interop.weight_names import Row
 from flaxlm.json_files import read_json
+from flaxlm.machine import host_memory
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer, describe_weights
 from flaxlm.models.trees import nest
@@ -86,6 +87,7 @@ def read_model(
     MissingInputError: no config.json, or no weights.
     DataError: the architecture is not supported, files are damaged, or tensors are
       missing, unknown or of another shape; the message lists them.
+    StorageError: the weights are larger than this machine's memory.
   """
   directory = pathlib.Path(directory)
   check_export(directory)
@@ -103,6 +105,11 @@ def read_model(
   shapes = weight_shapes(fields)
   parts = lay_out_weights(rows, fields, shapes)
   left_out = check_tensors(directory, parts, tensors, family, skip)
+  size = sum(4 * math.prod(shape) for shape in shapes.values())
+  if size > host_memory():
+    given = f"{size / 2**30:,.1f} GiB of weights in float32"
+    needed = f"at most the {host_memory() / 2**30:,.1f} GiB of this machine's memory"
+    raise StorageError(f"{directory} is too large to read here", given, needed)
   leaves = _load_weights(parts, tensors, fields, shapes)
   return Imported(family, fields, leaves, hf, left_out)
 

@@ -34,6 +34,13 @@ _SQUARE = 2048  # sides of the matmul whose rate counts as the machine's peak
 SQUARE_KEY = ("matmul", 1, _SQUARE, _SQUARE, _SQUARE, "float32")
 COPY_KEY = ("norm", 1 << 15, 1024, "float32")  # 128 MiB: larger than any cache
 _MAX_WEIGHTS = 1 << 24  # to time an optimizer on: the time is linear in their number
+_FIELDS = {  # of a calibration, with their types
+  "num_devices": int,
+  "platform": str,
+  "device_kind": str,
+  "seconds": list,
+  "dispatch_seconds": float,
+}
 
 
 def measure(configs: list, budget: float = 0.2) -> dict:
@@ -122,6 +129,15 @@ def measured_hardware(measured: dict) -> Hardware:
   return Hardware(chip, number, 1, "", calibration)
 
 
+def _are_positive(measured: dict) -> bool:
+  """Returns whether all that a calibration measured are numbers above 0."""
+  rows = measured["seconds"]
+  numbers = [row[-1] if isinstance(row, list) and row else None for row in rows]
+  numbers += [measured[key] for key in ("num_devices", "dispatch_seconds")]
+  numbers += [measured.get("link_bandwidth") or 1]  # one device has no link
+  return all(type(n) in (int, float) and n > 0 for n in numbers)
+
+
 def load_calibration(path: str | os.PathLike) -> Hardware:
   """Returns the machine whose calibration is in a file.
 
@@ -130,7 +146,10 @@ def load_calibration(path: str | os.PathLike) -> Hardware:
     ConfigError: it is not a calibration.
   """
   try:
-    return measured_hardware(read_json(path))
+    measured = read_json(path, _FIELDS)
+    if not _are_positive(measured):
+      raise ValueError("numbers that are not above 0")
+    return measured_hardware(measured)
   except FileNotFoundError as error:
     raise MissingInputError(
       f"{path} does not exist", needed="a calibration", hint="--calibrate"

@@ -1,5 +1,6 @@
 """A calibration is measured, stored, read back and used; bad files are named."""
 
+import json
 import math
 
 import pytest
@@ -46,7 +47,36 @@ def test_an_unknown_machine_predicts_nothing(tiny, tmp_path):
   assert calibrate.expected_seconds(tiny, make_mesh()) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"num_devices": 1}'])
+WHOLE = {
+  "device_kind": "cpu",
+  "platform": "cpu",
+  "num_devices": 1,
+  "link_bandwidth": None,
+  "dispatch_seconds": 1e-5,
+  "seconds": [[*calibrate.SQUARE_KEY, 1e-3], [*calibrate.COPY_KEY, 1e-3]],
+}
+WRONG = [
+  {"num_devices": 0},
+  {"num_devices": "8"},
+  {"platform": 5},
+  {"link_bandwidth": "x"},
+  {"dispatch_seconds": -1},
+  {"seconds": [5]},
+  {"seconds": [[[], 1.0]]},
+  {"seconds": [[*calibrate.SQUARE_KEY, 0], [*calibrate.COPY_KEY, 1e-3]]},
+  {"seconds": [[*calibrate.SQUARE_KEY, "x"]]},
+]
+
+
+def test_a_whole_file_is_read(tmp_path):
+  (tmp_path / "machine.json").write_text(json.dumps(WHOLE))
+  assert calibrate.load_calibration(tmp_path / "machine.json").num_chips == 1
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["", "[]", "{}", '{"num_devices": 1}', *(json.dumps(WHOLE | x) for x in WRONG)],
+)
 def test_a_bad_file_is_named(tmp_path, text):
   path = tmp_path / "machine.json"
   with pytest.raises(MissingInputError, match="--calibrate"):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from flaxlm.errors import UserError
 from flaxlm.files import write_atomically
-from flaxlm.json_files import read_json
+from flaxlm.json_files import check_fields, read_json
 
 LANES = 128  # tokens in the smallest block that splash works on
 
@@ -176,11 +176,11 @@ def choose_backend(case: Case, measured: dict) -> str:
   found = measured.get(fused)
   if found is None:
     return fused if BACKENDS[fused].trusted else "xla"
-  if not found["conforms"]:
+  if not (found["conforms"] and found["tflops"]):
     return "xla"
   plain = [measured[form]["tflops"] for form in _FORMS if form in measured]
   nearest = min(found["tflops"], key=lambda L: abs(int(L) - case.L))
-  fastest = max((form[nearest] for form in plain), default=0.0)
+  fastest = max((form.get(nearest, 0.0) for form in plain), default=0.0)
   return fused if found["tflops"][nearest] >= fastest else "xla"
 
 
@@ -197,9 +197,14 @@ def load_measured(device_kind: str, version: str) -> dict:
   not run, or if the file cannot be read.
   """
   try:
-    found = read_json(cache_path())[f"{device_kind}, jax {version}"]
-    return {name: found[name] for name in BACKENDS if name in found}
-  except (OSError, ValueError, KeyError, TypeError):
+    found = read_json(cache_path()).get(f"{device_kind}, jax {version}", {})
+    found = {name: found[name] for name in BACKENDS if name in found}
+    for name, row in found.items():
+      check_fields(row, name, {"conforms": bool, "tflops": dict})
+      if not all(L.isdecimal() and speed > 0 for L, speed in row["tflops"].items()):
+        return {}
+    return found
+  except (OSError, ValueError, TypeError):
     return {}
 
 

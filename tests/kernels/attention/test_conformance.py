@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 
 import jax
 import numpy as np
@@ -174,8 +175,12 @@ def test_auto_goes_by_platform_shape_and_measurement(tmp_path, monkeypatch):
   assert choice.choose_backend(gpu._replace(L=9000, softcap=1.0), measured) == "xla"
   wrong = measured | {"cudnn": row(9.0, 9.0, conforms=False)}
   assert choice.choose_backend(gpu, wrong) == "xla"
-  choice.cache_path().write_text("not json")
-  assert choice.load_measured("H", "1") == {}
+  damaged = [{"cudnn": 5}, {"cudnn": {"conforms": 1, "tflops": {}}}, 5, {"cudnn": None}]
+  damaged += [{"dense": row("x", 1)}, {"dense": {"conforms": True, "tflops": {"x": 1}}}]
+  texts = [json.dumps({"H, jax 1": value}) for value in damaged]
+  for text in ("not json", "[" * 10**5, *texts):
+    choice.cache_path().write_text(text)
+    assert choice.load_measured("H", "1") == {}
 
 
 def test_the_definition_is_the_definition():
