@@ -237,6 +237,8 @@ def reuse(
   """Opens the finished store at `root`; ConfigError if its recipe is another."""
   found = Store(root)
   check_recipe(root, upgrade(found.manifest["recipe"]), recipe, corpora, log)
+  if isinstance(root, pathlib.Path):
+    write_seen(root, corpora)  # times may be others: of a copy on another host
   log(f"reusing {root}: prepared by the same recipe")
   return Report(found, open_tokenizer(found.tokenizer), True, 0, 0, 0.0)
 

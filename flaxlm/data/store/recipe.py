@@ -176,5 +176,7 @@ def write_seen(root: pathlib.Path, corpora: dict[str, Corpus]) -> None:
   seen = {
     path: file for corpus in corpora.values() for path, file in corpus.seen.items()
   }
+  if seen == read_seen(root):
+    return
   with contextlib.suppress(OSError):  # the files are read again
     write_atomically(root / SEEN_FILE, dump(seen))

@@ -75,6 +75,8 @@ def test_a_copy_elsewhere_with_other_times_is_the_same(lines, tmp_path):
   for path in (tmp_path / "moved").iterdir():
     os.utime(path, (1e9, 1e9))
   assert any(line.startswith("reusing") for line in prepare(lines))
+  seen = json.loads((tmp_path / "store/.seen.json").read_text())  # the next is quick
+  assert {os.path.dirname(path) for path in seen} == {str(tmp_path / "moved")}
 
 
 @pytest.mark.faults

@@ -94,6 +94,7 @@ def test_each_source_has_its_own_split(text_config, tmp_path):
   assert all(entry["validation"]["tokens"] for entry in found["sources"].values())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   ("name", "text", "needle"),
   [
