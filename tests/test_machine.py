@@ -1,5 +1,6 @@
 """Choosing the platform and caching programs harm no run."""
 
+import errno
 import fnmatch
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from flaxlm import machine
@@ -180,3 +182,21 @@ def test_libtpu_is_asked_only_where_there_are_tpus(devices, platforms, monkeypat
   monkeypatch.setenv("JAX_PLATFORMS", "tpu")
   machine.choose_platform()
   assert os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+@pytest.mark.faults
+def test_a_full_cache_costs_a_warning_and_nothing_else(monkeypatch):
+  from jax._src import compilation_cache
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(compilation_cache, "put_executable_and_time", full)
+  name = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, name)
+  jax.config.update(name, 0)
+  try:
+    with pytest.warns(UserWarning, match="No space left on device"):
+      assert jax.jit(lambda x: 3 * x + 1)(2) == 7
+  finally:
+    jax.config.update(name, before)

@@ -67,7 +67,7 @@ def check_resumed(config, before: ConfigDict, step: int) -> None:
   ):
     knobs, trained = group(config), group(before)
     if found := _named(differences(knobs, trained)):
-      needed = f"the knobs of checkpoint {step}, for what they decide stays"
+      needed = f"the values of checkpoint {step}: a run keeps these"
       raise ConfigError("the config to resume with", found, needed, hint)
 
 
