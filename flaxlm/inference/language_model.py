@@ -213,6 +213,7 @@ class LanguageModel:
     end_ids: Sequence[int] = (),
     when_full: str = "stop",
     specials: bool = False,
+    begins: bool = False,
     first_index: int = 0,
   ) -> Writing:
     """Returns an iterator over what is new of each text; see `Writing`.
@@ -229,6 +230,8 @@ class LanguageModel:
       when_full: when prompt and text fill the context: "stop", or "continue" from the
         last half.
       specials: the name of a special token in a prompt is that token, not text.
+      begins: the texts begin after the prompts, as answers do, and continue none: a
+        space that the tokenizer puts before every text is left out.
       first_index: of the texts: equal prompts differ in it.
     Raises:
       ConfigError: the model is not causal, or an argument cannot be used.
@@ -254,6 +257,7 @@ class LanguageModel:
       (*self.end_ids, *end_ids),
       _as_texts(stop),
       when_full,
+      begins,
     )
 
   def chat(self, messages: list[dict[str, str]], **options) -> str:
@@ -286,7 +290,7 @@ class LanguageModel:
     end_ids, stop = end_of_turn(tokenizer, self.template)
     options = {"max_tokens": self.config.max_len, "stop": ()} | options
     options["stop"] = (*_as_texts(options["stop"]), *stop)
-    return self.stream([ids], end_ids=end_ids, **options)
+    return self.stream([ids], end_ids=end_ids, begins=True, **options)
 
   def _forget_oldest(self, messages: list[dict[str, str]]) -> np.ndarray:
     """Returns the ids of what fits half of the context: the last turns, or one."""

@@ -89,6 +89,8 @@ class TextStream:
   Args:
     end_ids: that end the text, besides the tokenizer's.
     stop: texts that end it too. What may become one of them is held back.
+    begins: the row begins a text, as an answer does; else it continues a prompt, and
+      a space at its start belongs to it.
   """
 
   def __init__(
@@ -96,12 +98,13 @@ class TextStream:
     tokenizer: AnyTokenizer,
     end_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
+    begins: bool = False,
   ):
     if "" in stop:
       raise ConfigError("stop", "''", "texts of one character or more")
     self.finish = ""  # why the text ended: end | stop | context; "" if it has not
     self._end_ids, self._stop = {tokenizer.eos_id, *end_ids}, tuple(stop)
-    self._decoder = Decoder(tokenizer)
+    self._decoder = Decoder(tokenizer, begins)
     self._held = ""
 
   @property
@@ -151,6 +154,7 @@ class Writing:
     sampling: one per prompt or one for all, as in `generate`.
     end_ids, stop: what ends a text; see `TextStream`.
     when_full: stop | continue, when a text fills the context; see `generate`.
+    begins: the texts do not continue the prompts, but begin after them, as answers do.
   """
 
   def __init__(
@@ -163,10 +167,15 @@ class Writing:
     end_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
     when_full: str = "stop",
+    begins: bool = False,
   ):
     if max_tokens < 1:
       raise ConfigError("max_tokens", max_tokens, "a whole number from 1 up")
-    self._streams = [TextStream(tokenizer, end_ids, stop) for _ in prompts]
+    pieces = tokenizer.pieces()
+    self._streams = [
+      TextStream(tokenizer, end_ids, stop, begins or not any(pieces[i] for i in prompt))
+      for prompt in prompts
+    ]
     allowed_V = text_ids(tokenizer, model.config.vocab_size, end_ids)
     self._tokens = generate(model, prompts, max_tokens, sampling, allowed_V, when_full)
 

@@ -79,7 +79,8 @@ class Texts:
           client=client,
         )
         self._check(request)
-        stream = TextStream(self.tokenizer, end_ids, (*asked.stop, *stops))
+        begins = chat or not any(map(self.bytes_of, prompt))
+        stream = TextStream(self.tokenizer, end_ids, (*asked.stop, *stops), begins)
         choices.append(Choice(len(choices), request, stream, asked, self))
     return choices
 
@@ -91,6 +92,9 @@ class Texts:
         f"{len(request.prompt)} and max_tokens asks for {request.max_tokens}"
       )
       raise ApiError(message, "max_tokens", "context_length_exceeded")
+    if max(request.prompt) >= len(self._pieces):
+      message = f"prompt: the tokenizer has ids from 0 to {len(self._pieces) - 1}"
+      raise ApiError(message, "prompt")
     try:
       self.engine.check(request)
     except UserError as error:

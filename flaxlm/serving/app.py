@@ -212,7 +212,7 @@ class Server:
 
   async def detokenize(self, request: Request) -> Response:
     ids = fields.read_body(await read_all(request)).get("tokens")
-    most = self.model.config.vocab_size
+    most = len(self.model.tokenizer.pieces())
     known = isinstance(ids, list) and all(type(i) is int and 0 <= i < most for i in ids)
     if not known:
       raise ApiError(f"tokens must be a list of ids below {most}", "tokens")

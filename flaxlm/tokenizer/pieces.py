@@ -73,12 +73,16 @@ def last_word(text: str, start: int, stop: int) -> int:
 
 
 class Decoder:
-  """Turns ids that arrive a few at a time into text, never half a character."""
+  """Turns ids that arrive a few at a time into text, never half a character.
 
-  def __init__(self, tokenizer):
+  Args:
+    begins: the ids begin a text: the space that some tokenizers put there is left out.
+  """
+
+  def __init__(self, tokenizer, begins: bool = True):
     self._pieces = tokenizer.pieces()
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    self._strip = tokenizer.adds_prefix
+    self._strip = begins and tokenizer.adds_prefix
 
   def __call__(self, ids: Sequence[int], final: bool = False) -> str:
     """Returns the text that is complete now; `final` also flushes what is not."""

@@ -49,6 +49,16 @@ def test_a_stream_keeps_half_characters_and_ends_at_eos(bpe):
   assert half([], final=True) == "\ufffd"
 
 
+def test_a_continuation_keeps_the_space_that_tokenizers_put_before_texts(
+  bpe, monkeypatch
+):
+  ids = bpe.encode(" return value")
+  assert TextStream(bpe, begins=True)(ids) == " return value"
+  monkeypatch.setattr(bpe, "adds_prefix", True)  # as those of Llama 2 and Mistral do
+  assert TextStream(bpe, begins=True)(ids) == "return value"
+  assert TextStream(bpe)(ids) == " return value"
+
+
 def test_a_stream_ends_at_a_stop_string_that_tokens_split(bpe):
   ids = bpe.encode("one two\n\nthree four")
   for stop, expected in (
