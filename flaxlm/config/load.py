@@ -52,7 +52,7 @@ def load_config(
     _check_writers(file)
   try:
     config = _run_config_file(file)
-  except Exception as error:
+  except (Exception, SystemExit) as error:  # else a command would seem to be done
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f for f in frames if pathlib.Path(f.filename).name == file.name]
     where = f"{name} line {lines[-1].lineno}" if lines else name

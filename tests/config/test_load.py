@@ -98,6 +98,7 @@ def test_linked_knobs_follow_until_they_are_set():
     ("config.unlock(); config.extra = 1", "extra"),
     ("raise RuntimeError('broken')", "broken"),
     ("import nowhere", "nowhere"),
+    ("raise SystemExit(0)", "no SystemExit"),
   ],
 )
 def test_a_wrong_config_file_is_refused_like_a_wrong_flag(tmp_path, line, message):
