@@ -19,7 +19,7 @@ from tests import test_end_to_end as runs
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVALUATED = 128, 8
+STEPS, EVALUATED = 192, 8  # more steps than fifteen interrupted runs reach
 CONFIG = (
   f"--config.num_steps={STEPS}",
   f"--config.eval.every={EVALUATED}",
@@ -124,7 +124,9 @@ def interrupt(project, workdir, phase, seconds, rng, number) -> tuple[Watched, i
     count = 0 if phase == "compile" else rng.randint(1, 5)
     run.wait_for(lambda: len(run.steps()) >= count)
     run.wait_for(lambda: in_phase(run, phase))
-    time.sleep(rng.uniform(0, 1.1 * seconds[phase]))
+    moment = time.monotonic() + rng.uniform(0, seconds[phase])
+    while time.monotonic() < moment and in_phase(run, phase):
+      time.sleep(0.001)
     run.process.send_signal(number)
     start = time.monotonic()
     code = run.process.wait(SECONDS)
