@@ -274,6 +274,10 @@ def test_what_is_in_the_way_is_not_touched(model_config, sentencepiece, tmp_path
     run_export(tmp_path / "run", tmp_path / "new", "--family=qwen3")
   with pytest.raises(ConfigError, match="--dtype cannot be used"):
     run_export(tmp_path / "run", tmp_path / "new", "--dtype=int8")
+  (tmp_path / "half").mkdir()
+  (tmp_path / "half" / "tokenizer_config.json").write_text("{}")
+  with pytest.raises(MissingInputError, match=r"tokenizer_config(.|\n)*--no_tokenizer"):
+    run_import(tmp_path / "half", tmp_path / "new")
   for out in ("out/note/x", "out/note"):  # below a file, and a file
     with pytest.raises(OutputError, match=r"--to=.* cannot be written"):
       run_export(tmp_path / "run", tmp_path / out)

@@ -29,6 +29,10 @@ TOKENIZER_FILES = (
   *("special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt"),
   *("spiece.model", "chat_template.jinja"),
 )
+_BESIDE_A_TOKENIZER = {
+  *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+  *("merges.txt", "chat_template.jinja"),
+}
 _HUB_FILES = (
   *("*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", "*.jinja"),
 )
@@ -107,8 +111,16 @@ def import_model(
 
 def read_tokenizer(source: pathlib.Path) -> AnyTokenizer | None:
   """Returns the tokenizer in a directory, or None if it has no such files."""
-  if not any((source / name).is_file() for name in TOKENIZER_FILES):
+  found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+  if not found:
     return None
+  if not {*found} - _BESIDE_A_TOKENIZER:
+    raise MissingInputError(
+      f"{source} describes a tokenizer and does not hold it",
+      " ".join(found),
+      "tokenizer.json, tokenizer.model, vocab.txt, or vocab.json and merges.txt",
+      "--no_tokenizer, to import the weights alone",
+    )
   check_export(source, TOKENIZER_FILES)
   return load_tokenizer(source)
 
