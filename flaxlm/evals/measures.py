@@ -174,12 +174,12 @@ def compare_items(a: dict, b: dict) -> dict[str, dict[str, float]]:
 
 
 def _compare_shares(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-  from scipy.stats import binomtest
+  from scipy.special import bdtr  # P(X <= k) of the binomial distribution
 
   gaps = ours - theirs
   better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
   spread = np.std(gaps, ddof=1) if len(gaps) > 1 else 0.0
-  p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+  p = min(2 * bdtr(min(better, worse), better + worse, 0.5), 1.0)
   return {
     "difference": float(gaps.mean()),
     "se": float(spread) / math.sqrt(len(gaps)),

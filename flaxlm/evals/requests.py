@@ -33,19 +33,21 @@ class TextSegment(NamedTuple):
 
 
 def empty_context(tokenizer: AnyTokenizer) -> list[int]:
-  """Returns what stands before the first token of a text: bos, or else eos.
+  """Returns what the first token of a text is predicted from.
+
+  That is what begins every text of this tokenizer, or else bos, or else eos.
 
   Raises:
-    DataError: the tokenizer has neither.
+    DataError: the tokenizer has none of these.
   """
-  if prefix := beginning(tokenizer):
-    return prefix
-  if tokenizer.eos_id < 0:
+  known = [[i] for i in (tokenizer.bos_id, tokenizer.eos_id) if i >= 0]
+  first = next(filter(None, [beginning(tokenizer), *known]), None)
+  if first is None:
     needed = "a token to predict the first one from"
     raise DataError(
       "a text without a context cannot be scored", "no bos, no eos", needed
     )
-  return [tokenizer.eos_id]
+  return first
 
 
 def with_prefix(tokenizer: AnyTokenizer, request: ScoreRequest) -> ScoreRequest:

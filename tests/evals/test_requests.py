@@ -51,7 +51,7 @@ def bare():
   """A tokenizer without bos: eos, or nothing, comes before a text."""
 
   class Bare:
-    bos_id, eos_id = -1, 7
+    bos_id, eos_id, begin_ids = -1, 7, ()
 
   return Bare()
 
@@ -59,7 +59,10 @@ def bare():
 def test_without_bos_a_text_follows_the_end_of_another(bare):
   assert with_prefix(bare, ScoreRequest([5], [6])).context == [5]
   assert with_prefix(bare, ScoreRequest([], [6])).context == [7]
-  bare.eos_id = -1
+  bare.bos_id = 5  # a token that texts do not begin with, as GPT-2's
+  assert with_prefix(bare, ScoreRequest([9], [6])).context == [9]
+  assert with_prefix(bare, ScoreRequest([], [6])).context == [5]
+  bare.bos_id = bare.eos_id = -1
   with pytest.raises(DataError, match="no bos, no eos"):
     empty_context(bare)
 
@@ -81,6 +84,7 @@ class Words:
   """A WordPiece vocabulary: ids from 10 on continue words."""
 
   mask_id, cls_id, sep_id, bos_id, eos_id, unk_id = 1, 2, 3, -1, -1, -1
+  begin_ids = ()
   vocab_size, splits_words = 20, True
 
   def pieces(self):
