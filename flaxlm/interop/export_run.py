@@ -22,7 +22,7 @@ from flaxlm.parallel.mesh import one_device
 from flaxlm.runs.directory import RunFiles, find_originals
 from flaxlm.runs.weights import restore_model
 from flaxlm.tokenizer.chat_template import ChatTemplate
-from flaxlm.tokenizer.export import export_files
+from flaxlm.tokenizer.export import export_files, find_inconvertible
 from flaxlm.tokenizer.files import AnyTokenizer, find_tokenizer, open_tokenizer
 from flaxlm.training.stored_leaves import StoredLeaves
 
@@ -120,7 +120,8 @@ def _tokenizer_files(
   tokenizer = open_tokenizer(path.read_bytes())
   template = RunFiles(workdir).chat_template
   template = template.read_text() if template.is_file() else ""
-  if originals and (originals / "tokenizer.json").is_file():
+  has_json = originals and (originals / "tokenizer.json").is_file()
+  if has_json or (originals and find_inconvertible(tokenizer.model)):
     first = read_tokenizer(originals)
     if first is not None and first.sha256 == tokenizer.sha256:
       names = [name for name in TOKENIZER_FILES if (originals / name).is_file()]

@@ -92,7 +92,13 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   own = Tokenizer(model)
-  check_convertible(proto)
+  if problem := find_inconvertible(model):
+    raise errors.DataError(
+      "the tokenizer cannot be written as a tokenizer.json",
+      problem,
+      "a bpe, unigram or char model without it",
+      "keep tokenizer.model beside the exported weights",
+    )
   marks = own.adds_prefix  # pieces keep U+2581 for a space
   space = SPACE_MARK if marks else " "
   pieces = [p.piece.replace(SPACE_MARK, space) for p in proto.pieces]
@@ -137,8 +143,13 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
   return write_tokenizer_json(tree, roles, "")
 
 
-def check_convertible(proto) -> None:
-  """Raises DataError if the `tokenizers` library cannot do what this model does."""
+def find_inconvertible(model: bytes) -> str:
+  """Returns what the `tokenizers` library cannot do as this tokenizer does, or ""."""
+  if is_json(model):
+    return ""
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
   problem = ""
   if kind not in (UNIGRAM, BPE, CHAR):
@@ -152,13 +163,7 @@ def check_convertible(proto) -> None:
     symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     long = next((symbol for symbol in symbols if len(symbol) > 1), "")
     problem = f"the user symbol {long!r}, with a dummy prefix" if long else ""
-  if problem:
-    raise errors.DataError(
-      "the tokenizer cannot be written as a tokenizer.json",
-      problem,
-      "a bpe, unigram or char model without it",
-      "keep tokenizer.model beside the exported weights",
-    )
+  return problem
 
 
 def normalizer(spec, marks: bool) -> dict | None:

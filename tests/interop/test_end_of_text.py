@@ -1,16 +1,21 @@
 """All tokens that end a text: from every file, kept with runs, exported again."""
 
+import io
 import json
 import shutil
 
 import pytest
+import sentencepiece
 
 from flaxlm.config import base
 from flaxlm.config.load import config_to_json
 from flaxlm.errors import DataError
+from flaxlm.interop import export_run
 from flaxlm.interop.end_of_text import find_end_ids, generation_config
 from flaxlm.runs.directory import RunFiles, find_originals, keep_originals
 from flaxlm.tokenizer.chat_template import CHATML, ChatTemplate
+from flaxlm.tokenizer.export import find_inconvertible
+from flaxlm.tokenizer.files import load_tokenizer
 from flaxlm.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 
 
@@ -88,3 +93,29 @@ def test_what_is_no_id_is_refused_by_its_file(tmp_path, ids):
   write(tmp_path, generation_config={"eos_token_id": ids}, config={})
   with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id"):
     find_end_ids(tmp_path, None, None)
+
+
+def test_a_tokenizer_that_is_no_tokenizer_json_keeps_its_own_files(tmp_path):
+  """A user symbol and a dummy prefix go together in SentencePiece alone."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["abc abd"] * 20), model_writer=model, vocab_size=20,
+    model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  added = {"content": "<tool>", "special": False}
+  size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+  files = RunFiles(tmp_path)
+  write(files.originals, tokenizer_config={"added_tokens_decoder": {f"{size}": added}})
+  (files.originals / "tokenizer.model").write_bytes(model.getvalue())
+  tokenizer = load_tokenizer(files.originals)
+  assert size in tokenizer.encode("a<tool>b") and find_inconvertible(tokenizer.model)
+  (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+  shape = base.get_config().model
+  _, kept = export_run._tokenizer_files(shape, tmp_path, files.originals)
+  assert sorted(kept) == ["tokenizer.model", "tokenizer_config.json"]
+  assert kept["tokenizer.model"] == model.getvalue()
+  out = tmp_path / "out"
+  out.mkdir()
+  for name, content in kept.items():
+    (out / name).write_bytes(content)
+  assert load_tokenizer(out).sha256 == tokenizer.sha256
