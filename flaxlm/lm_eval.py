@@ -22,9 +22,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--workdir", required=True, help="directory of the model")
   parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
   args, rest = parser.parse_known_args(argv)
-  for name in ("--model", "-M"):
-    if any(text.partition("=")[0] == name for text in rest):
-      raise ConfigError(name, "a model of lm-eval", "--workdir: it is the model")
+  for text in rest:
+    flag = text.partition("=")[0]
+    if flag in ("--model", "-M"):
+      raise ConfigError(flag, "a model of lm-eval", "--workdir: it is the model")
+    if flag in ("--device", "--max_batch_size"):
+      needed = "nothing: JAX chooses the device, and flaxlm the size of batches"
+      raise ConfigError(flag, "a value", needed, "JAX_PLATFORMS=cpu, --batch_size=8")
   # lm-eval is imported only now: --help has been answered, without lm-eval too.
   try:
     from lm_eval.__main__ import cli_evaluate

@@ -19,3 +19,9 @@ def test_the_cache_is_named_after_the_weights():
 def test_the_model_is_the_run(flag):
   with pytest.raises(ConfigError, match="--workdir: it is the model"):
     lm_eval.main(["--workdir=runs/a", *flag])
+
+
+@pytest.mark.parametrize("flag", [["--device", "cpu"], ["--max_batch_size=4"]])
+def test_what_jax_decides_is_refused(flag):
+  with pytest.raises(ConfigError, match="JAX chooses the device"):
+    lm_eval.main(["--workdir=runs/a", *flag])

@@ -12,7 +12,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
-import jax
 import lm_eval.models  # noqa: F401  fills the registry that `register` adds to
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -228,13 +227,9 @@ def register(loaded: LanguageModel) -> None:
   """
 
   class OpenedModel(HarnessModel):
-    """What lm-eval makes of its flags; `max_batch_size` is for its "auto"."""
+    """Takes what lm-eval always passes: "cuda:0", and a limit for its "auto"."""
 
-    def __init__(self, device: str | None = None, max_batch_size=None, **options):
-      platform = jax.default_backend()
-      if device is not None and not str(device).startswith(platform):
-        hint = "JAX_PLATFORMS in the environment"
-        raise ConfigError("--device", device, platform, hint)
+    def __init__(self, device=None, max_batch_size=None, **options):
       super().__init__(loaded, **options)
 
   register_model("flaxlm")(OpenedModel)
