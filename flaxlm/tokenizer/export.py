@@ -92,13 +92,7 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   own = Tokenizer(model)
-  if problem := find_inconvertible(model):
-    raise errors.DataError(
-      "the tokenizer cannot be written as a tokenizer.json",
-      problem,
-      "a bpe, unigram or char model without it",
-      "keep tokenizer.model beside the exported weights",
-    )
+  check_convertible(model)
   marks = own.adds_prefix  # pieces keep U+2581 for a space
   space = SPACE_MARK if marks else " "
   pieces = [p.piece.replace(SPACE_MARK, space) for p in proto.pieces]
@@ -141,6 +135,17 @@ def to_tokenizer_json(model: bytes, is_encoder: bool = False) -> bytes:
   }
   roles = {role: i for role, i in roles.items() if i >= 0}
   return write_tokenizer_json(tree, roles, "")
+
+
+def check_convertible(model: bytes) -> None:
+  """Raises DataError if the `tokenizers` library cannot do what this model does."""
+  if problem := find_inconvertible(model):
+    raise errors.DataError(
+      "the tokenizer cannot be written as a tokenizer.json",
+      problem,
+      "a bpe, unigram or char model without it",
+      "keep tokenizer.model beside the exported weights",
+    )
 
 
 def find_inconvertible(model: bytes) -> str:
