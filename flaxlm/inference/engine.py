@@ -9,7 +9,6 @@ else is served. Every program is compiled by `warm_up`; nothing compiles afterwa
 import collections
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -226,20 +225,15 @@ class Engine:
     return bool(self.num_busy or self.num_waiting)
 
   def warm_up(self) -> None:
-    """Compiles every program by using it, as requests will, until all are known."""
-    counts = 0
-    for _ in range(3):  # outputs of the first round may lie elsewhere than its inputs
-      before = counts
-      for size, scores in itertools.product(self.sizes, (False, True)):
-        length = min(size, self.context - 1)
-        for _ in range(2):  # the second finds the first one's prefix
-          request = Request([0] * length, 1, Sampling(0.0), scores_prompt=scores)
-          self.run([request])
+    """Compiles every program, by using each as requests will."""
+    # On a mesh, the first results may lie elsewhere than what they were made from.
+    for _ in range(1 if self.mesh.size == 1 else 3):
+      for scores in (False, True):
+        for size in _read_in(self.sizes, scores):
+          length = min(size, self.context - 1)
+          self.run([Request([0] * length, 1, Sampling(0.0), scores_prompt=scores)])
       with self._on_mesh():
         self._slots = programs.release(self._slots, np.int32(0))
-      counts = _count_programs()
-      if counts == before:
-        break
     self._texts = [[] for _ in self._texts]
     self.made_tokens = self.read_tokens = self.late_compiles = 0
 
@@ -266,7 +260,8 @@ class Engine:
       if request.finish:
         request.on_change(request)
         continue
-      chunks = cut_prompt(len(request.prompt), self._sizes_for(request))
+      sizes = _read_in(self.sizes, request.scores_prompt)
+      chunks = cut_prompt(len(request.prompt), sizes)
       common = [self._common(request, slot, chunks) for slot in idle]
       best = max(common)
       # Without a common prefix, the slot that was left longest ago.
@@ -275,11 +270,6 @@ class Engine:
       self._reading = _Reading(request, self._start_cache(request), chunks)
       self._reading.chunks = [chunk for chunk in chunks if chunk[0] >= best]
       return
-
-  def _sizes_for(self, request: Request) -> tuple[int, ...]:
-    if not request.scores_prompt:
-      return self.sizes
-    return tuple(x for x in self.sizes if x <= _SCORED_CHUNK) or self.sizes[-1:]
 
   def _common(self, request: Request, slot: int, chunks) -> int:
     """Returns how many tokens of the prompt the slot holds, read in the same chunks."""
@@ -369,6 +359,13 @@ class Engine:
   def _leave(self, request: Request) -> None:
     del self._busy[request.slot]
     request.on_change(request)
+
+
+def _read_in(sizes: tuple[int, ...], scored: bool) -> tuple[int, ...]:
+  """Returns the sizes of chunks in which a prompt is read."""
+  if not scored:
+    return sizes
+  return tuple(size for size in sizes if size <= _SCORED_CHUNK) or sizes[-1:]
 
 
 def _count_programs() -> int:
