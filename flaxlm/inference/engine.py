@@ -56,6 +56,8 @@ class Request:
     lists: keep the likeliest tokens at each new place.
     scores_prompt: keep those of the prompt too, from its second token on.
     client: who asks; clients take turns.
+    streams: tokens are wanted one by one; else several may come at once, which is a
+      little faster. They are the same.
     on_change: called after each call of the device that changed the request.
   """
 
@@ -67,6 +69,7 @@ class Request:
   lists: bool = False
   scores_prompt: bool = False
   client: str = ""
+  streams: bool = False
   on_change: Callable[["Request"], None] = lambda request: None
   # What the engine adds.
   tokens: list[int] = dataclasses.field(default_factory=list)
@@ -116,8 +119,7 @@ class Engine:
     slots: requests at once.
     context: tokens per request, prompt included; the model's by default.
   Raises:
-    ConfigError: the model is not causal, or one text would change another: experts of
-      limited capacity.
+    ConfigError: the model is not causal, or there is no slot or no room in one.
   """
 
   def __init__(
@@ -132,9 +134,6 @@ class Engine:
     config = model.config
     if not config.causal:
       raise ConfigError("the model", "an encoder", "a causal model")
-    if config.moe.num_experts and config.moe.capacity_factor:
-      given, needed = config.moe.capacity_factor, "0: tokens compete for experts"
-      raise ConfigError("config.model.moe.capacity_factor", given, needed)
     self.context = min(context or config.max_len, config.max_len)
     if slots < 1 or self.context < 2:
       raise ConfigError("slots and context", f"{slots}, {self.context}", "1 and 2 up")
@@ -331,8 +330,9 @@ class Engine:
 
   def _make_tokens(self) -> None:
     left = min(r.max_tokens - len(r.tokens) for r in self._busy.values())
-    waits = self._reading is not None or self._waiting
-    count = 1 if waits else min(PORTION, left)
+    one_by_one = self._reading is not None or self._waiting
+    one_by_one = one_by_one or any(r.streams for r in self._busy.values())
+    count = 1 if one_by_one else min(PORTION, left)
     self._slots, tokens_PB, listed = programs.make_tokens(
       self.model, self._slots, self._allowed_V, np.int32(count)
     )

@@ -77,6 +77,7 @@ class Texts:
           lists=asked.top_logprobs is not None,
           scores_prompt=asked.echo and asked.top_logprobs is not None,
           client=client,
+          streams=asked.stream,
         )
         self._check(request)
         begins = chat or not any(map(self.bytes_of, prompt))

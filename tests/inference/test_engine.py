@@ -47,6 +47,7 @@ def draw(number: int) -> dict:
     "lists": chance.random() < 0.3,
     "scores_prompt": chance.random() < 0.2,
     "client": chance.choice("abc"),
+    "streams": chance.random() < 0.3,
   }  # fmt: skip
 
 
@@ -79,6 +80,18 @@ def test_each_answer_is_that_of_the_request_alone(engine):
     assert len(request.tokens) <= request.max_tokens
   assert engine.late_compiles == 0
   assert engine.num_busy == engine.num_waiting == 0
+
+
+@pytest.mark.slow
+def test_experts_do_not_tie_one_text_to_another(tiny):
+  moe = tiny.model.moe
+  moe.update(num_experts=4, experts_per_token=2, expert_dim=16, capacity_factor=0.5)
+  engine = make_engine(tiny)
+  together = [Request(**draw(number)) for number in range(9)]
+  engine.run(together)
+  for number, request in enumerate(together):
+    (alone,) = engine.run([Request(**draw(number))])
+    assert answer(request) == answer(alone), number
 
 
 def test_scores_of_a_prompt_are_those_of_the_whole_text(engine):
