@@ -81,6 +81,7 @@ setup(
       "gguf>=0.17",
       "accelerate>=1.10",
       "openai>=2.45",
+      "hypothesis>=6.100",
       "starlette>=0.49",
       "uvicorn>=0.35",
     ],

@@ -136,7 +136,7 @@ def classifier(make_tiny, tmp_path):
     checkpoint = tmp_path / "source/checkpoints/4"
     checkpoint.mkdir(parents=True, exist_ok=True)
     (tmp_path / "source/config.json").write_text(config_to_json(source))
-    write_manifest(checkpoint, {"format": 1, "step": 4, "meta": meta})
+    write_manifest(checkpoint, {"format": 1, "step": 4, "files": {}, "meta": meta})
 
   return config, store
 
