@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
   parser.add_argument("--host", default="127.0.0.1", help="address (127.0.0.1)")
   parser.add_argument("--port", type=int, default=8000, help="0 chooses one (8000)")
-  parser.add_argument("--slots", type=int, default=8, help="texts at once (8)")
+  parser.add_argument(
+    "--slots", type=int, default=0, help="texts at once; default: 4 on a CPU, else 16"
+  )
   parser.add_argument(
     "--context", type=int, default=0, help="tokens per text; default: the model's"
   )
@@ -102,12 +104,15 @@ def _make_server(model, args, key: str):
   engine, config = None, model.config
   if config.causal and config.head == "lm":
     allowed_V = text_ids(model.tokenizer, config.vocab_size, model.end_ids)
+    # One program makes a token for all slots, used or not. On a CPU those cost time.
+    slots = args.slots or (4 if model.mesh.devices.flat[0].platform == "cpu" else 16)
     engine = Engine(
-      model.model, model.mesh, model.rules, allowed_V, args.slots, args.context
+      model.model, model.mesh, model.rules, allowed_V, slots, args.context
     )
-    gib = engine.cache_bytes / 2**30
+    mib, slots = engine.cache_bytes / 2**20, engine.num_slots
     print(
-      f"compiling; {args.slots} slots of {engine.context} tokens take {gib:.2f} GiB"
+      f"{slots} slots of {engine.context} tokens take {mib:,.0f} MiB; compiling ...",
+      flush=True,
     )
     engine.warm_up()
   hosts = () if args.host not in _LOCAL and not args.allow_host else (*_LOCAL, "[::1]")

@@ -228,6 +228,7 @@ def test_tokens_are_those_of_the_tokenizer(served, writer):
 def test_models_health_and_numbers(served, client):
   assert [model.id for model in client.models.list()] == ["tiny"]
   assert client.models.retrieve("tiny").model_extra["max_model_len"] == 96
+  assert served.post("/v1/completions", GREEDY | {"prompt": "a"})[0] == 200
   status, _, content = served.call("GET", "/health")
   assert status == 200 and json.loads(content)["status"] == "ok"
   _, headers, content = served.call("GET", "/metrics")
