@@ -30,6 +30,7 @@ from flaxlm.serving.metrics import Metrics
 from flaxlm.serving.service import Overloaded, Service
 
 MAX_BODY = 8 << 20  # bytes
+BODY_SECONDS = 30.0  # in which a body must have come
 _KEEPALIVE = 10.0  # seconds without news, after which a stream says that it lives
 _LOOK_AFTER = 0.25  # seconds, after which it is checked that the client is there
 _LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1", "testserver"}
@@ -394,13 +395,18 @@ def read_page() -> tuple[str, int, dict[str, str]]:
 
 
 async def read_all(request: Request) -> bytes:
-  """Returns the body of a request; ApiError if it is too large."""
+  """Returns the body of a request; ApiError if it is too large or does not come."""
   content = bytearray()
-  async for part in request.stream():
-    content += part
-    if len(content) > MAX_BODY:
-      message = f"the body has more than {MAX_BODY:,} bytes"
-      raise ApiError(message, None, "body_too_large", 413)
+  try:
+    async with asyncio.timeout(BODY_SECONDS):
+      async for part in request.stream():
+        content += part
+        if len(content) > MAX_BODY:
+          message = f"the body has more than {MAX_BODY:,} bytes"
+          raise ApiError(message, None, "body_too_large", 413)
+  except TimeoutError:
+    message = f"the body did not come in {BODY_SECONDS:g} seconds"
+    raise ApiError(message, None, "timeout", 408) from None
   return bytes(content)
 
 

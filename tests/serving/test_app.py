@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +211,32 @@ def test_a_body_that_is_no_object_is_refused(served, content):
 def test_a_body_that_is_too_large_is_refused_unread(served):
   status, found = served.post("/v1/completions", b" " * (MAX_BODY + 1))
   assert status == 413 and found["error"]["code"] == "body_too_large"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served, monkeypatch):
+  monkeypatch.setattr("flaxlm.serving.app.BODY_SECONDS", 0.2)
+  head = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+  )
+  with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+    connection.sendall(head + b"{")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_reads_nothing_holds_no_slot(served):
+  body = {"prompt": "a", "max_tokens": 80, "n": 3, "stream": True, "logprobs": 20}
+  content = json.dumps(GREEDY | body | {"echo": True}).encode()
+  head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+  head += f"Content-Length: {len(content)}\r\n\r\n"
+  with socket.create_connection(("127.0.0.1", served.port)) as connection:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    connection.sendall(head.encode() + content)
+    answer = served.post("/v1/completions", GREEDY | {"prompt": "b"})
+    assert answer[0] == 200
+    limit = time.monotonic() + 60
+    while served.server.engine.num_busy:
+      assert time.monotonic() < limit
+      time.sleep(0.05)
 
 
 def test_tokens_are_those_of_the_tokenizer(served, writer):
