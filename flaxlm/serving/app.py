@@ -207,9 +207,8 @@ class Server:
     )
 
   def _tokenize(self, prompt: str, body: dict) -> list[int]:
-    ids, bos = self.model.encode(prompt), self.model.tokenizer.bos_id
-    adds = body.get("add_special_tokens", True)
-    return [bos] * (bos >= 0 and bool(adds)) + ids
+    ids, begin = self.model.encode(prompt), self.model.tokenizer.begin_ids
+    return [*begin, *ids] if body.get("add_special_tokens", True) else ids
 
   async def detokenize(self, request: Request) -> Response:
     ids = fields.read_body(await read_all(request)).get("tokens")
