@@ -329,8 +329,11 @@ def test_strangers_are_kept_out(writer, make_engine):
     assert found.post("/v1/completions", body, **known, **own)[0] == 200
 
 
-def test_a_full_queue_says_when_to_come_again(writer, make_engine):
-  server = Server(writer, "tiny", make_engine(1), max_waiting=2)
+def test_a_full_queue_says_when_to_come_again(writer, make_engine, monkeypatch):
+  engine = make_engine(1)
+  step = engine.step
+  monkeypatch.setattr(engine, "step", lambda: time.sleep(0.05) or step())
+  server = Server(writer, "tiny", engine, max_waiting=2)
   with running(server) as found:
     body = GREEDY | {"prompt": "a", "max_tokens": 90}
     answers = []
