@@ -1,5 +1,6 @@
 """What clients of OpenAI's API see, and what they may not do."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -7,7 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from flaxlm.models.config import TransformerConfig
+from flaxlm.models.transformer import Transformer
 from flaxlm.serving.app import MAX_BODY, Server
 from tests.serving.conftest import running
 
@@ -364,6 +368,23 @@ def test_an_engine_that_fails_is_said_to_have_failed(writer, make_engine, monkey
     assert status == 500 and answer["error"]["code"] == "engine_error"
     assert found.call("GET", "/health")[0] == 503
     assert found.post("/v1/completions", body)[0] == 500
+
+
+def test_an_encoder_fills_masks_and_writes_nothing(writer, tiny):
+  tiny.model.update(causal=False, head="mlm", vocab_size=writer.config.vocab_size)
+  model = Transformer(TransformerConfig(**tiny.model), nnx.Rngs(3))
+  encoder = dataclasses.replace(writer, model=model, template=None)
+  with running(Server(encoder, "tiny", None)) as found:
+    status, answer = found.post("/v1/fill-mask", {"input": "It <mask> the best"})
+    assert status == 200
+    ((guesses,),) = answer["data"]
+    assert guesses == [[*pair] for pair in encoder.fill_mask("It <mask> the best")[0]]
+    assert found.post("/v1/embeddings", {"input": "a"})[0] == 200
+    status, answer = found.post("/v1/completions", GREEDY | {"prompt": "a"})
+    assert status == 400 and "embeddings" in answer["error"]["message"]
+    status, answer = found.post("/v1/classify", {"input": "a"})
+    assert status == 400 and answer["error"]["message"]
+    assert found.call("GET", "/health")[0] == found.call("GET", "/metrics")[0] == 200
 
 
 def test_vectors_of_texts(served, client, writer):
