@@ -12,6 +12,6 @@ def load(path, step: int | None = None, mesh=None):
     step: of the checkpoint; None is the newest.
     mesh: the devices (`jax.sharding.Mesh`); None is the first device.
   """
-  from flaxlm.library import load_model  # JAX is imported only now
+  from flaxlm.open_model import load_model  # JAX is imported only now
 
   return load_model(path, step, mesh)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from flaxlm import cli, machine
 from flaxlm.console import without_controls
 from flaxlm.errors import ConfigError, UserError, terminal_text
-from flaxlm.library import find_model, load_model
+from flaxlm.open_model import find_model, load_model
 
 NEW = "/new"
 

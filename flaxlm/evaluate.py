@@ -103,7 +103,7 @@ def _evaluate_tasks(args: argparse.Namespace, overrides: list[str]) -> None:
 def _run(workdir, step, output, tasks, overrides, as_json: bool) -> list[dict]:
   """Evaluates one model; prints each result when it is there."""
   from flaxlm.evals.saved import evaluate_saved, weights_sha256
-  from flaxlm.library import load_model
+  from flaxlm.open_model import load_model
   from flaxlm.parallel.mesh import make_mesh, one_device
 
   writes = any(task.file.shape == "generate" for task in tasks)

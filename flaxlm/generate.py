@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from flaxlm import cli, machine
 from flaxlm.console import without_controls
 from flaxlm.errors import ConfigError
-from flaxlm.library import find_model, load_model
+from flaxlm.open_model import find_model, load_model
 
 
 def main(argv: list[str] | None = None) -> None:

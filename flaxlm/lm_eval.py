@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     ) from error
   from flaxlm.evals.harness import register
   from flaxlm.evals.saved import weights_sha256
-  from flaxlm.library import load_model
+  from flaxlm.open_model import load_model
 
   loaded = load_model(args.workdir, args.step)
   register(loaded)

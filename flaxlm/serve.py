@@ -15,7 +15,7 @@ import signal
 
 from flaxlm import cli, machine
 from flaxlm.errors import ConfigError, MissingInputError, UserError
-from flaxlm.library import find_model, load_model
+from flaxlm.open_model import find_model, load_model
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 

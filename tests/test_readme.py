@@ -29,7 +29,7 @@ READMES = sorted(
   for path in ROOT.rglob("README.md")
   if not SKIPPED & set(path.relative_to(ROOT).parts)
 )
-LIBRARY = ROOT / "flaxlm/LIBRARY.md"  # test_library.py runs its examples
+LIBRARY = ROOT / "flaxlm/LIBRARY.md"  # test_open_model.py runs its examples
 READMES_AND_LIBRARY = [*READMES, LIBRARY]
 ALL_PAGES = [*READMES_AND_LIBRARY, ROOT / "tests/benchmarks/RESULTS.md"]
 MAX_WORDS = 30  # in a sentence

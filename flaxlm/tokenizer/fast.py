@@ -15,13 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from flaxlm.machine import quiet_stderr
-from flaxlm.tokenizer.library import (
-  import_tokenizers,
-  library_errors,
-  read_tokenizer_json,
-  to_library,
-  unreadable,
-)
 from flaxlm.tokenizer.long_texts import (
   BLOCK_CHARACTERS,
   Window,
@@ -35,6 +28,13 @@ from flaxlm.tokenizer.pieces import (
   Decoder,
   find_loss,
   require_unicode,
+)
+from flaxlm.tokenizer.rust_library import (
+  import_tokenizers,
+  library_errors,
+  read_tokenizer_json,
+  to_library,
+  unreadable,
 )
 
 SPECIAL_ROLES = ("bos", "eos", "pad", "cls", "sep", "mask")

@@ -24,8 +24,8 @@ from flaxlm.tokenizer.fast import (
   read_vocabulary,
 )
 from flaxlm.tokenizer.files_beside import FilesBeside, added_token
-from flaxlm.tokenizer.library import unreadable
 from flaxlm.tokenizer.pieces import SPACE_MARK
+from flaxlm.tokenizer.rust_library import unreadable
 from flaxlm.tokenizer.sentencepiece import Tokenizer
 
 AnyTokenizer = Tokenizer | FastTokenizer

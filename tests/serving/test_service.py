@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import quick
-from tests.test_library import save_run
+from tests.test_open_model import save_run
 
 GREEDY = {"model": "tiny", "temperature": 0}
 

@@ -17,10 +17,10 @@ from flaxlm.config.load import config_to_json
 from flaxlm.errors import ConfigError, DataError, MissingInputError
 from flaxlm.interop.export_run import export_model
 from flaxlm.interop.import_run import import_model
-from flaxlm.library import find_model
 from flaxlm.models.config import TransformerConfig
 from flaxlm.models.transformer import Transformer
 from flaxlm.models.trees import named_leaves, nest
+from flaxlm.open_model import find_model
 from flaxlm.runs.directory import RunFiles, load_run_config
 from flaxlm.training.checkpoint import Checkpointer
 
@@ -101,7 +101,7 @@ def test_a_run_its_checkpoint_and_its_export_are_one_model(saved):
 
 
 def test_overrides_change_a_run_and_nothing_else(saved):
-  from flaxlm.library import load_model
+  from flaxlm.open_model import load_model
 
   model = load_model(saved / "run", overrides=["model.dtype=bfloat16"])
   assert model.config.dtype == "bfloat16"

@@ -9,7 +9,7 @@ import pytest
 from flaxlm import errors
 from flaxlm.tokenizer.fast import FastTokenizer
 from flaxlm.tokenizer.files import QWEN_WORDS, load_tokenizer
-from flaxlm.tokenizer.library import find_backtracking
+from flaxlm.tokenizer.rust_library import find_backtracking
 
 tokenizers = pytest.importorskip("tokenizers")
 
